@@ -1,0 +1,103 @@
+"""Every knob once, with its unit and consequence. Other recipes state only differences.
+
+Source:   GPT-2 (Radford et al. 2019) block, cut down to a size that two CPU cores train.
+Command:  python launch.py config --config=configs/base.py
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    # One integer decides initial values, data order, dropout and sampling.
+    c.seed = 0
+
+    c.model = m = ConfigDict()
+    # Rows of the token table. 50,304 is GPT-2's 50,257 rounded up to a multiple of 128, so
+    # that it divides over devices; generation never emits an id beyond the tokenizer's.
+    m.vocab_size = 50304
+    m.context = 256  # tokens a position can look back over, itself included
+    m.layers = 4
+    m.width = 128  # D, of the residual stream
+    m.heads = 4  # N, query heads
+    m.kv_heads = placeholder(int)  # K; None: as many as heads (MHA), 1: MQA, between: GQA
+    m.head_dim = placeholder(int)  # H; None: width / heads
+    m.feedforward = "gelu"  # relu | gelu | relu2 | swiglu | geglu
+    m.ff_dim = placeholder(int)  # F; None: 4 D, gated 8/3 D rounded up to a multiple of 64
+    m.position = "learned"  # learned | sinusoidal | rope | alibi | none
+    m.rope_base = 10000.0  # longest RoPE wavelength is 2 pi times this, in tokens
+    m.norm = "layernorm"  # layernorm | rmsnorm | parameterfree
+    m.norm_placement = "pre"  # pre | post | sandwich
+    m.norm_eps = 1e-5  # added to the variance
+    m.bias = True  # biases in every projection and in LayerNorm
+    m.parallel_block = False  # attention and feed-forward read the same normalised input
+    m.qk_norm = False  # RMS-normalise queries and keys per head, before positions
+    m.windows = (None,)  # tokens each layer sees, itself included; pattern repeats; None: all
+    m.attention_softcap = placeholder(float)  # s: scores become s tanh(scores / s)
+    m.logit_softcap = placeholder(float)  # likewise for the final logits
+    m.value_residual = False  # each layer mixes its values with the first layer's
+    m.tied = True  # the output projection is the token table
+    m.dropout = 0.0  # on embeddings and on each residual branch's output
+    m.init = "gpt2"  # gpt2 | fan_in | zero_out
+    m.attention = "auto"  # auto: by the devices of the mesh | plain | block | cudnn | splash
+    m.scan_layers = False  # one compiled block for all layers: compiles faster, runs slower on CPU
+    m.remat = "none"  # none | dots | attention | full: memory for recomputation
+    m.dtype = "float32"  # of activations, or bfloat16; parameters, softmax and loss stay float32
+
+    c.optim = o = ConfigDict()
+    o.optimizer = "adamw"  # adamw | lion | adafactor | muon | schedule_free
+    o.peak_lr = 1e-3
+    o.schedule = "cosine"  # constant | cosine | linear | wsd
+    o.warmup_steps = 50  # linear from 0
+    o.decay_fraction = 0.2  # wsd: the last share of the run, in which the rate decays
+    o.final_lr_fraction = 0.1  # of peak_lr, at the last step
+    o.b1 = 0.9
+    o.b2 = 0.95
+    o.eps = 1e-8
+    o.momentum = 0.95  # muon only
+    o.weight_decay = 0.1  # decoupled; multiplied by the learning rate
+    o.decay_mask = "matrices"  # matrices | no_embedding | all: which parameters decay
+    o.clip = 1.0  # global gradient norm; None: no clipping
+    o.ema_decay = placeholder(float)  # weight average evaluated in place of the weights; None: off
+    o.z_loss = 0.0  # weight of mean log(Z)^2, which keeps logits from drifting
+    o.loss_vocab_chunk = placeholder(int)  # logits live at most this many columns at a time
+
+    c.data = d = ConfigDict()
+    d.sources = ("shakespeare",)  # token stores (folders), nanoGPT folders, or built-in texts
+    d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
+    d.tokenizer = "gpt2"  # bytes, or any tiktoken encoding
+    d.packing = "stream"  # stream | masked (attention stays in its document) | document (one a row)
+    d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
+
+    c.mesh = ConfigDict()
+    c.mesh.data = placeholder(int)  # batch-parallel replicas; None: all remaining devices
+    c.mesh.fsdp = 1  # shards parameters and optimiser state as well as the batch
+    c.mesh.tensor = 1  # shards heads, feed-forward and vocabulary
+
+    c.train = t = ConfigDict()
+    t.steps = 500
+    t.accumulation = 1  # micro-batches a step: memory falls, the result does not change
+    t.log_every = 10
+    t.eval_every = 250
+    t.checkpoint_every = 250
+    t.keep_checkpoints = 2  # the latest so many
+
+    c.eval = e = ConfigDict()
+    e.context = placeholder(int)  # tokens a window; None: model.context
+    e.stride = placeholder(int)  # tokens scored a window; None: eval.context, no overlap
+    e.prefix = "eot"  # eot: end-of-text stands before the first token | none: it goes unscored
+    e.batch_size = 16  # windows at once
+    e.max_tokens = placeholder(int)  # score only so many tokens; None: all
+
+    c.sample = s = ConfigDict()
+    s.prompt = "KING. "
+    s.batch_size = 1  # texts from the same prompt
+    s.max_new_tokens = 100
+    s.temperature = 0.8  # 0: greedy
+    s.top_k = placeholder(int)  # None: off
+    s.top_p = 0.95  # None: off
+    s.repetition_penalty = 1.0  # above 1 discourages tokens already in the text
+    s.stop = placeholder(str)  # a text of one token to stop at, besides end-of-text
+    return c

@@ -1,0 +1,355 @@
+"""The configuration: frozen dataclasses inside, one strict crossing from the edge.
+
+A run is described by one `Config`. Files and command-line overrides live in
+ml_collections at the edge (`gptjax/cli.py`); `from_dict` is the only way in. It
+refuses unknown, missing and ill-typed keys and combinations that cannot work,
+each with one line that names what would be valid.
+
+No field has a default here: `configs/base.py` states every knob once, with its
+unit and consequence. Choices that are rows of a table ("rope", "adamw", ...) are
+checked by `choose` where the table lives, so that adding a row touches one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line that says what to do.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration that is mistyped, incomplete or impossible."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        path = f"{type(section).__name__.lower()}.{name}"
+        _require(value is None or value > 0, f"{path} must be above 0, got {value}")
+
+
+def _fraction(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        path = f"{type(section).__name__.lower()}.{name}"
+        _require(value is None or 0 <= value < 1, f"{path} must lie in [0, 1), got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The architecture: each field is one orthogonal choice."""
+
+    vocab_size: int
+    context: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int | None
+    head_dim: int | None
+    feedforward: str
+    ff_dim: int | None
+    position: str
+    rope_base: float
+    norm: str
+    norm_placement: str
+    norm_eps: float
+    bias: bool
+    parallel_block: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    attention_softcap: float | None
+    logit_softcap: float | None
+    value_residual: bool
+    tied: bool
+    dropout: float
+    init: str
+    attention: str
+    scan_layers: bool
+    remat: str
+    dtype: str
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
+        _positive(self, "head_dim", "ff_dim", "rope_base", "norm_eps")
+        _positive(self, "attention_softcap", "logit_softcap")
+        _fraction(self, "dropout")
+        _require(
+            self.head_dim is not None or self.width % self.heads == 0,
+            f"model.width={self.width} is not divisible by model.heads={self.heads}: "
+            "change one, or set model.head_dim",
+        )
+        _require(
+            self.heads % self.K == 0,
+            f"model.heads={self.heads} is not a multiple of model.kv_heads={self.K}",
+        )
+        _require(
+            bool(self.windows) and all(w is None or w > 0 for w in self.windows),
+            "model.windows must hold a width above 0, or None for full attention, for each "
+            f"layer of the repeating pattern; got {self.windows}",
+        )
+        _require(
+            self.dtype in ("float32", "bfloat16"),
+            f"model.dtype={self.dtype!r} is not one of: float32, bfloat16",
+        )
+
+    @property
+    def K(self) -> int:
+        """Key-value heads: `heads` is multi-head, 1 is multi-query, between is grouped."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def H(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def F(self) -> int:
+        """Width of the feed-forward; gated variants spend 2/3, so that parameters are equal."""
+        if self.ff_dim is not None:
+            return self.ff_dim
+        if self.feedforward.endswith("glu"):
+            return -(-8 * self.width // (3 * 64)) * 64
+        return 4 * self.width
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer: the pattern repeated; None sees the whole context."""
+        return tuple(self.windows[i % len(self.windows)] for i in range(self.layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """The optimiser, its schedule and what surrounds the update."""
+
+    optimizer: str
+    peak_lr: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    final_lr_fraction: float
+    b1: float
+    b2: float
+    eps: float
+    momentum: float
+    weight_decay: float
+    decay_mask: str
+    clip: float | None
+    ema_decay: float | None
+    z_loss: float
+    loss_vocab_chunk: int | None
+
+    def __post_init__(self) -> None:
+        _positive(self, "peak_lr", "eps", "clip", "loss_vocab_chunk")
+        _fraction(self, "b1", "b2", "momentum", "ema_decay")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
+        _require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
+        _require(self.z_loss >= 0, "optim.z_loss must not be negative")
+        _require(0 < self.decay_fraction <= 1, "optim.decay_fraction must lie in (0, 1]")
+        _require(0 <= self.final_lr_fraction <= 1, "optim.final_lr_fraction must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is read, and how documents become rows of tokens."""
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    tokenizer: str
+    packing: str
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size")
+        _require(bool(self.sources), "data.sources is empty: name a token store or a built-in text")
+        if self.weights is not None:
+            _require(
+                len(self.weights) == len(self.sources) and all(w > 0 for w in self.weights),
+                f"data.weights must hold one weight above 0 for each of the {len(self.sources)} "
+                f"data.sources, got {self.weights}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many devices each mesh axis has; `data=None` takes all that remain."""
+
+    data: int | None
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The length of a run and the rhythm of its side effects, in optimiser steps."""
+
+    steps: int
+    accumulation: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def __post_init__(self) -> None:
+        _positive(self, *(f.name for f in dataclasses.fields(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """The perplexity convention; all of it is printed beside the number."""
+
+    context: int | None
+    stride: int | None
+    prefix: str
+    batch_size: int
+    max_tokens: int | None
+
+    def __post_init__(self) -> None:
+        _positive(self, "context", "stride", "batch_size", "max_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text generation."""
+
+    prompt: str
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float
+    stop: str | None
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "max_new_tokens", "top_k", "repetition_penalty")
+        _require(self.temperature >= 0, "sample.temperature must not be negative; 0 is greedy")
+        _require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"sample.top_p must lie in (0, 1], got {self.top_p}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    seed: int
+    model: Model
+    optim: Optim
+    data: Data
+    mesh: Mesh
+    train: Train
+    eval: Eval
+    sample: Sample
+
+    def __post_init__(self) -> None:
+        rows, micro = self.data.batch_size, self.train.accumulation
+        _require(
+            rows % micro == 0,
+            f"data.batch_size={rows} is not divisible by train.accumulation={micro}",
+        )
+        context = self.eval.context or self.model.context
+        stride = self.eval.stride or context
+        _require(
+            stride <= context,
+            f"eval.stride={stride} exceeds the evaluation context of {context} tokens: "
+            "tokens between the windows would go unscored",
+        )
+
+
+def choose(table: Mapping[str, T], name: str, knob: str) -> T:
+    """The row `name` of a table of variants, or a ConfigError that lists the rows."""
+    if name not in table:
+        raise ConfigError(f"{knob}={name!r} is not one of: {', '.join(table)}{_hint(name, table)}")
+    return table[name]
+
+
+def from_dict(tree: Mapping[str, Any], cls: type[T] = Config, path: str = "") -> T:  # type: ignore[assignment]
+    """Builds a config dataclass from nested mappings, strictly.
+
+    Args:
+        tree: nested mappings with exactly the fields of `cls`; lists count as tuples.
+        cls: the dataclass to build.
+        path: where in the config `tree` stands, for messages ("model").
+
+    Raises:
+        ConfigError: on an unknown, missing or ill-typed key, or an impossible combination.
+    """
+    hints = typing.get_type_hints(cls)
+    here = f"{path}." if path else ""
+    for key in tree:
+        if key not in hints:
+            raise ConfigError(
+                f"unknown config key '{here}{key}'{_hint(key, hints)}; "
+                f"valid keys: {', '.join(sorted(hints))}"
+            )
+    missing = [f"{here}{name}" for name in hints if name not in tree]
+    _require(not missing, f"missing config keys: {', '.join(missing)}")
+    return cls(**{name: _typed(tree[name], hint, here + name) for name, hint in hints.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain nested dict of a config dataclass; `from_dict(to_dict(c)) == c`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(config: Any) -> str:
+    """A sha256 over the canonical JSON of a config: equal configs, equal fingerprints."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys, in the order given."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}" if path else key
+        flat.update(flatten(value, name) if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    """`value` checked against a type hint; int passes for float, list for tuple."""
+    if dataclasses.is_dataclass(hint):
+        _require(isinstance(value, Mapping), f"{path} must be a section, got {value!r}")
+        return from_dict(value, hint, path)  # type: ignore[arg-type]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            inner = typing.get_args(option)[0]
+            return tuple(_typed(item, inner, f"{path}[{i}]") for i, item in enumerate(value))
+        # bool is an int to Python; to a researcher `layers=True` is a mistake.
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+    wanted = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{path} must be {wanted}, got {value!r} ({type(value).__name__})")

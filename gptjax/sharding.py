@@ -1,0 +1,132 @@
+"""The device mesh, and the one table that maps tensor dims to mesh axes.
+
+Every tensor is named by the letters of the shape alphabet (see `gptjax/model.py`):
+"BTD" is an activation, "LDNH" a stacked parameter. `RULES` says which mesh axes
+split which letter, for activations and for parameters; nothing else in the
+codebase names a mesh axis. Axes are Explicit: jax checks every sharding while it
+traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit sharding").
+
+`axis` always means a mesh axis, `dim` always a tensor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import Config, ConfigError
+from gptjax.config import Mesh as MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Letter -> mesh axes. A letter that is absent is never split. Parameters add the
+# fsdp split of the width, undone by `gather` right before use (ZeRO-3,
+# Rajbhandari et al. 2020); tensor splits follow Megatron (Shoeybi et al. 2019).
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "B": ("data", "fsdp"),
+    "N": ("tensor",),
+    "K": ("tensor",),
+    "F": ("tensor",),
+    "V": ("tensor",),
+}
+PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {"D": ("fsdp",)}
+# A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
+# H head width, F feed-forward, V vocabulary, C vocabulary chunk, L layers, P positions.
+LETTERS = frozenset("ABTSDNKGHFVCLP")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with axes (data, fsdp, tensor) over all `devices` (default: every device).
+
+    Raises:
+        ConfigError: if the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fixed = config.fsdp * config.tensor
+    data = config.data if config.data is not None else max(1, len(devices) // fixed)
+    if data * fixed != len(devices):
+        raise ConfigError(
+            f"mesh data={data} x fsdp={config.fsdp} x tensor={config.tensor} wants "
+            f"{data * fixed} devices, but {len(devices)} are here: set mesh.data, mesh.fsdp "
+            f"and mesh.tensor to numbers whose product is {len(devices)}"
+        )
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor),
+        AXES,
+        axis_types=(AxisType.Explicit,) * len(AXES),
+        devices=devices,
+    )
+
+
+def spec(dims: str, rules: dict[str, tuple[str, ...]] = ACTIVATION_RULES) -> P:
+    """The PartitionSpec of a tensor named by its letters.
+
+    Raises:
+        ValueError: on a letter outside the alphabet, or two dims that claim one mesh axis.
+    """
+    unknown = set(dims) - LETTERS
+    if unknown:
+        raise ValueError(f"dims {dims!r}: no such letter in the shape alphabet: {sorted(unknown)}")
+    claims = [axis for dim in dims for axis in rules.get(dim, ())]
+    if len(claims) != len(set(claims)):
+        raise ValueError(f"dims {dims!r} claim a mesh axis twice: {claims}")
+    entries = [rules.get(dim, ()) for dim in dims]
+    return P(*(e[0] if len(e) == 1 else (e or None) for e in entries))
+
+
+def parameter_spec(dims: str) -> P:
+    """The PartitionSpec of a stored parameter, its gradient and its optimiser moments."""
+    return spec(dims, PARAMETER_RULES)
+
+
+def out(dims: str) -> P | None:
+    """`out_sharding` of an op that yields an activation `dims`; None where no mesh is set."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec(dims)
+
+
+def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A parameter ready for use: cast, then gathered over fsdp.
+
+    The cast comes first so that the all-gather moves `dtype`, not float32.
+    """
+    parameter = parameter.astype(dtype)
+    target = out(dims)
+    return parameter if target is None else jax.reshard(parameter, target)
+
+
+def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dims: str) -> dict[str, jax.Array]:
+    """Puts host arrays on the mesh, each process supplying only the shards it owns."""
+    sharding = NamedSharding(mesh, spec(dims))
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda index, a=array: a[index])
+        for name, array in batch.items()
+    }
+
+
+def check_divisible(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a config that does not divide over the mesh, before anything is compiled.
+
+    Raises:
+        ConfigError: naming the knob, its value and the axis that does not divide it.
+    """
+    m = config.model
+    sizes = {
+        "B": ("data.batch_size / train.accumulation", config.data.batch_size // config.train.accumulation),
+        "N": ("model.heads", m.heads),
+        "K": ("model.kv_heads", m.K),
+        "F": ("model.ff_dim", m.F),
+        "V": ("model.vocab_size", m.vocab_size),
+        "D": ("model.width", m.width),
+    }
+    for dim, (knob, size) in sizes.items():
+        axes = PARAMETER_RULES[dim]
+        ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if size % ways:
+            raise ConfigError(
+                f"{knob}={size} does not divide over mesh axes {' x '.join(axes)} = {ways}: "
+                f"make it a multiple of {ways}, or change the mesh"
+            )
