@@ -1,0 +1,471 @@
+"""Checkpoints: bitwise round trips over meshes, damage refused, kills and full disks survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import checkpoint
+from gptjax.checkpoint import MANIFEST, META, Checkpoints
+from gptjax.config import Mesh as MeshConfig
+from gptjax.config import UserError
+from gptjax.sharding import make_mesh
+
+REPO = Path(__file__).parents[1]
+MESHES = {
+    "8,1,1": (8, 1, 1),
+    "1,8,1": (1, 8, 1),
+    "2,2,2": (2, 2, 2),
+    "1,2,4": (1, 2, 4),
+    "one": None,
+}
+DATA = {"config": {"model": {"layers": 2}}, "position": 7, "fingerprint": "ab12"}
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict[str, Any]
+    moments: Any
+    ema: Any
+
+
+def make_state(mesh: jax.sharding.Mesh, seed: int = 0, width: int = 16) -> State:
+    """Every hard case: bfloat16, NaN payloads, -0.0, zeros (sparse on disk), a scalar, None."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(0, 2**32, (8, width), dtype=np.uint32)
+    bits[0, :4] = [0x7FC00001, 0x80000000, 0x7F800000, 1]  # NaN payload, -0.0, inf, denormal
+    host = {
+        "kernel": (bits.view(np.float32), P("fsdp", "tensor")),
+        "half": (rng.standard_normal((width, 8)).astype(jnp.bfloat16), P(None, ("data", "fsdp"))),
+        "zeros": (np.zeros((8,), np.float32), P()),
+    }
+    params = {
+        name: jax.device_put(x, NamedSharding(mesh, spec)) for name, (x, spec) in host.items()
+    }
+    step = jax.device_put(np.int32(seed), NamedSharding(mesh, P()))
+    return State(step=step, params={"block": params}, moments=({"count": step},), ema=None)
+
+
+def abstract(state: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    sizes = MESHES[name]
+    if sizes is None:
+        return make_mesh(MeshConfig(1, 1, 1), jax.devices()[3:4])
+    return make_mesh(MeshConfig(*sizes))
+
+
+def assert_bitwise(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        assert np.asarray(a).tobytes() == np.asarray(e).tobytes()
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    return make_state(mesh_of("2,2,2"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, state: State) -> Path:
+    """A folder with steps 1 and 2, to be read or copied."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(mesh_of("2,2,2"), seed=1), DATA)
+        checkpoints.save(2, state, DATA)
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("source", MESHES)
+def test_a_state_returns_bitwise_on_every_mesh(source: str, tmp_path: Path) -> None:
+    old = make_state(mesh_of(source))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(0, old, DATA, wait=True)
+        for target in MESHES:
+            like = make_state(mesh_of(target), seed=1)
+            new = checkpoints.restore(0, abstract(like))
+            assert_bitwise(new, old)
+            assert [x.sharding for x in jax.tree.leaves(new)] == [
+                x.sharding for x in jax.tree.leaves(like)
+            ]
+
+
+def test_meta_returns_as_saved(saved: Path) -> None:
+    assert Checkpoints(saved).meta(2) == DATA
+
+
+def test_only_the_latest_remain(tmp_path: Path, state: State) -> None:
+    with Checkpoints(tmp_path / "new", keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+        for step in (9, 10, 100):
+            checkpoints.save(step, state, DATA, wait=True)
+            assert checkpoints.latest() == step
+        assert checkpoints.steps() == [10, 100]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["00000010", "00000100"]
+
+
+def test_misuse_is_refused(copied: Path, state: State) -> None:
+    with Checkpoints(copied, keep=2) as checkpoints:
+        with pytest.raises(ValueError, match="step 2 is already saved"):
+            checkpoints.save(2, state, DATA)
+        with pytest.raises(ValueError, match="JSON"):
+            checkpoints.save(3, state, {"loss": float("nan")})
+        with pytest.raises(ValueError, match="contains a dot"):
+            checkpoints.save(3, {"a.b": state.step, "a": {"b": state.step}}, DATA)
+        with pytest.raises(UserError, match="no complete checkpoint of step 3 .* steps: 1, 2"):
+            checkpoints.restore(3, abstract(state))
+    with Checkpoints(copied) as reader, pytest.raises(ValueError, match="only read"):
+        reader.save(3, state, DATA)
+
+
+def test_donating_the_state_during_a_save_is_safe(tmp_path: Path) -> None:
+    mesh = mesh_of("2,2,2")
+    sharding = NamedSharding(mesh, P("fsdp", "tensor"))
+    # 32 MiB, so that the write outlives the first of the donations.
+    old = {"x": jax.device_put(np.arange(2**23, dtype=np.float32).reshape(2**11, -1), sharding)}
+    expected = np.array(old["x"])
+    like = abstract(old)
+    update = jax.jit(lambda s: {"x": -s["x"] - 1}, donate_argnums=0)
+    new = {"x": old["x"] + 0}
+    jax.block_until_ready(update({"x": old["x"] + 0}))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(0, new, DATA)
+        for _ in range(5):
+            donated, new = new, update(new)
+        jax.block_until_ready(new)
+        assert donated["x"].is_deleted()
+        checkpoints.wait()
+        np.testing.assert_array_equal(checkpoints.restore(0, like)["x"], expected)
+
+
+def refuses(folder: Path, step: int, state: State, match: str) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        Checkpoints(folder).restore(step, abstract(state))
+    assert "\n" not in str(caught.value)
+
+
+def flips(path: Path, count: int) -> list[int]:
+    """Bit positions: both ends of a file and `count` between."""
+    bits = 8 * path.stat().st_size
+    inner = random.Random(path.name).sample(range(bits), min(count, bits))
+    return sorted({0, bits - 1, *inner})
+
+
+def test_every_flipped_bit_is_refused(copied: Path, state: State, monkeypatch: Any) -> None:
+    """In every file. orbax must not even be asked: it would restore most of them silently."""
+    checkpoints = Checkpoints(copied)
+    monkeypatch.setattr(checkpoint, "_orbax", lambda: pytest.fail("orbax was asked"))
+    files = [p for p in (copied / "00000002").rglob("*") if p.is_file()]
+    assert {META, MANIFEST, "_METADATA", "commit_success.txt"} < {p.name for p in files}
+    for path in files:
+        intact = path.read_bytes()
+        for bit in flips(path, 24):
+            flipped = bytearray(intact)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            name = path.relative_to(copied / "00000002").as_posix()
+            # A flip in the manifest may accuse the file whose entry it hit.
+            match = "is damaged: " if path.name == MANIFEST else f"is damaged: {name}.* altered"
+            with pytest.raises(UserError, match=match) as caught:
+                checkpoints.restore(2, abstract(state))
+            assert "Delete that folder to go back to step 1" in str(caught.value)
+        path.write_bytes(intact)
+    monkeypatch.undo()
+    assert_bitwise(checkpoints.restore(2, abstract(state)), state)
+
+
+def test_missing_extra_and_truncated_files_are_refused(copied: Path, state: State) -> None:
+    folder = copied / "00000001"
+    data = max((folder / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    name = data.relative_to(folder).as_posix()
+    intact = data.read_bytes()
+    data.write_bytes(intact[:-1])
+    cut = rf"{name} was altered or cut short \(it holds {len(intact) - 1} bytes\)"
+    refuses(copied, 1, state, cut)
+    data.unlink()
+    refuses(copied, 1, state, f"{name} is missing.*go back to the beginning")
+    data.write_bytes(intact)
+    (folder / "state" / "stray").touch()
+    refuses(copied, 1, state, "state/stray is not in the manifest")
+    (folder / "state" / "stray").unlink()
+    (folder / META).unlink()
+    refuses(copied, 1, state, "meta.json is missing")
+
+
+def test_altered_meta_is_refused_before_it_is_believed(copied: Path) -> None:
+    meta = copied / "00000002" / META
+    meta.write_text(meta.read_text().replace('"layers": 2', '"layers": 3'))
+    with pytest.raises(UserError, match="meta.json or manifest.json was altered"):
+        Checkpoints(copied).meta(2)
+
+
+def test_another_architecture_is_refused(saved: Path, state: State) -> None:
+    mesh = mesh_of("2,2,2")
+    wide = make_state(mesh, width=32)
+    refuses(
+        saved, 2, wide,
+        r"another architecture: params\.block\.half is bfloat16\[16,8\] in .*00000002 but "
+        r"bfloat16\[32,8\] in this run, and 1 other array differs",
+    )  # fmt: skip
+    block = state.params["block"]
+    cast = state.replace(params={"block": {**block, "half": block["half"].astype(jnp.float32)}})
+    refuses(saved, 2, cast, r"half is bfloat16\[16,8\] in .* but float32\[16,8\] .* 0 other arrays")
+    less = {name: x for name, x in block.items() if name != "half"}
+    refuses(saved, 2, state.replace(params={"block": less}), r"half is bfloat16\[16,8\] .* absent")
+    more = state.replace(ema=state.params)
+    refuses(saved, 2, more, r"ema\.block\.half is absent in .* and 2 other arrays differ")
+
+
+def test_a_new_writer_removes_what_a_killed_save_left(
+    copied: Path, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "00000003.partial" / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (copied / "00000002" / MANIFEST).unlink()
+    (copied / "notes").mkdir()
+    assert Checkpoints(copied).latest() == 1
+    refuses(copied, 2, state, "no complete checkpoint of step 2 .* steps: 1")
+    assert (copied / "00000003.partial").exists(), "a reader removed a save in flight"
+    assert Checkpoints(copied, keep=2).latest() == 1
+    assert sorted(p.name for p in copied.iterdir()) == ["00000001", "notes"]
+    assert [record.args for record in caplog.records] == [
+        (copied / "00000002",),
+        (copied / "00000003.partial",),
+    ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A real file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(small_disk: Path) -> None:
+    def noise(seed: int) -> dict[str, jax.Array]:
+        return {"x": jax.random.normal(jax.random.key(seed), (2**18,))}  # 1 MiB
+
+    told = r"checkpoint of step 2 to .*: No space left on device\. .* resumes from step 1"
+    with Checkpoints(small_disk, keep=2) as checkpoints:
+        checkpoints.save(1, noise(1), DATA, wait=True)
+        checkpoints.save(2, noise(2), DATA)
+        with pytest.raises(UserError, match=told) as caught:
+            while True:
+                checkpoints.check()
+                time.sleep(0.01)
+        assert "\n" not in str(caught.value)
+        checkpoints.check()  # told once
+        assert [p.name for p in small_disk.iterdir()] == ["00000001"]
+        with pytest.raises(UserError, match=told):
+            checkpoints.save(2, noise(2), DATA, wait=True)
+        # Not a byte free: not even the folder's first file can be written.
+        with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError):
+            while True:
+                ballast.write(bytes(4096))
+        with pytest.raises(UserError, match=told):
+            checkpoints.save(2, noise(2), DATA, wait=True)
+        (small_disk / "ballast").unlink()
+        assert checkpoints.latest() == 1
+        assert_bitwise(checkpoints.restore(1, abstract(noise(1))), noise(1))
+        # Once there is room the same object saves again.
+        shutil.rmtree(small_disk / "00000001")
+        checkpoints.save(2, noise(2), DATA, wait=True)
+        assert_bitwise(checkpoints.restore(2, abstract(noise(2))), noise(2))
+
+
+def run_python(code: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
+    environ = os.environ | {
+        "PYTHONPATH": str(REPO),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *args],
+        env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+# Saves steps 1, 2, ... until it is killed; the content of a step is a function of the step.
+SAVER = """
+    import os, signal, sys
+    import jax, jax.numpy as jnp
+    from gptjax import checkpoint
+
+    folder, fatal = sys.argv[1], sys.argv[2]
+    real = {"rename": os.rename, "rmtree": checkpoint.shutil.rmtree, "write": checkpoint._write}
+
+    def die_before(name):
+        def patched(path, *args, **kwargs):
+            if fatal == name and "00000003" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real[name](path, *args, **kwargs)
+        return patched
+
+    os.rename, checkpoint._write = die_before("rename"), die_before("write")
+    checkpoint.shutil.rmtree = die_before("rmtree")
+    with checkpoint.Checkpoints(folder, keep=2) as checkpoints:
+        for step in range(1, 10_000):
+            state = {"x": jnp.arange(2**19) * step, "y": jnp.full((2**19,), step, jnp.float32)}
+            checkpoints.save(step, state, {"step": step})
+            print("saving", step, flush=True)
+"""
+
+
+def killed_state(step: int) -> dict[str, jax.Array]:
+    return {"x": jnp.arange(2**19) * step, "y": jnp.full((2**19,), step, jnp.float32)}
+
+
+def assert_survived(folder: Path) -> int:
+    """The folder restores a complete step bitwise, and a new writer leaves nothing half-done."""
+    checkpoints = Checkpoints(folder, keep=2)
+    step = checkpoints.latest()
+    assert step is not None
+    assert checkpoints.meta(step) == {"step": step}
+    for kept in checkpoints.steps():
+        assert_bitwise(checkpoints.restore(kept, abstract(killed_state(kept))), killed_state(kept))
+    assert {p.name for p in folder.iterdir()} == {f"{s:08d}" for s in checkpoints.steps()}
+    return step
+
+
+def saver_killed(folder: Path, fatal: str, delay: float) -> None:
+    """Kills the saver `delay` seconds after it began step 3, or waits for its own suicide."""
+    child = run_python(SAVER, str(folder), fatal)
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("saving 3") and not fatal:
+                time.sleep(delay)
+                break
+            assert line.startswith("saving"), line + child.stdout.read()
+    finally:
+        if not fatal:
+            child.kill()
+        assert child.wait(timeout=60) == -signal.SIGKILL
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("delay", [0.0, *random.Random(0).choices(range(1, 150), k=2)])
+def test_sigkill_at_any_moment_leaves_a_complete_step(tmp_path: Path, delay: float) -> None:
+    saver_killed(tmp_path, "", delay / 1000)
+    assert assert_survived(tmp_path) >= 2
+
+
+@pytest.mark.parametrize(("fatal", "latest"), [("write", 2), ("rename", 2), ("rmtree", 5)])
+def test_sigkill_at_the_worst_moments(tmp_path: Path, fatal: str, latest: int) -> None:
+    """Arrays written but no meta; all but the rename; an old step about to be removed."""
+    saver_killed(tmp_path, fatal, 0)
+    assert any(p.name.endswith(".partial") for p in tmp_path.iterdir())
+    assert assert_survived(tmp_path) == latest
+
+
+WORKER = """
+    import sys
+    import jax
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from gptjax.checkpoint import Checkpoints
+    from gptjax.config import Mesh, UserError
+    from gptjax.sharding import make_mesh
+
+    host = {"x": np.arange(64.0, dtype=np.float32).reshape(8, 8), "step": np.int32(5)}
+
+    def on(mesh, spec):
+        shardings = {"x": NamedSharding(mesh, spec), "step": NamedSharding(mesh, P())}
+        return {k: jax.make_array_from_callback(v.shape, shardings[k], lambda i, v=v: v[i])
+                for k, v in host.items()}
+
+    old = on(make_mesh(Mesh(2, 2, 2)), P("fsdp", "tensor"))
+    new = on(make_mesh(Mesh(1, 8, 1)), P(None, "fsdp"))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), new)
+    with Checkpoints(sys.argv[3], keep=2) as checkpoints, jax.set_mesh(make_mesh(Mesh(2, 2, 2))):
+        assert checkpoints.latest() is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, old, {"step": step})
+        checkpoints.wait()
+        assert checkpoints.latest() == 3
+        restored = checkpoints.restore(3, like)
+        for name, array in restored.items():
+            assert array.sharding == like[name].sharding
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, host[name][shard.index])
+        # Process 0 alone sees the damage, both refuse.
+        if jax.process_index() == 0:
+            (checkpoints._final(3) / "state" / "_METADATA").write_text("{}")
+        try:
+            checkpoints.restore(3, like)
+        except UserError as error:
+            print("refused:", error)
+"""
+
+
+def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    workers = [run_python(WORKER, address, str(i), str(tmp_path), devices=4) for i in range(2)]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    for output in outputs:
+        assert "refused: checkpoint" in output and "state/_METADATA was altered" in output, output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003"]
+    # One process reads what two wrote.
+    like = {"x": jnp.zeros((8, 8)), "step": jnp.int32(0)}
+    restored = Checkpoints(tmp_path).restore(2, abstract(like))
+    assert_bitwise(
+        restored, {"x": np.arange(64.0, dtype=np.float32).reshape(8, 8), "step": np.int32(5)}
+    )
+
+
+def test_the_manifest_lists_every_file(saved: Path) -> None:
+    folder = saved / "00000002"
+    listed = json.loads((folder / MANIFEST).read_text())
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    del files[MANIFEST]
+    assert {name: entry["bytes"] for name, entry in listed.items()} == {
+        name: path.stat().st_size for name, path in files.items()
+    }
+    # The digest anybody can check by hand.
+    by_hand = subprocess.run(
+        ["sha256sum", folder / META], capture_output=True, text=True, check=True
+    ).stdout
+    assert listed[META]["sha256"] == by_hand.split()[0]
