@@ -1,0 +1,235 @@
+"""Cross-entropy of next tokens: float32 token-weighted sums, whole or a vocabulary chunk at a time.
+
+Both forms are one function with one gradient rule, so they cannot drift apart. The
+chunked form (`chunk` columns at a time) never holds logits_BTV: the forward pass keeps a
+running maximum and sum of exponentials (the online softmax of Milakov & Gimelshein 2018,
+arXiv:1805.02867), the backward pass computes each chunk's logits again (as Wijmans et al.
+2024, arXiv:2411.09009, do in a GPU kernel). It trades one more matrix product for memory.
+
+Shapes, beyond the legend in `gptjax/model.py`: the vocabulary is seen as (V, C), V tensor
+shards of C columns each, so that in every chunk each shard works on columns of its own and
+the shards meet once, at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.sharding import ACTIVATION_RULES, out
+
+
+class Sums(NamedTuple):
+    """Token-weighted float32 sums, which add up over micro-batches; divide by `weight` last."""
+
+    objective: jax.Array  # nll + z_loss * z: what is differentiated
+    nll: jax.Array  # negative log-likelihood, nats
+    z: jax.Array  # log(Z)^2
+    weight: jax.Array  # of the tokens
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    dims: str,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk: int | None,
+    softcap: float | None,
+    z_loss: float,
+) -> Sums:
+    """Weighted sums of the loss over a batch.
+
+    Args:
+        x_BTD: final hidden states, in the compute dtype.
+        kernel: the output projection, in x's dtype and gathered over fsdp.
+        dims: the kernel's layout: "DV", or "VD" for a tied token table.
+        targets_BT: ids of the next tokens. An id outside [0, V) makes the loss and its
+            gradient NaN, unless its weight is 0: it never counts silently as some other id.
+        weights_BT: 0 where nothing is scored; never negative.
+        chunk: at most so many columns of the logits exist at a time (rounded down to the
+            tensor shards, at least one each); None: all of them.
+        softcap: s of s tanh(logits / s) (Gemma Team 2024, arXiv:2408.00118); None: off.
+        z_loss: factor of log(Z)^2 in the objective (PaLM: Chowdhery et al. 2022, sec. 5).
+    """
+    weights_BT = weights_BT.astype(jnp.float32)
+    targets_BT = jnp.where(weights_BT > 0, targets_BT, 0)
+    nll_BT, log_z_BT = token_nll(x_BTD, kernel, dims, targets_BT, chunk=chunk, softcap=softcap)
+    nll = jnp.sum(weights_BT * nll_BT)
+    z = jnp.sum(weights_BT * log_z_BT**2)
+    return Sums(nll + z_loss * z, nll, z, jnp.sum(weights_BT))
+
+
+def token_nll(
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    dims: str,
+    targets_BT: jax.Array,
+    *,
+    chunk: int | None,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each token's negative log-likelihood and log-partition, (nll_BT, log_z_BT) in nats, float32.
+
+    The matrix products take x's dtype and accumulate in float32; softmax and logarithms are
+    float32 throughout. Arguments are those of `cross_entropy`; a target outside [0, V)
+    yields NaN.
+    """
+    V, shards = dims.index("V"), _shards()
+    vocab = kernel.shape[V]
+    # Splitting V into (V, C) moves nothing: a shard's columns are contiguous.
+    shape = (*kernel.shape[:V], shards, vocab // shards, *kernel.shape[V + 1 :])
+    dims = dims.replace("V", "VC")
+    kernel = jax.lax.reshape(kernel, shape, out_sharding=out(dims))
+    width = vocab // shards if chunk is None else min(max(chunk // shards, 1), vocab // shards)
+    nll_BT, log_z_BT = _nll(x_BTD, kernel, targets_BT, dims, width, softcap)
+    known = (targets_BT >= 0) & (targets_BT < vocab)
+    return nll_BT * jnp.where(known, 1.0, jnp.nan), log_z_BT
+
+
+def _shards() -> int:
+    """How many devices share the vocabulary; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in ACTIVATION_RULES["V"]]))
+
+
+class _Chunk(NamedTuple):
+    start: jax.Array  # first column within every shard
+    kernel: jax.Array  # these columns of the kernel
+    logits_BTVC: jax.Array  # float32, capped
+    fresh_C: jax.Array  # False for columns that an earlier chunk has had
+    hit_BTVC: jax.Array  # where a fresh column is the target
+
+
+class _Statistics(NamedTuple):
+    """Of the columns seen so far, per tensor shard."""
+
+    top_BTV: jax.Array  # largest logit
+    total_BTV: jax.Array  # sum of exp(logit - top)
+    target_BTV: jax.Array  # the target's logit, 0 where it is not among them
+
+
+def _chunk(
+    x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None, i, logits_BTVC=None
+) -> _Chunk:
+    """Chunk number i; its logits are computed unless they are at hand."""
+    C = dims.index("C")
+    shards, columns = kernel.shape[C - 1 : C + 1]
+    # The last chunk starts early enough to end with the shard, so that nothing is padded.
+    start = jnp.minimum(i * width, columns - width)
+    if width < columns:
+        kernel = jax.lax.dynamic_slice_in_dim(kernel, start, width, C)
+    if logits_BTVC is None:
+        logits_BTVC = jnp.einsum(
+            f"BTD,{dims}->BTVC",
+            x_BTD,
+            kernel,
+            preferred_element_type=jnp.float32,
+            out_sharding=out("BTVC"),
+        )
+        if softcap is not None:
+            logits_BTVC = softcap * jnp.tanh(logits_BTVC / softcap)
+    column_C = start + jnp.arange(width)
+    fresh_C = column_C >= i * width
+    id_VC = columns * jnp.arange(shards)[:, None] + column_C
+    hit_BTVC = (id_VC == targets_BT[..., None, None]) & fresh_C
+    return _Chunk(start, kernel, logits_BTVC, fresh_C, hit_BTVC)
+
+
+def _statistics(c: _Chunk) -> _Statistics:
+    logits_BTVC = jnp.where(c.fresh_C, c.logits_BTVC, -jnp.inf)
+    top_BTV = jnp.max(logits_BTVC, axis=-1)
+    total_BTV = jnp.sum(jnp.exp(logits_BTVC - top_BTV[..., None]), axis=-1)
+    return _Statistics(top_BTV, total_BTV, jnp.sum(c.logits_BTVC, axis=-1, where=c.hit_BTVC))
+
+
+def _merge(a: _Statistics, b: _Statistics) -> _Statistics:
+    top_BTV = jnp.maximum(a.top_BTV, b.top_BTV)
+    total_BTV = sum(s.total_BTV * jnp.exp(s.top_BTV - top_BTV) for s in (a, b))
+    return _Statistics(top_BTV, total_BTV, a.target_BTV + b.target_BTV)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _nll(x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None):
+    return _nll_forward(x_BTD, kernel, targets_BT, dims, width, softcap)[0]
+
+
+def _nll_forward(x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None):
+    chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
+    count = -(-kernel.shape[dims.index("C")] // width)
+    first = chunk(0)
+    seen = _statistics(first)
+    if count > 1:
+        seen, _ = jax.lax.scan(
+            lambda seen, i: (_merge(seen, _statistics(chunk(i))), None),
+            seen,
+            jnp.arange(1, count),
+        )
+    # Here the shards meet, over vectors of (B, T).
+    top_BT = jnp.max(seen.top_BTV, axis=-1)
+    total_BT = jnp.sum(seen.total_BTV * jnp.exp(seen.top_BTV - top_BT[..., None]), axis=-1)
+    log_z_BT = top_BT + jnp.log(total_BT)
+    nll_BT = log_z_BT - jnp.sum(seen.target_BTV, axis=-1)
+    # The logits of a single chunk are kept for the backward pass; of several, none are.
+    kept = first.logits_BTVC if count == 1 else None
+    return (nll_BT, log_z_BT), (x_BTD, kernel, targets_BT, log_z_BT, kept)
+
+
+def _nll_backward(dims: str, width: int, softcap: float | None, residuals, cotangents):
+    x_BTD, kernel, targets_BT, log_z_BT, kept = residuals
+    g_nll, g_z = (g[..., None, None] for g in cotangents)
+    C = dims.index("C")
+    # Each shard keeps its own part of dx; the parts are added once, after the last chunk.
+    dx_dims = "BTVD" if kernel.shape[C - 1] > 1 else "BTD"
+    chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
+
+    def gradients(c: _Chunk) -> tuple[jax.Array, jax.Array]:
+        softmax_BTVC = jnp.exp(c.logits_BTVC - log_z_BT[..., None, None])
+        d_BTVC = (g_nll + g_z) * softmax_BTVC - jnp.where(c.hit_BTVC, g_nll, 0)
+        if softcap is not None:
+            d_BTVC *= 1 - (c.logits_BTVC / softcap) ** 2
+        d_BTVC = jnp.where(c.fresh_C, d_BTVC, 0).astype(x_BTD.dtype)
+        dx = jnp.einsum(
+            f"BTVC,{dims}->{dx_dims}",
+            d_BTVC,
+            c.kernel,
+            preferred_element_type=jnp.float32,
+            out_sharding=out(dx_dims),
+        )
+        # On a CPU the order of the operands that needs no transpose is up to 3 times faster.
+        operands = ("BTD", x_BTD), ("BTVC", d_BTVC)
+        (left, a), (right, b) = operands if dims[0] == "D" else operands[::-1]
+        dkernel = jnp.einsum(
+            f"{left},{right}->{dims}",
+            a,
+            b,
+            preferred_element_type=jnp.float32,
+            out_sharding=out(dims),
+        )
+        return dx, dkernel.astype(kernel.dtype)
+
+    def accumulate(sums, i):
+        dx_sum, dkernel = sums
+        c = chunk(i)
+        dx, d = gradients(c)
+        # Columns that an earlier chunk has had get exactly 0 more.
+        d += jax.lax.dynamic_slice_in_dim(dkernel, c.start, width, C)
+        return (dx_sum + dx, jax.lax.dynamic_update_slice_in_dim(dkernel, d, c.start, C)), None
+
+    if kept is not None:
+        dx, dkernel = gradients(chunk(0, kept))
+    else:
+        sizes = dict(zip(dims + "BTD", kernel.shape + x_BTD.shape, strict=True))
+        dx_shape = tuple(sizes[dim] for dim in dx_dims)
+        zeros = jnp.zeros(dx_shape, jnp.float32, out_sharding=out(dx_dims)), jnp.zeros_like(kernel)
+        (dx, dkernel), _ = jax.lax.scan(accumulate, zeros, jnp.arange(-(-sizes["C"] // width)))
+    dx_BTD = jnp.sum(dx, axis=2) if dx_dims == "BTVD" else dx
+    return dx_BTD.astype(x_BTD.dtype), dkernel, None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
