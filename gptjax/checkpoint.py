@@ -4,7 +4,7 @@
         state/                     orbax's own folder, arrays keyed by their dotted path
         meta.json                  step, shape and dtype of every array, the caller's meta
         manifest.json              bytes and sha256 of every other file
-    FOLDER/00000500.partial/       a save in flight, or the leftover of a killed one
+    FOLDER/00000500.2.partial/       a save in flight, or the leftover of a killed one
 
 Why not orbax alone (measured on orbax 0.12.8): it restores flipped bits silently, casts
 int32 to float32 and float32 to bfloat16 silently, never removes the leftovers of a killed
@@ -64,6 +64,7 @@ class Checkpoints:
         self._keep = keep
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
+        self._attempts = 0
         if keep is not None and jax.process_index() == 0:
             self._remove_incomplete()
 
@@ -117,7 +118,9 @@ class Checkpoints:
         description = {"step": step, "tree": _describe(arrays), "meta": meta}
         text = json.dumps(description, indent=1, allow_nan=False)
         try:
+            self._attempts += 1
             if jax.process_index() == 0:
+                self._remove_incomplete()
                 self._partial(step).mkdir(parents=True)
             orbax = _orbax()
             orbax.save(self._partial(step) / STATE, args=ocp.args.PyTreeSave(arrays))
@@ -188,7 +191,8 @@ class Checkpoints:
         return self._folder / f"{step:08d}"
 
     def _partial(self, step: int) -> Path:
-        return self._folder / f"{step:08d}{PARTIAL}"
+        # Counted, because after a failed write orbax's other threads go on filling its folder.
+        return self._folder / f"{step:08d}.{self._attempts}{PARTIAL}"
 
     def _step_folders(self) -> list[Path]:
         return [p for p in self._folder.glob("*") if re.fullmatch(r"\d{8,}", p.name)]
@@ -197,7 +201,7 @@ class Checkpoints:
         unsealed = [p for p in self._step_folders() if not (p / MANIFEST).exists()]
         for path in sorted([*self._folder.glob(f"*{PARTIAL}"), *unsealed]):
             logger.warning("removing the incomplete checkpoint %s", path)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def _finish(self, orbax: ocp.AsyncCheckpointer, step: int, meta: str) -> None:
         """Runs in the background: waits for all processes' arrays, then completes the step."""

@@ -1,0 +1,324 @@
+"""What a run leaves behind, so that its numbers can be audited and its start repeated.
+
+    WORKDIR/config.json         the resolved config
+    WORKDIR/environment.json    one record per start: versions, devices, git revision, fingerprints
+    WORKDIR/git.diff            the changes not in that revision; git.1.diff at the second start ...
+    WORKDIR/metrics.jsonl       one object a line: {"step": 10, "loss": 4.2}
+    WORKDIR/tensorboard/        the same numbers as curves
+
+metrics.jsonl is strict JSON, which has no non-finite numbers: those are the strings "NaN",
+"Infinity" and "-Infinity", which `float` reads back in Python, as `Number` does in JavaScript.
+A resumed run drops what the killed one logged beyond its checkpoint, so that its log equals
+that of a run which was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, SupportsFloat
+
+import jax
+
+import gptjax
+from gptjax.config import UserError, flatten
+
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+# What a resumed run may set anew: sections or knobs, none of which changes the function being
+# trained or the order of its data. Those of the second line change the rounding of its sums, so
+# that the curve goes on as another run of the same seed would, not bit for bit. Not train.steps,
+# which shapes the schedule; not eval, whose numbers would no longer compare along the curve.
+MAY_CHANGE = (
+    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("mesh", "model.scan_layers", "model.remat", "model.attention", "optim.loss_vocab_chunk"),
+    *("sample",),
+)
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+FLUSH_SECONDS = 10  # TensorBoard's file is synced to the disk this often; metrics.jsonl needs not
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """The open records of a run; made by `open_run`. Only process 0 writes."""
+
+    def __init__(self, folder: Path, start: int, resume_step: int | None) -> None:
+        self.folder = folder
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._metrics = (folder / METRICS).open("ab", buffering=0)
+            self._events = _events(folder / TENSORBOARD, start, resume_step)
+            self._synced = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # A disk too full for the last curves must not hide the error that ended the run.
+        with contextlib.suppress(*(() if error is None else (UserError,))):
+            self.close()
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Appends one line; on return it survives a kill of the process.
+
+        What belongs to step s must be logged before the checkpoint of step s is saved: a
+        resumed run keeps the lines up to its checkpoint, and does not compute them again.
+
+        Raises:
+            UserError: if the disk is full.
+        """
+        if not self._writes:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = json.dumps({"step": step} | {k: _portable(v) for k, v in numbers.items()}) + "\n"
+        with _disk(self.folder):
+            # Unbuffered, so that a full disk shows here; it can take part of a line, unraised.
+            if self._metrics.write(line.encode()) != len(line.encode()):
+                raise OSError("No space left on device")
+            self._curves(step, numbers)
+
+    def close(self) -> None:
+        """Closes the files; logging afterwards is an error."""
+        if self._writes:
+            self._metrics.close()
+            with _disk(self.folder):
+                self._events.close()
+
+    def _curves(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            event = _protos().Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            self._events.write_event(event)
+        if time.monotonic() - self._synced > FLUSH_SECONDS:
+            self._events.flush()
+            self._synced = time.monotonic()
+
+
+def open_run(
+    workdir: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    resume_step: int | None,
+) -> Run:
+    """Opens the records of a new run, or of one that goes on from a checkpoint.
+
+    Args:
+        workdir: the run's folder; made if absent.
+        config: the resolved config as a plain dict (`config.to_dict`).
+        fingerprints: of what the config only names: {"data": ..., "tokenizer": ...}.
+        resume_step: the checkpoint's step; None starts anew and empties an older log.
+
+    Raises:
+        UserError: if the folder holds a run of another config (but for `MAY_CHANGE`) or of
+            other data, or cannot be written.
+    """
+    folder, config = Path(workdir), json.loads(json.dumps(config))
+    history = _read(folder / ENVIRONMENT, [])
+    changed = _changed_knobs(folder, config)
+    _same_data(folder, history, fingerprints)
+    if jax.process_index() == 0:
+        with _disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / CONFIG, json.dumps(config, indent=1).encode())
+            record = {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "resume_step": resume_step,
+                "changed_knobs": changed,
+                "fingerprints": dict(fingerprints),
+                "git": _git_state(folder, len(history)),
+            } | _environment()
+            _replace(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
+            _keep_up_to(folder / METRICS, -1 if resume_step is None else resume_step)
+    with _disk(folder):
+        return Run(folder, len(history), resume_step)
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, non-finite numbers as floats; a torn last line is left out.
+
+    Raises:
+        UserError: if another line is not JSON.
+    """
+    path = Path(workdir) / METRICS
+    return [_numbers(json.loads(line)) for line in _whole_lines(path)]
+
+
+def _changed_knobs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """{knob: [before, now]} of the knobs that may change; others that did are an error."""
+    if not (folder / CONFIG).exists():
+        return {}
+    before, now = flatten(_read(folder / CONFIG, {})), flatten(config)
+    knobs = dict.fromkeys([*now, *before])
+    changed = {
+        knob: [before.get(knob, "absent"), now.get(knob, "absent")]
+        for knob in knobs
+        if before.get(knob, "absent") != now.get(knob, "absent")
+    }
+    refused = [knob for knob in changed if not _may_change(knob)]
+    if refused:
+        told = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
+        raise UserError(f"{folder} holds a run of another config: {told}. Use another --workdir")
+    return changed
+
+
+def _may_change(knob: str) -> bool:
+    return any(knob == name or knob.startswith(f"{name}.") for name in MAY_CHANGE)
+
+
+def _same_data(folder: Path, history: list[Any], fingerprints: Mapping[str, str]) -> None:
+    before = history[-1]["fingerprints"] if history else fingerprints
+    differ = [
+        name for name in {**before, **fingerprints} if before.get(name) != fingerprints.get(name)
+    ]
+    if differ:
+        raise UserError(
+            f"{folder} holds a run on other data: the content of {', '.join(differ)} changed "
+            "since it started. Bring the old content back, or use another --workdir"
+        )
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {"gptjax": gptjax.__version__}
+        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": dict(Counter(device.device_kind for device in jax.devices())),
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says about the checkout of this package; None where it has nothing to say."""
+    command = ["git", "-C", str(Path(gptjax.__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _git_state(folder: Path, start: int) -> dict[str, Any] | None:
+    """Revision and changes of the package's source, the diff written to `folder`.
+
+    None for an installed package, even one that lies inside some other checkout (a .venv).
+    """
+    revision = _git("rev-parse", "HEAD")
+    if revision is None or _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    diff = _git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff") or b""
+    untracked = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/") or b""
+    name = f"git.{start}.diff" if start else "git.diff"
+    if diff:
+        _replace(folder / name, diff)
+    return {
+        "revision": revision.decode().strip(),
+        "dirty": bool(diff or untracked),
+        "diff": name if diff else None,
+        # Their names only: a diff would have to hold whatever lies about.
+        "untracked": untracked.decode(errors="replace").splitlines(),
+    }
+
+
+def _events(folder: Path, start: int, resume_step: int | None) -> Any:
+    """TensorBoard's file of this start, which hides what earlier starts logged too far.
+
+    The plain `EventsWriter`, not `SummaryWriter`: that one's thread dies on a full disk, and
+    the run then hangs on its queue. The suffix keeps two starts within a second apart, which
+    would else overwrite each other.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "events"), f".{start}")
+    if start:
+        purge = 0 if resume_step is None else resume_step + 1
+        pb = _protos()
+        begin = pb.SessionLog(status=pb.SessionLog.START)
+        writer.write_event(pb.Event(step=purge, wall_time=time.time(), session_log=begin))
+    writer.flush()
+    return writer
+
+
+def _protos() -> Any:
+    """TensorBoard's messages: generated classes, which no type checker can see."""
+    return importlib.import_module("tensorboardX.proto.event_pb2")
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a kill tore."""
+    if path.exists():
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        content = b"".join(kept)
+        if content != path.read_bytes():
+            logger.warning("%s: dropping what was logged after step %d", path, step)
+            _replace(path, content)
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)["step"]
+        except (ValueError, LookupError, TypeError):
+            raise UserError(
+                f"{path}:{number} is not a line of metrics: repair or delete it"
+            ) from None
+    return lines
+
+
+def _portable(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {k: float(v) if isinstance(v, str) else v for k, v in line.items()}
+
+
+def _read(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is not JSON: restore it, or use another --workdir") from None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes aside and renames, so that no reader and no kill ever sees half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run's records in {folder}: {error.strerror or error}. Free some "
+            "space or choose another --workdir"
+        ) from error

@@ -1,0 +1,333 @@
+"""Run records: real files, real kills, a real full disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from configs.base import get_config
+from gptjax import config, records
+from gptjax.config import UserError
+from gptjax.records import open_run, read_metrics
+
+REPO = Path(__file__).parents[1]
+CONFIG = config.to_dict(config.from_dict(get_config().to_dict()))
+event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+PRINTS = {"data": "d1", "tokenizer": "t1"}
+
+
+def having(**knobs: Any) -> dict[str, Any]:
+    """CONFIG with dotted knobs (written a__b) set anew."""
+    tree = json.loads(json.dumps(CONFIG))
+    for name, value in knobs.items():
+        *sections, knob = name.split("__")
+        section = tree
+        for key in sections:
+            section = section[key]
+        assert knob in section
+        section[knob] = value
+    return tree
+
+
+def environment(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "environment.json").read_text())
+
+
+def events(folder: Path) -> list[Any]:
+    """Every event of a run in order, by the record format itself: length, crc, bytes, crc."""
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda p: p.suffix):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 12 + size + 4
+    return found
+
+
+def curves(folder: Path) -> dict[int, dict[str, float]]:
+    """What TensorBoard shows: a session's start hides earlier events from its step on."""
+    shown: dict[int, dict[str, float]] = {}
+    for event in events(folder):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            shown = {step: v for step, v in shown.items() if step < event.step}
+        for value in event.summary.value:
+            shown.setdefault(event.step, {})[value.tag] = value.simple_value
+    return shown
+
+
+def log(run: records.Run, steps: range) -> None:
+    for step in steps:
+        run.log(step, {"loss": 1 / step, "lr": np.float32(step)})
+
+
+def test_a_run_leaves_its_config_environment_metrics_and_curves(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a" / "run", CONFIG, PRINTS, None) as run:
+        run.log(1, {"loss": 2.5, "eval/perplexity": jax.numpy.float32(0.1)})
+        # Before it is closed: a kill loses nothing.
+        assert read_metrics(run.folder) == [
+            {"step": 1, "loss": 2.5, "eval/perplexity": float(np.float32(0.1))}
+        ]
+    folder = tmp_path / "a" / "run"
+    assert config.from_dict(json.loads((folder / "config.json").read_text())) == config.from_dict(
+        CONFIG
+    )
+    (record,) = environment(folder)
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["versions"]["gptjax"] == gptjax.__version__
+    assert set(record["versions"]) == {
+        *("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    }
+    assert record["python"] == sys.version.split()[0]
+    assert record["devices"] == {"cpu": 8} and record["backend"] == "cpu"
+    assert record["processes"] == 1
+    assert record["xla_flags"] == os.environ["XLA_FLAGS"]
+    assert record["fingerprints"] == PRINTS
+    assert (record["resume_step"], record["changed_knobs"]) == (None, {})
+    assert curves(folder) == {1: {"loss": 2.5, "eval/perplexity": pytest.approx(0.1, rel=1e-7)}}
+
+
+def test_non_finite_numbers_are_valid_json_and_return(tmp_path: Path) -> None:
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        run.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=refuse)
+    assert line == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.0}
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["a"])
+    assert (read["b"], read["c"], read["d"]) == (math.inf, -math.inf, 1.0)
+
+
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    with open_run(tmp_path / "whole", CONFIG, PRINTS, None) as run:
+        log(run, range(1, 10))
+    with open_run(tmp_path / "parts", CONFIG, PRINTS, None) as run:
+        log(run, range(1, 8))
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # torn by a kill
+    with open_run(tmp_path / "parts", CONFIG, PRINTS, 4) as run:
+        assert [line["step"] for line in read_metrics(run.folder)] == [1, 2, 3, 4]
+        log(run, range(5, 10))
+    whole, parts = (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes()
+    assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
+    assert [r["resume_step"] for r in environment(tmp_path / "parts")] == [None, 4]
+
+
+def test_a_start_without_a_checkpoint_empties_the_log(tmp_path: Path) -> None:
+    for last in (5, 2):
+        with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+            run.log(0, {"loss": 9.0})
+            log(run, range(1, last))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
+    assert sorted(curves(tmp_path)) == [0, 1]
+
+
+def test_a_broken_line_before_the_last_is_told(tmp_path: Path) -> None:
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        log(run, range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("{oops\n" + path.read_text())
+    for opened in (lambda: read_metrics(tmp_path), lambda: open_run(tmp_path, CONFIG, PRINTS, 1)):
+        with pytest.raises(UserError, match="metrics.jsonl:1 is not a line of metrics"):
+            opened()
+
+
+def test_another_config_is_refused_by_its_knobs(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, PRINTS, None).close()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    other = having(seed=3, model__windows=[8, None], train__steps=7, mesh__fsdp=2)
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, other, PRINTS, None)
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run of another config: seed was 0, is 3; model.windows was [None], "
+        "is [8, None]; train.steps was 500, is 7. Use another --workdir"
+    )
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_every_knob_that_may_change_exists(tmp_path: Path) -> None:
+    knobs = config.flatten(CONFIG)
+    for name in records.MAY_CHANGE:
+        assert name in CONFIG or name in knobs, name
+
+
+@pytest.mark.parametrize("knob", config.flatten(CONFIG))
+def test_a_knob_may_change_only_where_documented(tmp_path: Path, knob: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    other = having(**{knob.replace(".", "__"): "changed"})
+    if knob in records.MAY_CHANGE or knob.split(".")[0] in records.MAY_CHANGE:
+        value = config.flatten(CONFIG)[knob]
+        assert records._changed_knobs(tmp_path, other) == {knob: [value, "changed"]}
+    else:
+        with pytest.raises(UserError, match=f"another config: {knob} was .*, is 'changed'. Use"):
+            records._changed_knobs(tmp_path, other)
+
+
+def test_a_change_on_resume_is_recorded(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, PRINTS, None).close()
+    open_run(tmp_path, having(mesh__fsdp=4, sample__prompt="A"), PRINTS, 5).close()
+    first, second = environment(tmp_path)
+    assert first["changed_knobs"] == {}
+    assert second["changed_knobs"] == {"mesh.fsdp": [1, 4], "sample.prompt": ["KING. ", "A"]}
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
+
+
+def test_changed_data_is_refused(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, PRINTS, None).close()
+    with pytest.raises(UserError, match="on other data: the content of tokenizer changed"):
+        open_run(tmp_path, CONFIG, PRINTS | {"tokenizer": "t2"}, 5)
+    assert len(environment(tmp_path)) == 1
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_revision_and_diff_reproduce_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    package = source / "gptjax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("one\n")
+    monkeypatch.setattr(gptjax, "__file__", str(package / "__init__.py"))
+    open_run(run, CONFIG, PRINTS, None).close()
+    assert environment(run)[-1]["git"] is None, "not a checkout"
+
+    git(source, "init")
+    (source / "README.md").write_text("other\n")
+    git(source, "add", "README.md")
+    git(source, "commit", "-m", "x")
+    open_run(run, CONFIG, PRINTS, None).close()
+    assert environment(run)[-1]["git"] is None, "a checkout, but not of this package"
+
+    git(source, "add", "-A")
+    git(source, "commit", "-m", "y")
+    head = git(source, "rev-parse", "HEAD")
+    open_run(run, CONFIG, PRINTS, None).close()
+    clean = {"revision": head, "dirty": False, "diff": None, "untracked": []}
+    assert environment(run)[-1]["git"] == clean
+    assert not list(run.glob("*.diff"))
+
+    (package / "__init__.py").write_bytes(b"two \xff\n")
+    (source / "README.md").write_text("changed too\n")
+    (source / "new.py").write_text("")
+    open_run(run, CONFIG, PRINTS, None).close()
+    state = environment(run)[-1]["git"]
+    assert state == clean | {"dirty": True, "diff": "git.3.diff", "untracked": ["new.py"]}
+    changed = (package / "__init__.py").read_bytes()
+    git(source, "reset", "--hard")
+    git(source, "apply", str(run / "git.3.diff"))
+    assert (package / "__init__.py").read_bytes() == changed
+    assert (source / "README.md").read_text() == "changed too\n"
+
+    open_run(tmp_path / "second", CONFIG, PRINTS, None).close()
+    assert environment(tmp_path / "second")[0]["git"]["diff"] == "git.diff"
+    assert (tmp_path / "second" / "git.diff").read_bytes() == (run / "git.3.diff").read_bytes()
+
+
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with open_run(tmp_path / "run", CONFIG, PRINTS, None) as run:
+        run.log(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the run's records in .*: Not a directory"):
+        open_run(tmp_path / "file" / "run", CONFIG, PRINTS, None)
+
+
+def test_a_full_disk_is_told_and_the_log_stays_readable(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
+    try:
+        run = open_run(disk / "run", CONFIG, PRINTS, None)
+        with pytest.raises(
+            UserError, match=r"records in .*/run: No space left on device"
+        ) as caught:
+            for step in range(100_000):
+                run.log(step, {"loss": 0.5})
+        assert "\n" not in str(caught.value)
+        logged = read_metrics(disk / "run")
+        assert [line["step"] for line in logged] == list(range(len(logged)))
+        assert len(logged) > 1000
+        # Not even the last bytes of the curves fit; that must not hide what ended the run.
+        with pytest.raises(KeyboardInterrupt), run:
+            raise KeyboardInterrupt
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+WRITER = """
+    import json, sys
+    from gptjax.records import open_run, read_metrics
+    folder, config, resume = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    run = open_run(folder, config, {}, resume)
+    print("open", flush=True)
+    for step in range(resume + 1, 10**9):
+        run.log(step, {"loss": 1 / step})
+"""
+
+
+def test_sigkill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
+    """Killed while it opens (every file rewritten) and while it logs, each time resumed."""
+    moments = random.Random(0)
+    resume = 0
+    for waits in ("", "open", "open", ""):
+        arguments = [str(tmp_path), json.dumps(CONFIG), str(resume)]
+        child = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), *arguments],
+            env=os.environ | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert child.stdout is not None
+            if waits:
+                assert child.stdout.readline() == "open\n"
+                time.sleep(moments.uniform(0, 0.1))
+            else:
+                time.sleep(moments.uniform(0.9, 1.3))
+        finally:
+            child.kill()
+            child.communicate(timeout=60)
+            assert child.returncode == -signal.SIGKILL
+        for name in ("config.json", "environment.json"):
+            if (tmp_path / name).exists():
+                json.loads((tmp_path / name).read_text())
+        if (tmp_path / "metrics.jsonl").exists():
+            steps = [line["step"] for line in read_metrics(tmp_path)]
+            assert steps == list(range(1, len(steps) + 1))
+            resume = len(steps) // 2
+    assert resume > 0
+    shutil.rmtree(tmp_path / "tensorboard")
+    open_run(tmp_path, CONFIG, {}, resume).close()
+    assert len(read_metrics(tmp_path)) == resume
