@@ -122,11 +122,16 @@ class Model:
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate, which its name says by ending in "glu"."""
+        return self.feedforward.endswith("glu")
+
+    @property
     def F(self) -> int:
         """Width of the feed-forward; gated variants spend 2/3, so that parameters are equal."""
         if self.ff_dim is not None:
             return self.ff_dim
-        if self.feedforward.endswith("glu"):
+        if self.gated:
             return -(-8 * self.width // (3 * 64)) * 64
         return 4 * self.width
 

@@ -1,0 +1,1 @@
+"""The parts of a block, each a literal table of variants."""

@@ -1,0 +1,375 @@
+"""Causal self-attention: what a query may see, the kernels that compute it, the module.
+
+A kernel is a function (q_BTNH, k_BSKH, v_BSKH, Scores) -> o_BTNH. `Scores` says
+everything about visibility and score changes, so a new kernel is one function and one
+row of `ATTENTION`; what a kernel cannot do it refuses while tracing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gptjax.config import ConfigError, Model, choose
+from gptjax.layers.norm import HeadNorm
+from gptjax.layers.parameter import parameter
+from gptjax.layers.position import POSITION
+from gptjax.sharding import out, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Which keys a query sees, and how scores change before the softmax.
+
+    Query t sees key s where s <= t, t - s < window, and both are of one segment.
+
+    Attributes:
+        q_index_BT: each query's index in its row, int32; B may be 1.
+        k_index_BS: each key's index, int32; B may be 1.
+        q_segments_BT: the document of each query; None: all is one document.
+        k_segments_BS: the document of each key.
+        window: keys seen, the query's own included; None sees all. An int32 scalar where
+            layers of different windows share one compiled body.
+        slopes_N: ALiBi slopes; None adds no bias.
+        softcap: c turns scores z into c tanh(z / c); None leaves them.
+        cached: keys come from a cache, so query t is not at row t of the keys.
+    """
+
+    q_index_BT: jax.Array
+    k_index_BS: jax.Array
+    q_segments_BT: jax.Array | None = None
+    k_segments_BS: jax.Array | None = None
+    window: int | jax.Array | None = None
+    slopes_N: np.ndarray | None = None
+    softcap: float | None = None
+    cached: bool = False
+
+    def visible(self) -> jax.Array:
+        """mask_BTS, bool: True where the query may look."""
+        t, s = self.q_index_BT[:, :, None], self.k_index_BS[:, None, :]
+        mask = s <= t
+        if self.window is not None:
+            mask &= t - s < self.window
+        if self.q_segments_BT is not None and self.k_segments_BS is not None:
+            mask &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
+        return mask
+
+    def part(self, queries: slice, keys: slice) -> Scores:
+        """The same rules for some of the queries and keys."""
+        q, k = self.q_segments_BT, self.k_segments_BS
+        return dataclasses.replace(
+            self,
+            q_index_BT=self.q_index_BT[:, queries],
+            k_index_BS=self.k_index_BS[:, keys],
+            q_segments_BT=None if q is None else q[:, queries],
+            k_segments_BS=None if k is None else k[:, keys],
+        )
+
+    def bias(self) -> jax.Array | None:
+        """bias_BNTS, float32: minus slope times distance; None without ALiBi."""
+        if self.slopes_N is None:
+            return None
+        distance = self.q_index_BT[:, :, None] - self.k_index_BS[:, None, :]
+        return -jnp.asarray(self.slopes_N)[None, :, None, None] * distance[:, None]
+
+
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, Scores], jax.Array]
+
+
+def plain(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
+    """Scaled dot-product attention with grouped heads, all scores at once in memory.
+
+    Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023. Scores and softmax
+    are float32.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q_BTKGH * H**-0.5,
+        k_BSKH,
+        preferred_element_type=jnp.float32,
+        out_sharding=out("BKGTS"),
+    )
+    if scores.softcap is not None:
+        scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
+    bias = scores.bias()
+    if bias is not None:
+        # A row count of 1 stands for all rows, so the split into groups is spelled out.
+        scores_BKGTS += bias.reshape(-1, K, N // K, *bias.shape[2:])
+    mask_BTS = scores.visible()
+    # The lowest finite value, not -inf: a padded row that sees nothing stays finite.
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
+    weights = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, out_sharding=out("BTKGH"))
+    return o_BTKGH.reshape(B, T, N, H)
+
+
+BLOCK = 64  # queries a step of `block`
+
+
+def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
+    """`plain` over blocks of queries, each against only the keys that its block can see.
+
+    Skips the masked upper triangle and what lies outside a static window; for CPUs.
+    """
+    if scores.cached:
+        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
+    outputs = []
+    for start in range(0, q_BTNH.shape[1], BLOCK):
+        window = scores.window if isinstance(scores.window, int) else start + 1
+        queries = slice(start, start + BLOCK)
+        keys = slice(max(0, start - window + 1), start + BLOCK)
+        part = scores.part(queries, keys)
+        outputs.append(plain(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], part))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _refuse(scores: Scores, kernel: str, **unsupported: bool) -> None:
+    for what, present in unsupported.items():
+        if present:
+            raise ConfigError(
+                f"model.attention={kernel!r} does not support {what.replace('_', ' ')}: "
+                "use model.attention='auto' or 'plain'"
+            )
+
+
+def _on_shards(kernel: Callable[..., jax.Array], *operands: tuple[jax.Array | None, str]) -> jax.Array:
+    """Calls a kernel on each device's shard: custom calls cannot be partitioned by XLA."""
+    arrays = [array for array, _ in operands]
+    if out("B") is None:
+        return kernel(*arrays)
+    specs = tuple(spec(dims) for _, dims in operands)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=spec("BTNH"), check_vma=False)(*arrays)
+
+
+def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
+    """cuDNN's fused attention (NVIDIA GPUs, 16-bit inputs, even lengths)."""
+    if scores.cached:
+        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
+    window, segments = scores.window, scores.q_segments_BT
+    _refuse(
+        scores,
+        "cudnn",
+        softcapped_scores=scores.softcap is not None,
+        ALiBi=scores.slopes_N is not None,
+        layers_of_different_windows_under_scan_layers=isinstance(window, jax.Array),
+        **{f"dtype_{q_BTNH.dtype.name}": q_BTNH.dtype.itemsize != 2},
+    )
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=True, implementation="cudnn",
+            local_window_size=None if window is None else (int(window) - 1, 0),
+        )  # fmt: skip
+
+    return _on_shards(
+        kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT")
+    )
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    scores: Scores,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention, the Pallas kernel of jax for TPUs.
+
+    Args:
+        interpret: runs the kernel's body on any device, for tests.
+    """
+    if scores.cached:
+        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    window, T = scores.window, q_BTNH.shape[1]
+    _refuse(
+        scores,
+        "splash",
+        ALiBi=scores.slopes_N is not None,
+        layers_of_different_windows_under_scan_layers=isinstance(window, jax.Array),
+        **{f"a_context_of_{T}_tokens,_no_multiple_of_128": T % 128 != 0},
+    )
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        B, _, N, H = q.shape
+        G = N // k.shape[2]
+        one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
+        attend = kernels.make_splash_mqa_single_device(
+            masks.MultiHeadMask([one] * G),
+            attn_logits_soft_cap=scores.softcap,
+            interpret=interpret,
+        )
+        q_BKGTH = (q * H**-0.5).reshape(B, T, -1, G, H).transpose(0, 2, 3, 1, 4)
+        ids = None if segments is None else kernels.SegmentIds(segments, segments)
+        over_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
+        o_BKGTH = jax.vmap(over_heads)(q_BKGTH, k.swapaxes(1, 2), v.swapaxes(1, 2), ids)
+        return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+    segments = scores.q_segments_BT
+    return _on_shards(
+        kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT")
+    )
+
+
+ATTENTION: dict[str, Kernel] = {"plain": plain, "block": block, "cudnn": cudnn, "splash": splash}
+
+
+def resolve(config: Model, platform: str) -> Model:
+    """`config` with attention "auto" settled for the devices of a mesh.
+
+    The fused kernel of the platform where it can do what the config asks, `plain` where
+    it cannot, `block` on CPUs.
+
+    Args:
+        config: the architecture.
+        platform: the platform of the mesh's devices, "cpu", "gpu" or "tpu"; never the
+            default backend, because programs for a pod are compiled on CPU hosts.
+    """
+    if config.attention != "auto":
+        choose(ATTENTION, config.attention, "model.attention")
+        return config
+    alibi = POSITION[config.position].slopes is not None
+    mixed = config.scan_layers and len(set(config.layer_windows)) > 1
+    capped = config.attention_softcap is not None
+    fused = {
+        "gpu": ("cudnn", config.dtype == "bfloat16" and not (alibi or mixed or capped)),
+        "tpu": ("splash", config.context % 128 == 0 and not (alibi or mixed)),
+        "cpu": ("block", True),
+    }
+    name, able = fused.get(platform, ("plain", True))
+    return dataclasses.replace(config, attention=name if able else "plain")
+
+
+class Place(NamedTuple):
+    """Where the tokens of a batch stand; shared by all layers.
+
+    Attributes:
+        position_BT: what position encodings see, int32; restarts with each document.
+        index_BT: index in the row, int32; B may be 1. Decides causality.
+        segments_BT: document of each token; None: all is one document.
+        start_B: where a cache row takes the new keys; None without a cache.
+    """
+
+    position_BT: jax.Array
+    index_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    start_B: jax.Array | None = None
+
+
+Cache = dict[str, jax.Array]  # "key" and "value", each (B, S, K, H), slot s holds index s
+
+
+def _extend(cache_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The cache with T new entries written from each row's own start."""
+
+    def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
+
+    def rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.vmap(write)(cache, new, start)
+
+    if out("B") is None:
+        return rows(cache_BSKH, new_BTKH, start_B)
+    specs = (spec("BSKH"), spec("BTKH"), spec("B"))
+    return jax.shard_map(rows, in_specs=specs, out_specs=spec("BSKH"))(cache_BSKH, new_BTKH, start_B)
+
+
+class Attention(nn.Module):
+    """Multi-head (K = N), grouped-query or multi-query (K = 1) causal self-attention."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        place: Place,
+        window: int | jax.Array | None,
+        layer: int | jax.Array = 0,
+        first_value_BTKH: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Attends.
+
+        Args:
+            x_BTD: the normalised residual stream.
+            place: where the tokens stand.
+            window: see `Scores`.
+            layer: which layer this is, from 0.
+            first_value_BTKH: the first layer's values, for the value residual.
+            cache: keys and values of earlier tokens; the new ones are written into it.
+
+        Returns:
+            The output (B, T, D), this layer's own values (B, T, K, H) and the new cache.
+        """
+        c = self.config
+        position = choose(POSITION, c.position, "model.position")
+        q_BTNH, k_BTKH, v_BTKH = (self._project(x_BTD, name) for name in ("query", "key", "value"))
+        if c.qk_norm:
+            q_BTNH = HeadNorm(c, name="query_norm")(q_BTNH)
+            k_BTKH = HeadNorm(c, name="key_norm")(k_BTKH)
+        if position.rotate is not None:
+            q_BTNH = position.rotate(c, q_BTNH, place.position_BT)
+            k_BTKH = position.rotate(c, k_BTKH, place.position_BT)
+        own_value_BTKH = v_BTKH
+        if c.value_residual:
+            first = v_BTKH if first_value_BTKH is None else first_value_BTKH
+            v_BTKH = self._mix(v_BTKH, jnp.where(layer == 0, v_BTKH, first))
+        k_index_BS, k_segments_BS = place.index_BT, place.segments_BT
+        if cache is not None:
+            assert place.start_B is not None, "a cache needs place.start_B"
+            k_BTKH = _extend(cache["key"], k_BTKH, place.start_B)
+            v_BTKH = _extend(cache["value"], v_BTKH, place.start_B)
+            cache = {"key": k_BTKH, "value": v_BTKH}
+            k_index_BS = jnp.arange(k_BTKH.shape[1])[None]
+        scores = Scores(
+            q_index_BT=place.index_BT,
+            k_index_BS=k_index_BS,
+            q_segments_BT=place.segments_BT,
+            k_segments_BS=k_segments_BS,
+            window=window,
+            slopes_N=None if position.slopes is None else position.slopes(c),
+            softcap=c.attention_softcap,
+            cached=cache is not None,
+        )
+        name = "plain" if c.attention == "auto" else c.attention
+        o_BTNH = choose(ATTENTION, name, "model.attention")(q_BTNH, k_BTKH, v_BTKH, scores)
+        return self._output(o_BTNH), own_value_BTKH, cache
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        c, letter = self.config, "N" if name == "query" else "K"
+        heads = c.heads if name == "query" else c.K
+        kernel = parameter(
+            self, c, name, f"D{letter}H", (c.width, heads, c.H), "matrix", fan_in=c.width
+        )
+        to = f"BT{letter}H"
+        y = jnp.einsum(f"BTD,D{letter}H->{to}", x_BTD, kernel, out_sharding=out(to))
+        if c.bias:
+            y += parameter(self, c, f"{name}_bias", f"{letter}H", (heads, c.H), "bias")
+        return y
+
+    def _mix(self, own: jax.Array, first: jax.Array) -> jax.Array:
+        """Value residual with two learned shares (Zhou et al. 2024, eq. 8), each 1/2 at first."""
+        share_own = parameter(self, self.config, "value_own", "", (), "gain", mean=0.5)
+        share_first = parameter(self, self.config, "value_first", "", (), "gain", mean=0.5)
+        return share_own * own + share_first * first
+
+    def _output(self, o_BTNH: jax.Array) -> jax.Array:
+        c = self.config
+        shape = (c.heads, c.H, c.width)
+        kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in=c.heads * c.H)
+        y = jnp.einsum("BTNH,NHD->BTD", o_BTNH, kernel, out_sharding=out("BTD"))
+        return y + parameter(self, c, "out_bias", "D", (c.width,), "bias") if c.bias else y

@@ -1,0 +1,167 @@
+"""How a layer declares a parameter, and how its initial value is drawn.
+
+A layer calls `parameter(self, "query", "DNH", shape, role)`. During `init` Linen
+collects what was declared (shape, dims, how to draw it) without drawing anything;
+`draw` then makes the values from the seed and the parameter's path. So a value
+depends on its path and shape alone: two architectures that share a path share its
+initial value, and neither call order, depth nor mesh changes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from scipy.special import ndtri
+
+from gptjax import sharding
+from gptjax.config import Model, choose
+
+# Scheme -> role -> standard deviation from (fan-in, layers). Roles: "embedding" and
+# "position" tables, "matrix", "residual" (a matrix that writes to the residual
+# stream) and "unembedding".
+INIT: dict[str, dict[str, Callable[[int, int], float]]] = {
+    # Radford et al. 2019, section 2.3: 0.02, residual writers scaled by depth (two a layer).
+    "gpt2": {
+        "embedding": lambda fan_in, layers: 0.02,
+        "position": lambda fan_in, layers: 0.02,
+        "matrix": lambda fan_in, layers: 0.02,
+        "residual": lambda fan_in, layers: 0.02 * (2 * layers) ** -0.5,
+        "unembedding": lambda fan_in, layers: 0.02,
+    },
+    # LeCun et al. 1998, section 4.6: outputs of unit variance for inputs of unit variance.
+    "fan_in": {
+        "embedding": lambda fan_in, layers: fan_in**-0.5,
+        "position": lambda fan_in, layers: fan_in**-0.5,
+        "matrix": lambda fan_in, layers: fan_in**-0.5,
+        "residual": lambda fan_in, layers: (2 * layers * fan_in) ** -0.5,
+        "unembedding": lambda fan_in, layers: fan_in**-0.5,
+    },
+    # As fan_in, but each branch starts as the identity (Fixup, Zhang et al. 2019).
+    "zero_out": {
+        "embedding": lambda fan_in, layers: fan_in**-0.5,
+        "position": lambda fan_in, layers: fan_in**-0.5,
+        "matrix": lambda fan_in, layers: fan_in**-0.5,
+        "residual": lambda fan_in, layers: 0.0,
+        "unembedding": lambda fan_in, layers: fan_in**-0.5,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known of a parameter before it has a value.
+
+    Attributes:
+        shape: sizes of the dims.
+        dims: one letter of the shape alphabet for each dim, "LDNH".
+        mean: the initial value where std is 0.
+        std: the standard deviation of initial values around 0; 0 makes them `mean`.
+        role: a role of `INIT`, or "gain" or "bias" for what is not a matrix.
+    """
+
+    shape: tuple[int, ...]
+    dims: str
+    mean: float
+    std: float
+    role: str
+
+    def stacked(self, layers: int) -> Spec:
+        """The same parameter of `layers` layers, stacked along a leading dim L."""
+        return dataclasses.replace(self, shape=(layers, *self.shape), dims="L" + self.dims)
+
+
+class Declared(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """Carries a `Spec` out of Linen's `init`; unboxes to the bare value."""
+
+    value: Any
+    spec: Spec = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Declared:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        raise NotImplementedError("layers are stacked by gptjax.model, not by nn.scan")
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        raise NotImplementedError("layers are stacked by gptjax.model, not by nn.scan")
+
+
+def parameter(
+    module: nn.Module,
+    config: Model,
+    name: str,
+    dims: str,
+    shape: tuple[int, ...],
+    role: str,
+    *,
+    fan_in: int = 1,
+    mean: float = 0.0,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Declares a float32 parameter of `module`; returns it cast and gathered for use.
+
+    Args:
+        module: the Linen module that owns it.
+        config: decides the initial scale and the dtype of use.
+        name: the last part of its path.
+        dims: its dims, "DNH".
+        shape: its shape.
+        role: a role of `INIT`, or "gain" or "bias", which start at `mean`.
+        fan_in: how many inputs each output sums over.
+        mean: the mean of its initial value.
+        dtype: the dtype to use it in; None is `config.dtype`.
+    """
+    scheme = choose(INIT, config.init, "model.init")
+    std = scheme[role](fan_in, config.layers) if role in scheme else 0.0
+    spec = Spec(shape, dims, mean, std, role)
+    value = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
+    return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
+
+
+@functools.cache
+def _normal_quantiles() -> np.ndarray:
+    """The standard normal's 65,536 equally likely values, float32, at most 4.3 from 0.
+
+    Drawing is integer bits, a look-up and one product, each exact; `jax.random.normal`
+    evaluates a polynomial, whose last bit changes with the shape of a device's shard.
+    """
+    return ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
+
+
+def draw(spec: Spec, path: str, seed: jax.Array) -> jax.Array:
+    """The initial value of a parameter, born sharded where a mesh is set.
+
+    Args:
+        spec: what to draw; a leading dim L is drawn layer by layer, each from its own
+            key, so that layer 3 starts alike in a model of 4 layers and one of 40.
+        path: its path, "blocks/attention/query".
+        seed: a PRNG key.
+    """
+    key = jax.random.fold_in(seed, zlib.crc32(path.encode()))
+    stacked = spec.dims.startswith("L")
+    shape, dims = (spec.shape[1:], spec.dims[1:]) if stacked else (spec.shape, spec.dims)
+    where = None if sharding.out(dims) is None else sharding.parameter_spec(dims)
+
+    def one(key: jax.Array) -> jax.Array:
+        if spec.std == 0:
+            constant = jnp.full(shape, spec.mean, jnp.float32)
+            return constant if where is None else jax.reshard(constant, where)
+        bits = jax.random.bits(key, shape, jnp.uint16, out_sharding=where)
+        normal = jnp.asarray(_normal_quantiles()).at[bits.astype(jnp.int32)]
+        return spec.std * normal.get(out_sharding=where)
+
+    if not stacked:
+        return one(key)
+    return jax.vmap(lambda layer: one(jax.random.fold_in(key, layer)))(jnp.arange(spec.shape[0]))

@@ -1,0 +1,325 @@
+"""GPT: the block, the stack, and the waist of the codebase: `init` and `apply`.
+
+Shape alphabet, used in names (`x_BTD`), einsums and sharding rules:
+
+    B  batch row            D  width of the residual stream    V  vocabulary
+    T  query position       N  query heads                     L  layers
+    S  key position         K  key-value heads                 P  learned positions
+    A  accumulation step    G  query heads a key-value head    C  vocabulary chunk
+    H  head width           F  feed-forward width
+
+Parameters are one plain nested dict of float32 arrays. Those of the blocks are stacked
+along L whether the layers are scanned or unrolled, so both run the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from gptjax import sharding
+from gptjax.config import Model, choose
+from gptjax.layers.attention import Attention, Cache, Place
+from gptjax.layers.feedforward import FeedForward
+from gptjax.layers.norm import Norm
+from gptjax.layers.parameter import Declared, Spec, draw, parameter
+from gptjax.layers.position import POSITION
+
+Params = dict[str, Any]
+
+
+class Placement(NamedTuple):
+    branch_in: bool  # normalise what a branch reads
+    branch_out: bool  # normalise what a branch writes
+    stream: bool  # normalise the residual stream after the sum
+
+
+PLACEMENT: dict[str, Placement] = {
+    "pre": Placement(branch_in=True, branch_out=False, stream=False),  # Radford et al. 2019
+    "post": Placement(branch_in=False, branch_out=False, stream=True),  # Vaswani et al. 2017
+    "sandwich": Placement(branch_in=True, branch_out=True, stream=False),  # Ding et al. 2021
+}
+
+# What the backward pass may keep of a block; the rest is computed again.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # weights' products
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", "feedforward"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None, name: int) -> jax.Array:
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); no key, no dropout.
+
+    Srivastava et al. 2014. On embeddings and branch outputs, not on attention weights,
+    which fused kernels never form. `name` separates the places of a layer.
+    """
+    if key is None or rate == 0:
+        return x_BTD
+    keep = jax.random.bernoulli(
+        jax.random.fold_in(key, name), 1 - rate, x_BTD.shape, out_sharding=sharding.out("BTD")
+    )
+    return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to the residual stream."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        place: Place,
+        window: int | jax.Array | None,
+        layer: int | jax.Array = 0,
+        first_value: jax.Array | None = None,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """Runs layer number `layer`; the other arguments are those of `Attention`.
+
+         the stream (B, T, D), this layer's values (B, T, K, H) and the new cache."""
+        c, kind = self.config, choose(PLACEMENT, self.config.norm_placement, "model.norm_placement")
+        attention, feedforward = Attention(c, name="attention"), FeedForward(c, name="feedforward")
+
+        def norm(use: bool, name: str, x: jax.Array) -> jax.Array:
+            return Norm(c, name=name)(x) if use else x
+
+        def add(x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            y = branch(norm(kind.branch_in, f"{name}_norm_in", x))
+            y = norm(kind.branch_out, f"{name}_norm_out", y)
+            x = x + dropout(y, c.dropout, dropout_key, ("attention", "feedforward").index(name))
+            return norm(kind.stream, f"{name}_norm_stream", x)
+
+        kept: list[Any] = []
+
+        def attend(y: jax.Array) -> jax.Array:
+            y, *rest = attention(y, place, window, layer, first_value, cache)
+            kept.extend(rest)
+            return checkpoint_name(y, "attention")
+
+        def feed(y: jax.Array) -> jax.Array:
+            return checkpoint_name(feedforward(y), "feedforward")
+
+        if c.parallel_block:  # GPT-J, Wang & Komatsuzaki 2021: one norm, both branches at once
+            x_BTD = add(x_BTD, "attention", lambda y: attend(y) + feed(y))
+        else:
+            x_BTD = add(add(x_BTD, "attention", attend), "feedforward", feed)
+        value, cache = kept
+        return x_BTD, value, cache
+
+
+class Embed(nn.Module):
+    """Token ids and positions -> x_BTD."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
+        c, position = self.config, choose(POSITION, self.config.position, "model.position")
+
+        def table(name: str, dims: str, rows: int, role: str, ids_BT: jax.Array) -> jax.Array:
+            E = parameter(self, c, name, dims, (rows, c.width), role, fan_in=c.width)
+            if ids_BT.shape[0] == 1:  # one row stands for all: nothing to split
+                return E.at[ids_BT].get(out_sharding=sharding.out("TTD"))
+            return E.at[ids_BT].get(out_sharding=sharding.out("BTD"))
+
+        x_BTD = table("tokens", "VD", c.vocab_size, "embedding", tokens_BT)
+        if position.learned:
+            x_BTD += table("positions", "PD", c.context, "position", position_BT)
+        if position.embed is not None:
+            x_BTD += position.embed(c, position_BT).astype(x_BTD.dtype)
+        return x_BTD
+
+
+class Unembed(nn.Module):
+    """The output projection (D, V) of a model that does not reuse its token table."""
+
+    config: Model
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        c = self.config
+        shape = (c.width, c.vocab_size)
+        return parameter(self, c, "kernel", "DV", shape, "unembedding", fan_in=c.width)
+
+
+def abstract_params(config: Model) -> Params:
+    """The parameter tree with a `Spec` (shape, dims, initial distribution) at each leaf."""
+    x_BTD = jax.ShapeDtypeStruct((1, 1, config.width), config.dtype)
+    ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def specs(module: nn.Module, *inputs: Any) -> Params:
+        # Shapes are asked for with one row, which no mesh divides: look away from the mesh.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
+        return jax.tree.map(lambda box: box.spec, boxed, is_leaf=lambda x: isinstance(x, Declared))
+
+    params = {
+        "embed": specs(Embed(config), ids_BT, ids_BT),
+        "blocks": specs(Block(config), x_BTD, Place(ids_BT, ids_BT), None),
+    }
+    params["blocks"] = jax.tree.map(lambda spec: spec.stacked(config.layers), params["blocks"])
+    if not choose(PLACEMENT, config.norm_placement, "model.norm_placement").stream:
+        params["final_norm"] = specs(Norm(config), x_BTD)
+    if not config.tied:
+        params["unembed"] = specs(Unembed(config))
+    return {name: part for name, part in params.items() if part}
+
+
+def init(config: Model, seed: int) -> Params:
+    """Initial parameters, float32, each a function of (seed, its path, its shape) alone.
+
+    Where a mesh is set they are born sharded: no device ever holds a whole one.
+    """
+    specs = abstract_params(config)
+
+    @jax.jit
+    def make(key: jax.Array) -> Params:
+        name = lambda path: "/".join(part.key for part in path)  # noqa: E731
+        return jax.tree.map_with_path(lambda path, s: draw(s, name(path), key), specs)
+
+    return make(jax.random.key(seed))
+
+
+def init_cache(config: Model, rows: int, length: int) -> Params:
+    """An empty key-value cache for `rows` rows of at most `length` tokens."""
+    shape = (config.layers, rows, length, config.K, config.H)
+    where = sharding.out("LBSKH")
+
+    def zeros() -> jax.Array:
+        empty = jnp.zeros(shape, config.dtype)
+        return empty if where is None else jax.reshard(empty, where)
+
+    return {"key": zeros(), "value": zeros(), "length": jnp.zeros(rows, jnp.int32)}
+
+
+def hidden(
+    config: Model,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    position_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+    cache: Params | None = None,
+) -> tuple[jax.Array, Params | None]:
+    """The residual stream after the last layer and final norm: what is unembedded.
+
+    Args:
+        config: the architecture.
+        params: the tree of `init`.
+        tokens_BT: int32 ids in [0, V); an id outside is not noticed here but in the data.
+        position_BT: int32 positions below `config.context`; None counts from the row's start.
+        segments_BT: int32 document of each token; attention stays inside; None: one document.
+        dropout_key: drops out with this key; None is evaluation.
+        cache: of `init_cache`, holding the tokens before `tokens_BT`.
+
+    Returns:
+        x_BTD in `config.dtype`, and the cache extended by these tokens (None without).
+    """
+    index_BT = jnp.arange(tokens_BT.shape[1])[None]
+    if cache is not None:
+        index_BT = index_BT + cache["length"][:, None]
+    position_BT = index_BT if position_BT is None else position_BT
+    place = Place(position_BT, index_BT, segments_BT, None if cache is None else cache["length"])
+    x_BTD = _apply(Embed(config), params, "embed", tokens_BT, position_BT)
+    x_BTD = dropout(x_BTD, config.dropout, dropout_key, 2)
+    layer_cache = None if cache is None else {"key": cache["key"], "value": cache["value"]}
+    x_BTD, layer_cache = _blocks(config, params["blocks"], x_BTD, place, dropout_key, layer_cache)
+    if not PLACEMENT[config.norm_placement].stream:
+        x_BTD = _apply(Norm(config), params, "final_norm", x_BTD)
+    if cache is None or layer_cache is None:
+        return x_BTD, None
+    return x_BTD, {**layer_cache, "length": cache["length"] + tokens_BT.shape[1]}
+
+
+def unembedding(config: Model, params: Params) -> jax.Array:
+    """The output projection (D, V), ready for use: the token table where tied."""
+    if config.tied:
+        return sharding.gather(params["embed"]["tokens"], "VD", config.dtype).T
+    return _apply(Unembed(config), params, "unembed")
+
+
+def logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """logits_BTV, float32, of the stream that `hidden` returns."""
+    logits_BTV = jnp.einsum(
+        "BTD,DV->BTV",
+        x_BTD,
+        unembedding(config, params),
+        preferred_element_type=jnp.float32,
+        out_sharding=sharding.out("BTV"),
+    )
+    cap = config.logit_softcap
+    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+
+def apply(config: Model, params: Params, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
+    """logits_BTV, float32, of the next token at every position; arguments as `hidden`."""
+    return logits(config, params, hidden(config, params, tokens_BT, **kwargs)[0])
+
+
+def _apply(module: nn.Module, params: Params, name: str, *inputs: Any) -> Any:
+    # A module without parameters (parameter-free norm) has no entry in the tree.
+    return module.apply({"params": params.get(name, {})}, *inputs)
+
+
+def _blocks(
+    config: Model,
+    params: Params,
+    x_BTD: jax.Array,
+    place: Place,
+    dropout_key: jax.Array | None,
+    cache: Cache | None,
+) -> tuple[jax.Array, Cache | None]:
+    """All layers, scanned or unrolled: the same function of the same stacked parameters."""
+    windows, layers = config.layer_windows, range(config.layers)
+    uniform = len(set(windows)) == 1
+
+    def body(carry: Any, layer: Any, window: int | jax.Array | None) -> tuple[Any, Cache | None]:
+        x_BTD, first_value = carry
+        index, block_params, layer_cache = layer
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        x_BTD, value, layer_cache = Block(config).apply(
+            {"params": block_params}, x_BTD, place, window, index, first_value, layer_cache, key
+        )
+        if config.value_residual:
+            first_value = jnp.where(index == 0, value, first_value)
+        return (x_BTD, first_value), layer_cache
+
+    B, T = x_BTD.shape[:2]
+    first_value = None
+    if config.value_residual:
+        first_value = jnp.zeros((B, T, config.K, config.H), x_BTD.dtype)
+        where = sharding.out("BTKH")
+        first_value = first_value if where is None else jax.reshard(first_value, where)
+    carry, policy = (x_BTD, first_value), choose(REMAT, config.remat, "model.remat")
+
+    def step(window: int | jax.Array | None) -> Callable[[Any, Any], tuple[Any, Any]]:
+        run = functools.partial(body, window=window)
+        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+
+    if config.scan_layers:
+        seen = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
+        stacked = (jnp.arange(config.layers), params, cache)
+        if uniform:
+            carry, cache = jax.lax.scan(step(windows[0]), carry, stacked)
+        else:
+            body_of = lambda carry, layer: step(layer[1])(carry, layer[0])  # noqa: E731
+            carry, cache = jax.lax.scan(body_of, carry, (stacked, seen))
+        return carry[0], cache
+    split = [jax.tree.map(lambda p, i=i: p[i], (params, cache)) for i in layers]
+    caches = []
+    for i, window in enumerate(windows):
+        carry, layer_cache = step(window)(carry, (i, *split[i]))
+        caches.append(layer_cache)
+    return carry[0], None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
