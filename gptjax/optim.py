@@ -1,0 +1,317 @@
+"""Optimisers, learning-rate schedules and weight-decay masks: three tables over optax.
+
+The update of step s (0-based) is
+
+    gradient -> global-norm clip -> direction (OPTIMIZERS) -> + weight_decay * parameter
+             -> * -learning_rate(s)
+
+so weight decay is decoupled and multiplied by the learning rate (Loshchilov & Hutter 2019,
+arXiv:1711.05101, as in PyTorch and optax). Parameters are named by their dims, "LDNH":
+which of them decay, and what is a matrix to Muon, is read off the letters. Parameters are
+stacked over layers, and no row lets one layer's update depend on another's, save through
+the global norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import ConfigError, Optim, choose
+from gptjax.sharding import parameter_spec
+
+Tree = Any  # nested dict like the parameters
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]  # step, 0-based -> learning rate
+
+
+def is_matrix(dims: str) -> bool:
+    """Whether a parameter maps to or from the width: "LDNH" and "VD", not a bias "LNH"."""
+    return "D" in dims and len(dims.removeprefix("L")) > 1
+
+
+def is_inner_matrix(dims: str) -> bool:
+    """A matrix that is neither a table of tokens or positions nor the unembedding."""
+    return is_matrix(dims) and not set(dims) & set("VP")
+
+
+# Which parameters decay, by their dims.
+DECAY_MASKS: dict[str, Callable[[str], bool]] = {
+    "matrices": is_matrix,
+    "no_embedding": is_inner_matrix,
+    "all": lambda dims: True,
+}
+
+
+def constant(config: Optim, steps: int) -> Schedule:
+    return optax.constant_schedule(1.0)
+
+
+def cosine(config: Optim, steps: int) -> Schedule:
+    """Half a cosine to the last step (Loshchilov & Hutter 2017, eq. 5, without restarts)."""
+    length = max(steps - 1 - config.warmup_steps, 1)
+    return optax.cosine_decay_schedule(1.0, length, alpha=config.final_lr_fraction)
+
+
+def linear(config: Optim, steps: int) -> Schedule:
+    return optax.linear_schedule(
+        1.0, config.final_lr_fraction, max(steps - 1 - config.warmup_steps, 1)
+    )
+
+
+def wsd(config: Optim, steps: int) -> Schedule:
+    """Warmup, stable, decay (Hu et al. 2024, arXiv:2404.06395, with a linear decay).
+
+    The last round(decay_fraction * steps) updates, at least one, lie below the peak.
+    """
+    decay = max(1, round(config.decay_fraction * steps))
+    if config.warmup_steps + decay > steps:
+        raise ConfigError(
+            f"optim.warmup_steps={config.warmup_steps} and optim.decay_fraction="
+            f"{config.decay_fraction} overlap in a run of {steps} steps: lower one of them"
+        )
+    start = max(0, steps - 1 - decay - config.warmup_steps)
+    return optax.linear_schedule(1.0, config.final_lr_fraction, decay, transition_begin=start)
+
+
+# Fraction of the peak as a function of the updates since the warmup.
+SCHEDULES: dict[str, Callable[[Optim, int], Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+}
+
+
+def make_schedule(config: Optim, steps: int) -> Schedule:
+    """The learning rate of each update of a run of `steps`.
+
+    With w = warmup_steps the rate of update s < w is peak * (s + 1) / (w + 1): linear from 0,
+    which it would have just before the run, so that no update is wasted, to the peak, which
+    it first has at s = w. At s = steps - 1 it is peak * final_lr_fraction, unless the
+    schedule is constant or the warmup ends right there.
+
+    Raises:
+        ConfigError: on an unknown schedule or a warmup that does not fit into the run.
+    """
+    w = config.warmup_steps
+    if w >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps={w} never ends in a run of train.steps={steps}: "
+            f"set it to at most {steps - 1}"
+        )
+    after = choose(SCHEDULES, config.schedule, "optim.schedule")(config, steps)
+
+    def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step)
+        return config.peak_lr * jnp.where(step < w, (step + 1) / (w + 1), after(step - w))
+
+    return rate
+
+
+def _descend(
+    direction: optax.GradientTransformation, config: Optim, rate: Schedule, dims: Tree
+) -> optax.GradientTransformation:
+    mask = jax.tree.map(choose(DECAY_MASKS, config.decay_mask, "optim.decay_mask"), dims)
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def adamw(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019)."""
+    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    return _descend(direction, config, rate, dims)
+
+
+def lion(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum.
+
+    The authors advise a peak 3 to 10 times below AdamW's, and as much more weight decay.
+    """
+    return _descend(optax.scale_by_lion(config.b1, config.b2), config, rate, dims)
+
+
+def adafactor(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments.
+
+    No momentum, which would undo the saving, so b1, b2 and eps are unused: the decay of the
+    second moment is the paper's 1 - t^-0.8. Deviations: the rate is not scaled by the
+    parameter's size, so that peak_lr means what it means to the other rows; of (D, N, H)
+    the two largest dims are factored, from a size of 32 on.
+    """
+    one = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
+    )
+    # Statistics and clipping are the layer's own, not those of the whole stack.
+    per_layer = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
+    labels = jax.tree.map(lambda d: "stacked" if d.startswith("L") else "single", dims)
+    direction = optax.partition({"stacked": per_layer, "single": one}, labels)
+    return _descend(direction, config, rate, dims)
+
+
+def muon(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all the rest.
+
+    Each layer's query, key and value are orthogonalised as D x (N H) matrices, `out` as
+    (N H) x D: by five Newton-Schulz steps in float32, which leave singular values between
+    0.7 and 1.2. The update is then multiplied by 0.2 sqrt(max(fan_in, fan_out)), which
+    gives it the root mean square of a typical AdamW update (Liu et al. 2025,
+    arXiv:2502.16982, eq. 4), so that both groups share one peak_lr and one weight_decay.
+    `momentum` is Muon's (Nesterov); b1, b2 and eps are AdamW's.
+    """
+    skip = optax.MaskedNode()
+    numbers = jax.tree.map(lambda d: _muon_numbers(d) if is_inner_matrix(d) else skip, dims)
+    labels = jax.tree.map(lambda d: "muon" if is_inner_matrix(d) else "adam", dims)
+
+    def match_rms(updates: Tree, params: Tree) -> Tree:
+        def scaled(u: jax.Array, n: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+            fans = (math.prod(u.shape[i] for i in fan) for fan in n)
+            return 0.2 * math.sqrt(max(fans)) * u
+
+        return jax.tree.map(scaled, updates, numbers)
+
+    orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
+    transforms = {
+        "muon": optax.chain(orthogonal, optax.stateless(match_rms)),
+        "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
+    }
+    return _descend(optax.partition(transforms, labels), config, rate, dims)
+
+
+def _muon_numbers(dims: str) -> optax.contrib.MuonDimensionNumbers:
+    """Which dims of a matrix are fan-in and fan-out: D is one, all others are the other."""
+    D = (dims.index("D"),)
+    rest = tuple(i for i, letter in enumerate(dims) if letter not in "LD")
+    fans = (D, rest) if D < rest else (rest, D)
+    return optax.contrib.MuonDimensionNumbers(*fans)
+
+
+def schedule_free(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+    """Schedule-Free AdamW (Defazio et al. 2024, arXiv:2405.15682).
+
+    b1 interpolates between the average and the fast iterate; weight decay acts where the
+    gradient is taken. Meant for schedule="constant" with a warmup; evaluate at
+    `evaluation_params`.
+    """
+    if config.b1 == 0:
+        raise ConfigError("optim.optimizer='schedule_free' needs optim.b1 above 0, such as 0.9")
+    # Adam without momentum: schedule-free averaging takes its place.
+    direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    # Its own count starts at 1; ours at 0.
+    return optax.contrib.schedule_free(
+        _descend(direction, config, rate, dims), lambda count: rate(count - 1), config.b1
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Optim, Schedule, Tree], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "lion": lion,
+    "adafactor": adafactor,
+    "muon": muon,
+    "schedule_free": schedule_free,
+}
+
+
+def make_optimizer(config: Optim, steps: int, dims: Tree) -> optax.GradientTransformation:
+    """The whole update: clip, optimiser, weight decay and learning rate.
+
+    Under a mesh, new states and updates have the shardings of `state_specs` and
+    `parameter_spec`, whatever the row computes in between.
+
+    Args:
+        config: names the rows.
+        steps: length of the run, for the schedule.
+        dims: the dims of each parameter, "LDNH", in a tree like the parameters.
+
+    Raises:
+        ConfigError: on an unknown name or a schedule that does not fit.
+    """
+    row = choose(OPTIMIZERS, config.optimizer, "optim.optimizer")
+    transformation = row(config, make_schedule(config, steps), dims)
+    if config.clip is not None:
+        transformation = optax.chain(optax.clip_by_global_norm(config.clip), transformation)
+    return _placed(transformation, dims)
+
+
+def _placed(
+    transformation: optax.GradientTransformation, dims: Tree
+) -> optax.GradientTransformation:
+    """Lets XLA partition the update; what enters and leaves is sharded as said here.
+
+    Reshapes and products of sharded dims (Newton-Schulz) have no one explicit sharding.
+    """
+    updates = jax.tree.map(parameter_spec, dims)
+
+    def init(params: Tree) -> optax.OptState:
+        if jax.sharding.get_abstract_mesh().empty:
+            return transformation.init(params)
+        specs = state_specs(jax.eval_shape(transformation.init, params), params, dims)
+        return jax.sharding.auto_axes(transformation.init, out_sharding=specs)(params)
+
+    def update(
+        grads: Tree, state: optax.OptState, params: Tree | None = None
+    ) -> tuple[Tree, optax.OptState]:
+        if jax.sharding.get_abstract_mesh().empty:
+            return transformation.update(grads, state, params)
+        specs = (updates, state_specs(state, params, dims))
+        return jax.sharding.auto_axes(transformation.update, out_sharding=specs)(
+            grads, state, params
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def state_specs(state: optax.OptState, params: Tree, dims: Tree) -> optax.OptState:
+    """The PartitionSpec of each leaf of an optimiser state, real or abstract.
+
+    A leaf that stands at a parameter's path and has its shape (a moment, a fast iterate) is
+    sharded like it. All else is small, a count or a factor of Adafactor, and replicated.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        path: (leaf.shape, parameter_spec(letters))
+        for (path, leaf), letters in zip(leaves, jax.tree.leaves(dims), strict=True)
+    }
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> P:
+        tails = (known[path[i:]] for i in range(len(path)) if path[i:] in known)
+        return next((spec for shape, spec in tails if shape == leaf.shape), P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def evaluation_params(state: optax.OptState, params: Tree) -> Tree:
+    """The parameters to evaluate and generate with: schedule-free's average x, else `params`."""
+    kind = optax.contrib.ScheduleFreeState
+    for part in jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, kind)):
+        if isinstance(part, kind):
+            return optax.contrib.schedule_free_eval_params(part, params)
+    return params
+
+
+def ema_update(ema: Tree, params: Tree, decay: float, step: jax.typing.ArrayLike) -> Tree:
+    """The debiased exponential moving average of parameters, one update further.
+
+    Args:
+        ema: the average so far; its value weighs nothing at step 0.
+        params: the parameters after update number `step`.
+        decay: in [0, 1).
+        step: 0-based number of the update.
+
+    Returns:
+        sum_i decay^(step-i) params_i / sum_i decay^(step-i) over i = 0..step: Adam's bias
+        correction (Kingma & Ba 2015, section 3) kept inside the average, so that early
+        averages owe nothing to the initial parameters and need no correction on use.
+    """
+    log_decay = math.log(decay) if decay else -math.inf
+    # expm1, because 1 - decay^(step+1) loses its digits in float32 early on.
+    share = jnp.expm1(log_decay) / jnp.expm1((jnp.asarray(step) + 1) * log_decay)
+    return jax.tree.map(lambda e, p: (1 - share) * e + share * p, ema, params)

@@ -1,0 +1,362 @@
+"""Optimisers, schedules, masks and averages against closed forms, and on meshes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax.config import ConfigError, Mesh, Optim
+from gptjax.optim import (
+    DECAY_MASKS,
+    OPTIMIZERS,
+    SCHEDULES,
+    ema_update,
+    evaluation_params,
+    make_optimizer,
+    make_schedule,
+    state_specs,
+)
+from gptjax.sharding import make_mesh, parameter_spec
+
+SIZES = {"L": 3, "D": 32, "N": 4, "H": 8, "F": 64, "V": 48}
+DIMS = {
+    "embed": {"tokens": "VD"},
+    "blocks": {
+        "attention": {"query": "LDNH", "out": "LNHD", "query_bias": "LNH"},
+        "feedforward": {"up": "LDF", "down": "LFD", "up_bias": "LF"},
+        "value_own": "L",
+    },
+    "final_norm": {"scale": "D"},
+    "unembed": {"kernel": "DV"},
+}
+LETTERS = [
+    "VD",
+    "PD",
+    "DV",
+    "LDNH",
+    "LDKH",
+    "LNHD",
+    "LDF",
+    "LFD",
+    "LNH",
+    "LF",
+    "LH",
+    "LD",
+    "L",
+    "D",
+]
+
+
+def config(**changes) -> Optim:
+    values = {
+        "optimizer": "adamw",
+        "peak_lr": 0.1,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "decay_fraction": 0.2,
+        "final_lr_fraction": 0.1,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "momentum": 0.95,
+        "weight_decay": 0.0,
+        "decay_mask": "matrices",
+        "clip": None,
+        "ema_decay": None,
+        "z_loss": 0.0,
+        "loss_vocab_chunk": None,
+    }
+    return Optim(**{**values, **changes})
+
+
+def draw(seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda d: rng.normal(size=[SIZES[letter] for letter in d]).astype(np.float32), DIMS
+    )
+
+
+def run(optim: Optim, params, gradients, dims=DIMS):
+    """Parameters and state after one update for each of the gradients."""
+    optimizer = make_optimizer(optim, 100, dims)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(optimizer.init)(params)
+    for grads in gradients:
+        params, state = step(params, state, grads)
+    return params, state
+
+
+def assert_close(got, expected, tolerance):
+    def one(g, e):
+        np.testing.assert_allclose(g, e, rtol=tolerance, atol=tolerance * np.abs(e).max())
+
+    jax.tree.map(one, got, expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_quadratic_decreases(name):
+    target = draw(0)
+    optimizer = make_optimizer(config(optimizer=name, peak_lr=0.05, clip=1.0), 100, DIMS)
+
+    def distance(params):
+        squares = jax.tree.map(lambda p, t: jnp.sum((p - t) ** 2), params, target)
+        return jax.tree.reduce(jnp.add, squares)
+
+    @jax.jit
+    def descend(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(distance)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), None, 100)
+        return jax.tree.map(
+            lambda p, t: jnp.mean((p - t) ** 2), evaluation_params(state, params), target
+        )
+
+    # Every parameter starts at a mean square of about 1 (three numbers at least).
+    start = jax.tree.map(np.zeros_like, target)
+    before = jax.tree.map(lambda t: np.mean(t**2), target)
+    after = descend(start)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True
+    ):
+        assert a < 0.3 * b, (path, a, b)
+
+
+def test_two_steps_of_adamw_by_hand():
+    o = config(weight_decay=0.5, schedule="linear", final_lr_fraction=0.0)
+    p, g1, g2 = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(3))
+    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], {"up": "LDF"})
+    p = p - 0.1 * (g1 / (np.abs(g1) + 1e-8) + 0.5 * p)
+    m = (0.9 * 0.1 * g1 + 0.1 * g2) / (1 - 0.9**2)
+    v = (0.95 * 0.05 * g1**2 + 0.05 * g2**2) / (1 - 0.95**2)
+    p = p - 0.1 * (98 / 99) * (m / (np.sqrt(v) + 1e-8) + 0.5 * p)
+    # float32 second moments: 1 - b2 alone is rounded to 1e-6.
+    np.testing.assert_allclose(got["up"], p, atol=1e-6)
+
+
+def test_two_steps_of_lion_by_hand():
+    o = config(optimizer="lion", weight_decay=0.5)
+    p, g1, g2 = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(3))
+    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], {"up": "LDF"})
+    p = p - 0.1 * (np.sign(g1) + 0.5 * p)
+    p = p - 0.1 * (np.sign(0.9 * 0.05 * g1 + 0.1 * g2) + 0.5 * p)
+    np.testing.assert_allclose(got["up"], p, atol=1e-6)
+
+
+def test_schedule_free_is_the_papers_recursion():
+    o = config(optimizer="schedule_free", weight_decay=0.5, warmup_steps=3)
+    p, *gs = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(4))
+    got, state = run(o, {"up": p}, [{"up": g} for g in gs], {"up": "LDF"})
+    x = y = z = p.astype(np.float64)
+    v, total = 0.0, 0.0
+    for t, g in enumerate(gs):
+        rate = 0.1 * (t + 1) / 4
+        v = 0.95 * v + 0.05 * g**2
+        z = z - rate * (g / (np.sqrt(v / (1 - 0.95 ** (t + 1))) + 1e-8) + 0.5 * y)
+        total += rate**2
+        x = x + rate**2 / total * (z - x)
+        y = 0.9 * x + 0.1 * z
+    np.testing.assert_allclose(got["up"], y, atol=1e-6)
+    np.testing.assert_allclose(evaluation_params(state, got)["up"], x, atol=1e-6)
+    assert np.abs(x - y).max() > 1e-3
+
+
+def test_other_optimisers_evaluate_at_their_parameters():
+    params, state = run(config(), draw(0), [draw(1)])
+    assert evaluation_params(state, params) is params
+
+
+def test_muon_orthogonalises_each_layer_and_has_the_rms_of_adam():
+    params, grads = draw(0), draw(1)
+    got, _ = run(config(optimizer="muon"), params, [grads])
+    update = jax.tree.map(lambda new, old: (new - old) / -0.1, got, params)["blocks"]
+    for part, name, rows, columns in (
+        ("attention", "query", 32, 32),
+        ("attention", "out", 32, 32),
+        ("feedforward", "up", 32, 64),
+        ("feedforward", "down", 64, 32),
+    ):
+        matrices = np.asarray(update[part][name]).reshape(3, rows, columns)
+        matrices = matrices / (0.2 * math.sqrt(max(rows, columns)))
+        singular = np.linalg.svd(matrices, compute_uv=False)
+        assert singular.max() < 1.25, (name, singular)
+        # Five steps do not finish the few values that start near 0 (square matrices).
+        assert np.quantile(singular, 0.1) > 0.6, (name, singular)
+        # The direction is that of U V^T: their inner product is the sum of singular values.
+        gradient = grads["blocks"][part][name].reshape(3, rows, columns)
+        U, _, Vt = np.linalg.svd(gradient, full_matrices=False)
+        cosine = np.sum(matrices * (U @ Vt), (1, 2)) / singular.sum(1)
+        np.testing.assert_allclose(cosine, 1, atol=2e-2, err_msg=name)
+    # The rest is Adam's first step, the sign of the gradient.
+    embed = (np.asarray(got["embed"]["tokens"]) - params["embed"]["tokens"]) / -0.1
+    np.testing.assert_allclose(embed, np.sign(grads["embed"]["tokens"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layers_update_does_not_depend_on_the_other_layers(name):
+    o = config(optimizer=name, weight_decay=0.1)
+    p, *gs = (draw(seed)["blocks"] for seed in range(3))
+    gs = [
+        jax.tree.map(lambda g: g * np.float32([1, 10, 100]).reshape(3, *[1] * (g.ndim - 1)), t)
+        for t in gs
+    ]
+    together, _ = run(o, p, gs, DIMS["blocks"])
+    alone = [
+        run(o, *jax.tree.map(lambda a: a[i : i + 1], (p, gs)), DIMS["blocks"])[0] for i in range(3)
+    ]
+    alone = jax.tree.map(lambda *layers: np.concatenate(layers), *alone)
+    # The same arithmetic, in a batched product for Muon.
+    assert_close(together, alone, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, mask",
+    [(name, "no_embedding") for name in OPTIMIZERS] + [("adamw", mask) for mask in DECAY_MASKS],
+)
+def test_decay_is_decoupled_and_masked(name, mask):
+    params = draw(0)
+    zeros = jax.tree.map(np.zeros_like, params)
+    got, _ = run(config(optimizer=name, weight_decay=0.5, decay_mask=mask), params, [zeros])
+    decays = jax.tree.map(DECAY_MASKS[mask], DIMS)
+    expected = jax.tree.map(lambda p, d: p * (1 - 0.1 * 0.5) if d else p, params, decays)
+    # Schedule-free puts y together from x and z.
+    assert_close(got, expected, 3e-7)
+
+
+@pytest.mark.parametrize(
+    "mask, decaying",
+    [
+        ("matrices", ["VD", "PD", "DV", "LDNH", "LDKH", "LNHD", "LDF", "LFD"]),
+        ("no_embedding", ["LDNH", "LDKH", "LNHD", "LDF", "LFD"]),
+        ("all", LETTERS),
+    ],
+)
+def test_masks_literally(mask, decaying):
+    assert [dims for dims in LETTERS if DECAY_MASKS[mask](dims)] == decaying
+
+
+def test_clip_scales_all_gradients_by_the_global_norm():
+    params, grads = draw(0), draw(1)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    for clip in (1.0, 2 * norm):
+        _, state = run(config(clip=clip), params, [grads])
+        expected = jax.tree.map(lambda g: 0.1 * g * min(1, clip / norm), grads)
+        assert_close(optax.tree.get(state, "mu"), expected, 1e-6)
+
+
+SCHEDULE_VALUES = {
+    # 11 updates, warmup 2, final 0.2, decay_fraction 0.4: peak at 2, last update is 10.
+    "constant": [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "linear": [1 / 3, 2 / 3, *(1 - 0.1 * i for i in range(9))],
+    "cosine": [1 / 3, 2 / 3, *(0.2 + 0.4 * (1 + math.cos(math.pi * i / 8)) for i in range(9))],
+    "wsd": [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_in_closed_form(name):
+    o = config(
+        schedule=name, warmup_steps=2, final_lr_fraction=0.2, decay_fraction=0.4, peak_lr=3.0
+    )
+    rate = make_schedule(o, 11)
+    got = np.array([rate(step) for step in range(11)])
+    np.testing.assert_allclose(got, 3 * np.array(SCHEDULE_VALUES[name]), rtol=3e-7)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(rate))(jnp.arange(11)).shape, (11,))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_end_at_their_final_rate(name):
+    for steps, warmup in ((1, 0), (2, 0), (5, 3), (10, 0), (1000, 100)):
+        o = config(schedule=name, warmup_steps=warmup)
+        last = float(make_schedule(o, steps)(steps - 1))
+        peak = steps - 1 == warmup or name == "constant"
+        assert last == pytest.approx(0.1 if peak else 0.01, rel=1e-6), (steps, warmup)
+        assert float(make_schedule(o, steps)(warmup)) == pytest.approx(0.1, rel=1e-6)
+
+
+def test_impossible_optimisers_are_told():
+    with pytest.raises(ConfigError, match="warmup_steps=10 never ends .* at most 9"):
+        make_schedule(config(warmup_steps=10), 10)
+    with pytest.raises(ConfigError, match="overlap in a run of 10 steps"):
+        make_schedule(config(schedule="wsd", warmup_steps=6, decay_fraction=0.5), 10)
+    with pytest.raises(ConfigError, match="b1 above 0"):
+        make_optimizer(config(optimizer="schedule_free", b1=0.0), 10, DIMS)
+    for knob in ("optimizer", "schedule", "decay_mask"):
+        with pytest.raises(ConfigError, match=f"optim.{knob}='nope' is not one of: "):
+            make_optimizer(config(**{knob: "nope"}), 10, DIMS)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_meshes_agree_with_no_mesh(name, shape):
+    o = config(optimizer=name, weight_decay=0.1, clip=1.0)
+    params, *grads = (draw(seed) for seed in range(3))
+    expected = run(o, params, grads)
+
+    def place(tree):
+        return jax.tree.map(lambda a, d: jax.device_put(a, parameter_spec(d)), tree, DIMS)
+
+    with jax.set_mesh(make_mesh(Mesh(*shape))):
+        placed = place(params)
+        optimizer = make_optimizer(o, 100, DIMS)
+        born = jax.jit(optimizer.init)(placed)
+        got = run(o, placed, [place(g) for g in grads])
+        # Born and updated alike, so that the step compiles once and donates.
+        assert jax.tree.map(jax.typeof, born) == jax.tree.map(jax.typeof, got[1])
+        for tree, dims in ((got[0], DIMS), *moments(got[1])):
+            jax.tree.map(lambda a, d: check(a, parameter_spec(d)), tree, dims)
+    # Newton-Schulz amplifies the rounding of small singular values.
+    assert_close(got, expected, 3e-6 if name == "muon" else 1e-6)
+
+
+def check(array, spec):
+    if not isinstance(array, optax.MaskedNode):
+        assert jax.typeof(array).sharding.spec == spec
+
+
+def moments(state):
+    """The parts of a state that are shaped like parameters, with their dims."""
+    found = []
+    for name in ("mu", "nu", "z"):
+        for _, tree in optax.tree.get_all_with_path(state, name):
+            masked = jax.tree.map(
+                lambda d, a: a if isinstance(a, optax.MaskedNode) else d,
+                DIMS,
+                tree,
+                is_leaf=lambda a: isinstance(a, (str, optax.MaskedNode)),
+            )
+            found.append((tree, masked))
+    return found
+
+
+def test_specs_tell_a_moment_from_a_factor_of_the_same_name():
+    params = draw(0)
+    optimizer = make_optimizer(config(optimizer="adafactor"), 100, DIMS)
+    specs = state_specs(jax.eval_shape(optimizer.init, params), params, DIMS)
+    (_, single), (_, stacked) = optax.tree.get_all_with_path(specs, "v")
+    assert stacked["blocks"]["feedforward"]["up_bias"] == parameter_spec("LF")
+    assert stacked["blocks"]["feedforward"]["up"] == jax.P()  # factored: a stub of shape (L, 1)
+    assert single["final_norm"]["scale"] == parameter_spec("D")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
+def test_ema_is_the_debiased_weighted_mean(decay):
+    history = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    ema = {"p": jnp.ones(7)}  # of no consequence
+    for step, value in enumerate(history):
+        ema = ema_update(ema, {"p": value}, decay, step)
+        weights = decay ** np.arange(step, -1, -1.0)
+        expected = (weights[:, None] * history[: step + 1]).sum(0) / weights.sum()
+        np.testing.assert_allclose(ema["p"], expected, rtol=1e-6, atol=1e-6)
