@@ -1,0 +1,215 @@
+"""Batches as a pure function of (seed, step), and the ways documents become rows.
+
+The rows of all steps are numbered on: row r of step s is global row s * batch_size + r. A
+global row belongs to a source (`order.mix_sources`), where it is that source's k-th draw; the
+draw falls in epoch k // rows and is place k % rows of that epoch's permutation
+(`order.permute`). None of this depends on processes, workers, devices or history.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from gptjax.config import Data, UserError, choose
+from gptjax.data.order import key, mix_sources, permute
+from gptjax.data.sources import open_source
+from gptjax.data.store import Store
+from gptjax.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+PAD = -1  # the segment of positions that hold no token
+
+
+class Packing(Protocol):
+    """How the documents of a store become rows of T tokens.
+
+    `len` is the rows of an epoch, in which every target is scored exactly once.
+    """
+
+    def __init__(self, store: Store, context: int, eot: int) -> None: ...
+    def __len__(self) -> int: ...
+    def rows(self, index: np.ndarray) -> Batch:
+        """Rows `index`, int64 (R,) in range(len): arrays (R, T), see `Batches.rows`."""
+        ...
+
+
+class Stream:
+    """Consecutive windows of T tokens; documents run into each other (GPT-2, nanoGPT).
+
+    Window i predicts tokens iT + 1 to iT + T. The last one ends with the store: it overlaps
+    its neighbour, and the targets scored there already have weight 0. Token 0 is never a
+    target, as nothing stands before it.
+    """
+
+    def __init__(self, store: Store, context: int, eot: int) -> None:
+        self.store, self.context, self.eot = store, context, eot
+        if store.num_tokens < context + 1:
+            raise UserError(
+                f"{store.path} holds {store.num_tokens} tokens, less than one row of context + 1 "
+                f"= {context + 1}: prepare more text, or set a shorter model.context"
+            )
+
+    def __len__(self) -> int:
+        return (self.store.num_tokens - 2) // self.context + 1
+
+    def rows(self, index: np.ndarray) -> Batch:
+        T = self.context
+        starts = np.minimum(index * T, self.store.num_tokens - 1 - T)
+        window = np.stack([self.store.tokens(start, start + T + 1) for start in starts.tolist()])
+        place = np.arange(T, dtype=np.int32)
+        scored = starts[:, None] + place >= (index * T)[:, None]
+        return {
+            "tokens": window[:, :-1],
+            "targets": window[:, 1:],
+            "weights": scored.astype(np.float32),
+            "segments": np.zeros((len(index), T), np.int32),
+            "positions": np.broadcast_to(place, (len(index), T)),
+        }
+
+
+class Masked(Stream):
+    """The windows of `Stream`, each document a segment that sees only itself.
+
+    End-of-text as an input begins the next document's segment, at position 0, and so acts as
+    its start token; as a target it ends its own document. Positions count from the segment's
+    start, or from the window's first token where that stands within a document.
+    """
+
+    def rows(self, index: np.ndarray) -> Batch:
+        batch = super().rows(index)
+        starts = batch["tokens"] == self.eot
+        starts[:, 0] = True
+        place = np.arange(self.context, dtype=np.int32)
+        begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+        segments = np.cumsum(starts, axis=1, dtype=np.int32) - 1
+        return batch | {"segments": segments, "positions": place - begun}
+
+
+class Document:
+    """One document a row: inputs end-of-text + tokens, targets tokens + end-of-text.
+
+    A document with more than T targets goes on in further rows, each beginning with its
+    preceding token as an input, so that every token is scored exactly once an epoch. Shorter
+    rows are padded: token end-of-text, weight 0, segment -1, position 0.
+    """
+
+    def __init__(self, store: Store, context: int, eot: int) -> None:
+        self.store, self.context, self.eot = store, context, eot
+        self.starts = np.append(0, store.document_ends[:-1])
+        lengths = store.document_ends - self.starts
+        self.first_row = np.append(0, np.cumsum(-(-lengths // context)))
+
+    def __len__(self) -> int:
+        return int(self.first_row[-1])
+
+    def rows(self, index: np.ndarray) -> Batch:
+        shape = (len(index), self.context)
+        inputs, targets = np.full(shape, self.eot, np.int32), np.full(shape, self.eot, np.int32)
+        document = np.searchsorted(self.first_row, index, side="right") - 1
+        piece = index - self.first_row[document]
+        starts = self.starts[document] + piece * self.context
+        stops = np.minimum(starts + self.context, self.store.document_ends[document])
+        for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+            targets[row, : stop - start] = self.store.tokens(start, stop)
+        inputs[:, 1:] = targets[:, :-1]
+        for row in np.flatnonzero(piece).tolist():
+            inputs[row, 0] = self.store.tokens(int(starts[row]) - 1, int(starts[row]))[0]
+        place = np.arange(self.context, dtype=np.int32)
+        real = place < (stops - starts)[:, None]
+        return {
+            "tokens": inputs,
+            "targets": targets,
+            "weights": real.astype(np.float32),
+            "segments": np.where(real, 0, PAD).astype(np.int32),
+            "positions": np.where(real, place, 0),
+        }
+
+
+PACKING: dict[str, type[Packing]] = {"stream": Stream, "masked": Masked, "document": Document}
+
+
+class Batches:
+    """The rows of every step of a run.
+
+    Attributes:
+        sources: each source of the config under its packing; `len` is its rows an epoch.
+        fingerprint: source -> its store's fingerprint, to be recorded and checked on resume.
+    """
+
+    def __init__(
+        self, config: Data, context: int, seed: int, split: str, tokenizer: Tokenizer
+    ) -> None:
+        """Opens and checks the stores.
+
+        Args:
+            config: the section `data`. `weights` are shares of rows; None gives each source
+                the share of its rows an epoch, so that all sources end their epochs together.
+            context: T, tokens a row.
+            seed: decides the order; the same for every process.
+            split: "train" or "val".
+            tokenizer: the stores' own.
+
+        Raises:
+            UserError: if a source cannot be opened or is too short for a row.
+        """
+        pack = choose(PACKING, config.packing, "data.packing")
+        stores = {name: open_source(name, tokenizer, split) for name in config.sources}
+        self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
+        self.fingerprint = {name: store.fingerprint for name, store in stores.items()}
+        self.batch_size, self.context, self.seed = config.batch_size, context, seed
+        self.weights = config.weights or [len(source) for source in self.sources]
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the batch at `step`, R of them.
+
+        Returns:
+            tokens int32 (R, T): inputs.
+            targets int32 (R, T): the token after each input.
+            weights float32 (R, T): 1, or 0 where nothing is scored.
+            segments int32 (R, T): document within the row, from 0; -1 is padding. Attention
+                stays within a segment ("stream" has one).
+            positions int32 (R, T): counted from the segment's start.
+        """
+        rows = step * self.batch_size + np.arange(start, stop)
+        source_R, draw_R = mix_sources(rows, self.weights, self.seed)
+        batch: Batch = {
+            name: np.empty((len(rows), self.context), np.float32 if name == "weights" else np.int32)
+            for name in ("tokens", "targets", "weights", "segments", "positions")
+        }
+        for i, source in enumerate(self.sources):
+            here = np.flatnonzero(source_R == i)
+            if not len(here):
+                continue
+            epoch, place = np.divmod(draw_R[here], len(source))
+            index = permute(place, len(source), key(self.seed, i, epoch))
+            for name, array in source.rows(index).items():
+                batch[name][here] = array
+        return batch
+
+
+def describe(batch: Batch, tokenizer: Tokenizer) -> list[str]:
+    """The exact text of each row: its first input, then every target.
+
+    A document's end shows as <|endoftext|>, a change of segment as a double bar, and what is
+    not scored stands in double brackets: ⟦first input⟧ targets ‖ next document ⟦padding x 7⟧.
+    """
+    texts = []
+    for row in range(len(batch["tokens"])):
+        tokens, targets, weights, segments = (
+            batch[name][row] for name in ("tokens", "targets", "weights", "segments")
+        )
+        shown = [f"⟦{tokenizer.decode(tokens[:1])}⟧"]
+        scored = weights > 0
+        changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(scored) != 0)) + 1
+        for part in np.split(np.arange(len(tokens)), changes):
+            first = part[0]
+            text = tokenizer.decode(targets[part])
+            if segments[first] == PAD:
+                text = f"padding x {len(part)}"
+            elif first and segments[first] != segments[first - 1]:
+                shown.append("‖")
+            shown.append(text if scored[first] else f"⟦{text}⟧")
+        texts.append("".join(shown))
+    return texts

@@ -1,0 +1,290 @@
+"""Text files to token stores: read as a stream, tokenised once, renamed into place.
+
+The text is read once to count its characters and then once for each split, a chunk at a
+time, so that a corpus may be larger than memory (one jsonl line or parquet batch may not).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from gptjax.config import UserError, choose
+from gptjax.data.store import MANIFEST, Store, StoreWriter
+from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
+
+SPLITS = ("train", "val")
+CHUNK_BYTES = 1 << 20  # of a text file, read at a time
+PIECE_CHARS = 1 << 16  # of a document, encoded at a time
+BATCH_CHARS = 1 << 22  # encoded at once by all threads
+
+# A separator's own line end is no part of the document that follows.
+_SEPARATOR = re.compile(re.escape(END_OF_TEXT) + "\n?")
+# No pattern of any encoding in TOKENIZERS has a piece that runs from a letter into a space,
+# nor looks back, so here a document can be cut without changing its tokens.
+_SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?= )")
+
+# Consecutive parts of documents; True where the document ends.
+Parts = Iterator[tuple[str, bool]]
+
+
+def prepare(
+    files: list[Path],
+    out: Path,
+    tokenizer_name: str,
+    val_fraction: float = 0.1,
+    text_key: str = "text",
+) -> dict[str, Any]:
+    """Tokenises files into OUT/train and OUT/val, which appear together or not at all.
+
+    A .txt or .raw file is one document, or several where the literal "<|endoftext|>" stands
+    between them; a .jsonl file has one document a line, a .parquet file one a row. The last
+    `val_fraction` of the characters is held out: of n characters the first
+    int(n * (1 - val_fraction)) train (nanoGPT's cut), and a document astride the cut is cut.
+
+    Args:
+        files: in the order given.
+        out: folder to make; where it already holds this very text, tokenizer and
+            val_fraction it is checked and left as it is.
+        tokenizer_name: a key of TOKENIZERS.
+        val_fraction: share of characters in [0, 1); 0 writes no OUT/val.
+        text_key: the jsonl key or parquet column that holds the text.
+
+    Returns:
+        For each split: path, tokens, documents, bytes, fingerprint.
+
+    Raises:
+        UserError: on a missing, empty, non-UTF-8 or malformed file, naming the place; or if
+            `out` holds anything else.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}")
+    if not files:
+        raise UserError("no files to read: name at least one")
+    tokenizer, out = load(tokenizer_name), Path(out)
+    parts = [_reader(Path(file), text_key) for file in files]
+    total, text_sha256 = _survey(files, parts)
+    recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
+    if out.is_dir() and any(out.iterdir()) or out.is_file():
+        return _existing(out, tokenizer, recipe)
+
+    cut = int(total * (1 - val_fraction))
+    bounds = {"train": (0, cut), "val": (cut, total)}
+    aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(f"tokenising into {out}", total=total)
+            for split in SPLITS if val_fraction else SPLITS[:1]:
+                writer = StoreWriter(aside / split, tokenizer)
+                text = _clip((part for read in parts for part in read()), *bounds[split])
+                _encode(text, writer, lambda chars: progress.advance(task, chars))
+                if not writer.tokens:
+                    raise UserError(
+                        f"a text of {total} characters leaves none for '{split}' with "
+                        f"val_fraction={val_fraction}: give more text or another fraction"
+                    )
+                writer.close(split=split, **recipe)
+        try:
+            os.rename(aside, out)
+        except OSError:
+            if not out.is_dir():
+                raise
+            # Another process was quicker; what it made must be this very store.
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return _existing(out, tokenizer, recipe)
+
+
+def _existing(out: Path, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a store that is already there, if it is this very one and whole."""
+    summary = {}
+    for split in SPLITS if recipe["val_fraction"] else SPLITS[:1]:
+        if not (out / split / MANIFEST).is_file():
+            raise UserError(f"{out} exists and is not this store: name a folder that is not there")
+        store = Store.open(out / split, tokenizer)
+        manifest = store.manifest
+        if any(manifest.get(name) != value for name, value in recipe.items()):
+            raise UserError(
+                f"{out} holds a store of another text or val_fraction: name another folder, or "
+                "delete this one"
+            )
+        counts = {name: manifest[name] for name in ("tokens", "documents", "bytes")}
+        summary[split] = {"path": str(out / split), **counts, "fingerprint": fingerprint(manifest)}
+    return summary
+
+
+def _survey(files: Iterable[Path], parts: list[Callable[[], Parts]]) -> tuple[int, str]:
+    """Characters in all, and a sha256 over the text and its document bounds."""
+    total, digest = 0, hashlib.sha256()
+    for file, read in zip(files, parts, strict=True):
+        before = total
+        for text, ends in read():
+            total += len(text)
+            digest.update(text.encode())
+            if ends:
+                digest.update(b"\xff")  # a byte that UTF-8 never has
+        if total == before:
+            raise UserError(f"{file} holds no text: leave it out")
+    return total, digest.hexdigest()
+
+
+def _clip(parts: Parts, start: int, stop: int) -> Parts:
+    """The parts of characters [start, stop); the last document ends at `stop`."""
+    at = 0
+    for text, ends in parts:
+        inside = text[max(start - at, 0) : max(stop - at, 0)]
+        at += len(text)
+        yield inside, ends or at >= stop
+        if at >= stop:
+            return
+
+
+def _pieces(parts: Parts) -> Parts:
+    """The same documents in pieces of about PIECE_CHARS that can be encoded apart."""
+    rest = ""
+    for text, ends in parts:
+        rest += text
+        at = 0
+        while cut := _SAFE_CUT.search(rest, at + PIECE_CHARS):
+            yield rest[at : cut.start()], False
+            at = cut.start()
+        rest = rest[at:]
+        if ends:
+            yield rest, True
+            rest = ""
+
+
+def _encode(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+    held: list[tuple[str, bool]] = []
+    size = 0
+
+    def flush() -> None:
+        ids = writer.tokenizer.encode_batch([text for text, _ in held])
+        for tokens, (text, ends) in zip(ids, held, strict=True):
+            writer.write(tokens, ends)
+            advance(len(text))
+        held.clear()
+
+    for text, ends in _pieces(parts):
+        held.append((text, ends))
+        size += len(text)
+        if size >= BATCH_CHARS:
+            flush()
+            size = 0
+    flush()
+
+
+def _reader(file: Path, text_key: str) -> Callable[[], Parts]:
+    read = choose(READERS, file.suffix, f"the file ending of {file}")
+    if not file.is_file():
+        raise UserError(f"{file} is no file: check the path")
+    return lambda: read(file, text_key)
+
+
+def _decoded(file: Path) -> Iterator[tuple[str, bool]]:
+    """Chunks of a UTF-8 file, line ends as they are; True with the last chunk."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with file.open("rb") as stream:
+        while True:
+            chunk = stream.read(CHUNK_BYTES)
+            held = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{file} is not UTF-8: byte {offset - held + error.start} cannot be decoded; "
+                    "convert it, for example with iconv -t UTF-8"
+                ) from error
+            yield text, not chunk
+            if not chunk:
+                return
+            offset += len(chunk)
+
+
+def _read_text(file: Path, text_key: str) -> Parts:
+    buffer = ""
+    for chunk, last in _decoded(file):
+        buffer += chunk
+        at = 0
+        for match in _SEPARATOR.finditer(buffer):
+            if match.end() == len(buffer) and not last:
+                break  # its line end may come with the next chunk
+            yield buffer[at : match.start()], True
+            at = match.end()
+        # What could still become a separator waits.
+        upto = len(buffer) if last else max(at, len(buffer) - len(END_OF_TEXT))
+        yield buffer[at:upto], last
+        buffer = buffer[upto:]
+
+
+def _read_jsonl(file: Path, text_key: str) -> Parts:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                reason = str(error).replace("\n", " ")
+                raise UserError(f"{file} line {number} is not JSON in UTF-8: {reason}") from error
+            if not isinstance(document, dict) or text_key not in document:
+                keys = ", ".join(document) if isinstance(document, dict) else "none"
+                raise UserError(
+                    f"{file} line {number} has no key '{text_key}': set the text key to one of "
+                    f"its keys ({keys})"
+                )
+            yield _text(document[text_key], f"{file} line {number}"), True
+
+
+def _read_parquet(file: Path, text_key: str) -> Parts:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as parquet: {error}".replace("\n", " ")) from error
+    with table:
+        names = table.schema_arrow.names
+        if text_key not in names:
+            raise UserError(
+                f"{file} has no column '{text_key}': set the text key to one of its columns "
+                f"({', '.join(names)})"
+            )
+        row = 0
+        for batch in table.iter_batches(columns=[text_key], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                yield _text(value, f"{file} row {row}"), True
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{place} holds {type(value).__name__} where text was expected")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # "\ud800" is JSON, but no character
+        raise UserError(f"{place} holds half a surrogate pair, which is no text") from error
+    return value
+
+
+READERS: dict[str, Callable[[Path, str], Parts]] = {
+    ".txt": _read_text,
+    ".raw": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,234 @@
+"""The token store: a text tokenised once, memory-mapped, and checked whenever it is opened.
+
+A store is a folder, one for each split:
+
+    manifest.json        format, tokenizer, counts, sha256 of every other file
+    tokens-00000.bin     little-endian uint16 (or uint32) ids, the shards in order
+    document_ends.bin    little-endian int64, one past the last token of each document
+
+Every document is followed by exactly one end-of-text token, which its bounds include.
+nanoGPT's `train.bin` (raw uint16, no manifest) opens as a store too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import UserError
+from gptjax.tokenizer import Tokenizer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ENDS = "document_ends.bin"
+ANEW = "delete the store and prepare the text anew"
+SHARD_TOKENS = 1 << 26
+_CHECK_TOKENS = 1 << 24  # read at a time while checking
+
+
+@dataclass(frozen=True)
+class Store:
+    """Tokens and document bounds of one split.
+
+    Attributes:
+        path: the folder, or nanoGPT's .bin file.
+        fingerprint: sha256 over the manifest, hence over every token; equal texts prepared
+            alike have equal fingerprints.
+        document_ends: int64 (documents,), one past each document's last token.
+        manifest: as written by `StoreWriter`, its fingerprint apart; empty for a .bin file.
+    """
+
+    path: Path
+    fingerprint: str
+    document_ends: np.ndarray = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    _shards: list[np.ndarray] = field(repr=False)
+    _starts: list[int] = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens, end-of-text included."""
+        return self._starts[-1]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32, across shards.
+
+        Raises:
+            IndexError: where the range leaves [0, num_tokens].
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a store of {self.num_tokens}")
+        out = np.empty(stop - start, np.int32)
+        at = start
+        while at < stop:
+            shard = bisect.bisect_right(self._starts, at) - 1
+            piece = self._shards[shard][at - self._starts[shard] : stop - self._starts[shard]]
+            out[at - start : at - start + len(piece)] = piece
+            at += len(piece)
+        return out
+
+    @classmethod
+    def open(cls, path: str | Path, tokenizer: Tokenizer | None) -> Store:
+        """Opens a store folder or a nanoGPT .bin file, and checks every byte of it.
+
+        Args:
+            path: a folder with a manifest, or a file of little-endian uint16.
+            tokenizer: the one that will read the tokens; None skips its checks.
+
+        Raises:
+            UserError: if it is missing, incomplete or altered, was made with another
+                tokenizer, or holds an id outside the vocabulary (jax would clamp it silently).
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls._open_bin(path, tokenizer)
+        manifest = _read_manifest(path)
+        made = manifest["tokenizer"]
+        if tokenizer is not None and made["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(
+                f"{path} was tokenised with '{made['name']}', but the tokenizer here is "
+                f"'{tokenizer.name}' ({tokenizer.fingerprint[:12]}, the store has "
+                f"{made['fingerprint'][:12]}): set data.tokenizer={made['name']}, or prepare "
+                "the text anew"
+            )
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        shards = []
+        for entry in manifest["shards"]:
+            shards.append(_map(path / entry["file"], dtype, entry["tokens"]))
+            _check(path / entry["file"], shards[-1], entry["sha256"], made["vocab_size"])
+        ends = _map(path / ENDS, np.dtype("<i8"), manifest["documents"])
+        _check(path / ENDS, ends, manifest["document_ends_sha256"])
+        return cls(path, fingerprint(manifest), ends, manifest, shards, _starts(shards))
+
+    @classmethod
+    def _open_bin(cls, path: Path, tokenizer: Tokenizer | None) -> Store:
+        size = path.stat().st_size
+        if size == 0 or size % 2:
+            raise UserError(f"{path} holds {size} bytes, which is no list of uint16 token ids")
+        shard = _map(path, np.dtype("<u2"), size // 2)
+        digest = _check(path, shard, None, None if tokenizer is None else tokenizer.vocab_size)
+        ends = np.array([], np.int64)
+        if tokenizer is not None:
+            ends = np.flatnonzero(shard == tokenizer.eot).astype(np.int64) + 1
+        if not len(ends) or ends[-1] != len(shard):  # the last document lacks its end-of-text
+            ends = np.append(ends, len(shard))
+        return cls(path, digest, ends, {}, [shard], _starts([shard]))
+
+
+class StoreWriter:
+    """Writes a store into a fresh folder; `close` writes the manifest."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.tokenizer = folder, tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.tokens = self.bytes = self._document_start = 0
+        self._ends: list[int] = []
+        self._shards: list[dict[str, Any]] = []
+        self._held: list[np.ndarray] = []
+        self._held_tokens = 0
+
+    def write(self, ids: np.ndarray, document_ends: bool) -> None:
+        """Appends tokens; `document_ends` closes the document, unless it is empty."""
+        self._append(ids)
+        self.bytes += int(self.tokenizer.bytes_per_token[ids].sum())
+        if document_ends and self.tokens > self._document_start:
+            self._append(np.array([self.tokenizer.eot]))
+            self._document_start = self.tokens
+            self._ends.append(self.tokens)
+
+    def close(self, **provenance: Any) -> None:
+        """Writes what is left and the manifest, with `provenance` added."""
+        if self._held_tokens:
+            self._flush(self._held_tokens)
+        ends = np.array(self._ends, "<i8").tobytes()
+        (self.folder / ENDS).write_bytes(ends)
+        manifest = {
+            "format": FORMAT,
+            "tokenizer": {
+                name: getattr(self.tokenizer, name)
+                for name in ("name", "fingerprint", "vocab_size", "eot")
+            },
+            "dtype": self.dtype.name,
+            "tokens": self.tokens,
+            "documents": len(self._ends),
+            "bytes": self.bytes,
+            "shards": self._shards,
+            "document_ends_sha256": hashlib.sha256(ends).hexdigest(),
+            **provenance,
+        }
+        signed = manifest | {"fingerprint": fingerprint(manifest)}
+        (self.folder / MANIFEST).write_text(json.dumps(signed, indent=1))
+
+    def _append(self, ids: np.ndarray) -> None:
+        self._held.append(ids.astype(self.dtype))
+        self._held_tokens += len(ids)
+        self.tokens += len(ids)
+        while self._held_tokens >= SHARD_TOKENS:
+            self._flush(SHARD_TOKENS)
+
+    def _flush(self, count: int) -> None:
+        held = np.concatenate(self._held)
+        shard, self._held, self._held_tokens = held[:count], [held[count:]], len(held) - count
+        name = f"tokens-{len(self._shards):05d}.bin"
+        shard.tofile(self.folder / name)
+        digest = hashlib.sha256(shard.data).hexdigest()
+        self._shards.append({"file": name, "tokens": len(shard), "sha256": digest})
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A sha256 over the canonical JSON of a manifest (without its own "fingerprint")."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} is no token store: it has no {MANIFEST}; make one with `data`")
+    try:
+        manifest = json.loads(path.read_text())
+        written = manifest.pop("fingerprint")
+        if manifest["format"] == FORMAT and written == fingerprint(manifest):
+            return manifest
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # not what `StoreWriter.close` wrote
+    raise UserError(f"{path} is damaged or of another version: {ANEW}")
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    wanted = count * dtype.itemsize
+    have = path.stat().st_size if path.is_file() else 0
+    if have != wanted:
+        raise UserError(
+            f"{path} holds {have} bytes where {wanted} were written: the file is truncated or "
+            f"altered; {ANEW}"
+        )
+    return np.memmap(path, dtype, mode="r")
+
+
+def _check(path: Path, ids: np.ndarray, sha256: str | None, vocab_size: int | None = None) -> str:
+    """The sha256 of the file mapped as `ids`; compares it, and the highest id, where given."""
+    digest, highest = hashlib.sha256(), 0
+    for at in range(0, len(ids), _CHECK_TOKENS):
+        part = ids[at : at + _CHECK_TOKENS]
+        digest.update(part.data)
+        highest = max(highest, int(part.max()))
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise UserError(f"{path} was altered (wrong sha256): {ANEW}")
+    if vocab_size is not None and highest >= vocab_size:
+        raise UserError(
+            f"{path} holds token id {highest}, outside the vocabulary of {vocab_size}: it was "
+            "made with another tokenizer; set data.tokenizer to that one"
+        )
+    return digest.hexdigest()
+
+
+def _starts(shards: Iterable[np.ndarray]) -> list[int]:
+    return [0, *np.cumsum([len(shard) for shard in shards]).tolist()]
