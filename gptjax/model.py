@@ -243,19 +243,20 @@ def hidden(
     return x_BTD, {**layer_cache, "length": cache["length"] + tokens_BT.shape[1]}
 
 
-def unembedding(config: Model, params: Params) -> jax.Array:
-    """The output projection (D, V), ready for use: the token table where tied."""
+def unembedding(config: Model, params: Params) -> tuple[jax.Array, str]:
+    """The output projection, ready for use, and its dims: "DV", or "VD" for the token table."""
     if config.tied:
-        return sharding.gather(params["embed"]["tokens"], "VD", config.dtype).T
-    return _apply(Unembed(config), params, "unembed")
+        return sharding.gather(params["embed"]["tokens"], "VD", config.dtype), "VD"
+    return _apply(Unembed(config), params, "unembed"), "DV"
 
 
 def logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
     """logits_BTV, float32, of the stream that `hidden` returns."""
+    kernel, dims = unembedding(config, params)
     logits_BTV = jnp.einsum(
-        "BTD,DV->BTV",
+        f"BTD,{dims}->BTV",
         x_BTD,
-        unembedding(config, params),
+        kernel,
         preferred_element_type=jnp.float32,
         out_sharding=sharding.out("BTV"),
     )
