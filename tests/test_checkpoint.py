@@ -317,6 +317,28 @@ def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(small_disk: Path) -
     assert [p.name for p in small_disk.iterdir()] == ["00000002"]
 
 
+def test_a_failed_save_frees_its_space(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    error: Exception = OSError(5, "Input/output error")
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with pytest.raises(UserError, match="Input/output error.* resumes from the beginning"):
+            checkpoints.save(1, state, DATA, wait=True)
+        assert not list(tmp_path.iterdir())
+        # What is no fault of the disk is not dressed up as one.
+        error = ZeroDivisionError()
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(1, state, DATA, wait=True)
+        # An error on its way out of the loop is not replaced by that of the save in flight.
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, DATA)
+        raise KeyboardInterrupt
+
+
 def run_python(code: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
     environ = os.environ | {
         "PYTHONPATH": str(REPO),
@@ -336,11 +358,12 @@ SAVER = """
     from gptjax import checkpoint
 
     folder, fatal = sys.argv[1], sys.argv[2]
+    suffix = fatal.partition(" ")[2]
     real = {"rename": os.rename, "rmtree": checkpoint.shutil.rmtree, "write": checkpoint._write}
 
     def die_before(name):
         def patched(path, *args, **kwargs):
-            if fatal == name and "00000003" in str(path):
+            if fatal.startswith(name) and "00000003" in str(path) and str(path).endswith(suffix):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real[name](path, *args, **kwargs)
         return patched
@@ -394,9 +417,12 @@ def test_sigkill_at_any_moment_leaves_a_complete_step(tmp_path: Path, delay: flo
     assert assert_survived(tmp_path) >= 2
 
 
-@pytest.mark.parametrize(("fatal", "latest"), [("write", 2), ("rename", 2), ("rmtree", 5)])
+@pytest.mark.parametrize(
+    ("fatal", "latest"),
+    [("write meta.json", 2), ("write manifest.json", 2), ("rename", 2), ("rmtree", 5)],
+)
 def test_sigkill_at_the_worst_moments(tmp_path: Path, fatal: str, latest: int) -> None:
-    """Arrays written but no meta; all but the rename; an old step about to be removed."""
+    """Arrays but no meta; no manifest; all but the rename; an old step about to be removed."""
     saver_killed(tmp_path, fatal, 0)
     assert any(p.name.endswith(".partial") for p in tmp_path.iterdir())
     assert assert_survived(tmp_path) == latest

@@ -156,12 +156,12 @@ def test_a_broken_line_before_the_last_is_told(tmp_path: Path) -> None:
 def test_another_config_is_refused_by_its_knobs(tmp_path: Path) -> None:
     open_run(tmp_path, CONFIG, PRINTS, None).close()
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    other = having(seed=3, model__windows=[8, None], train__steps=7, mesh__fsdp=2)
+    other = having(seed=3, model__windows=[8, None], eval__prefix="none", mesh__fsdp=2)
     with pytest.raises(UserError) as caught:
         open_run(tmp_path, other, PRINTS, None)
     assert str(caught.value) == (
         f"{tmp_path} holds a run of another config: seed was 0, is 3; model.windows was [None], "
-        "is [8, None]; train.steps was 500, is 7. Use another --workdir"
+        "is [8, None]; eval.prefix was 'eot', is 'none'. Use another --workdir"
     )
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
@@ -232,7 +232,7 @@ def test_git_revision_and_diff_reproduce_the_source(
     assert environment(run)[-1]["git"] == clean
     assert not list(run.glob("*.diff"))
 
-    (package / "__init__.py").write_bytes(b"two \xff\n")
+    (package / "__init__.py").write_bytes(b"two \0\xff\n")
     (source / "README.md").write_text("changed too\n")
     (source / "new.py").write_text("")
     open_run(run, CONFIG, PRINTS, None).close()
@@ -285,6 +285,46 @@ def test_a_full_disk_is_told_and_the_log_stays_readable(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_line_that_only_partly_fits_is_told(tmp_path: Path) -> None:
+    class Short:
+        """A raw file on a disk with one byte too few: it takes what fits, and raises nothing."""
+
+        def write(self, line: bytes) -> int:
+            return len(line) - 1
+
+        def close(self) -> None:
+            pass
+
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        run._metrics.close()
+        run._metrics = Short()  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(UserError, match="No space left on device"):
+            run.log(1, {"loss": 1.0})
+
+
+def test_files_are_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        log(run, range(1, 5))
+    names = ("config.json", "environment.json", "metrics.jsonl")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+
+    def die_at(name: str) -> None:
+        def replace(aside: Path, path: Path) -> None:
+            if path.name == name:
+                raise OSError(28, "No space left on device")
+            os.rename(aside, path)
+
+        monkeypatch.setattr(os, "replace", replace)
+
+    for name in names:
+        die_at(name)
+        with pytest.raises(UserError, match="No space left on device"):
+            open_run(tmp_path, having(mesh__fsdp=2), PRINTS, 2)
+        assert (tmp_path / name).read_bytes() == before[name]
 
 
 WRITER = """
