@@ -122,7 +122,7 @@ def _existing(out: Path, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[s
                 "delete this one"
             )
         counts = {name: manifest[name] for name in ("tokens", "documents", "bytes")}
-        summary[split] = {"path": str(out / split), **counts, "fingerprint": fingerprint(manifest)}
+        summary[split] = {"path": str(out / split), **counts, "fingerprint": store.fingerprint}
     return summary
 
 
@@ -225,8 +225,8 @@ def _read_text(file: Path, text_key: str) -> Parts:
                 break  # its line end may come with the next chunk
             yield buffer[at : match.start()], True
             at = match.end()
-        # What could still become a separator waits.
-        upto = len(buffer) if last else max(at, len(buffer) - len(END_OF_TEXT))
+        # What could still become a separator and its line end waits.
+        upto = len(buffer) if last else max(at, len(buffer) - len(END_OF_TEXT) - 1)
         yield buffer[at:upto], last
         buffer = buffer[upto:]
 

@@ -1,0 +1,384 @@
+"""Stores: what is written, what is refused, and every fault put there for real."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import ConfigError, Data, UserError
+from gptjax.data import DATASETS, Batches, Store, open_source, prepare
+from gptjax.data import sources as sources_module
+from gptjax.data import store as store_module
+from gptjax.data.sources import ASSETS
+from gptjax.tokenizer import load
+
+# The package's attribute of this name is the function.
+prepare_module = sys.modules["gptjax.data.prepare"]
+BYTES, GPT2 = load("bytes"), load("gpt2")
+PLAYS = (ASSETS / "shakespeare.txt").read_text(encoding="utf-8")
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def split_text(store: Path, split: str, tokenizer=BYTES) -> list[str]:
+    """The documents of a split, decoded; each must end with one end-of-text."""
+    opened = Store.open(store / split, tokenizer)
+    documents, start = [], 0
+    for end in opened.document_ends.tolist():
+        *body, last = opened.tokens(start, end).tolist()
+        assert last == tokenizer.eot and tokenizer.eot not in body
+        documents.append(tokenizer.decode(body))
+        start = end
+    assert start == opened.num_tokens
+    return documents
+
+
+def refusal(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- what is written
+
+
+def test_the_cut_is_nanogpts(tmp_path):
+    # nanoGPT, data/shakespeare/prepare.py, on text with characters of several bytes.
+    data = PLAYS[:30_001].replace("e", "é").replace("<|endoftext|>", "")
+    n = len(data)
+    train_data = data[: int(n * 0.9)]
+    val_data = data[int(n * 0.9) :]
+    out = tmp_path / "out"
+    prepare([write(tmp_path / "input.txt", data)], out, "gpt2")
+    for split, text in (("train", train_data), ("val", val_data)):
+        store = Store.open(out / split, GPT2)
+        assert store.tokens(0, store.num_tokens).tolist() == [*GPT2.encode(text), GPT2.eot]
+
+
+def test_separators_make_documents(tmp_path):
+    text = "one\n<|endoftext|>\ntwo <|endoftext|>three<|endoftext|>\n<|endoftext|>\n"
+    prepare([write(tmp_path / "a.txt", text)], tmp_path / "out", "bytes", 0.0)
+    assert split_text(tmp_path / "out", "train") == ["one\n", "two ", "three"]
+    assert not (tmp_path / "out" / "val").exists()
+
+
+def test_a_document_astride_the_cut_is_cut_there(tmp_path):
+    files = [write(tmp_path / "a.txt", "abcdef"), write(tmp_path / "b.txt", "ghijkl")]
+    prepare(files, tmp_path / "out", "bytes", 0.25)  # 12 characters, 9 train
+    assert split_text(tmp_path / "out", "train") == ["abcdef", "ghi"]
+    assert split_text(tmp_path / "out", "val") == ["jkl"]
+    prepare(files, tmp_path / "even", "bytes", 0.5)  # between the documents
+    assert split_text(tmp_path / "even", "train") == ["abcdef"]
+    assert split_text(tmp_path / "even", "val") == ["ghijkl"]
+
+
+@given(
+    texts=st.lists(st.text("ab é\n<|", max_size=9), min_size=1, max_size=6),
+    chunk=st.integers(1, 30),
+)
+@settings(max_examples=60, deadline=None)
+def test_reading_in_chunks_changes_nothing(texts, chunk, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    path = write(folder / "a.txt", "<|endoftext|>\n".join(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "CHUNK_BYTES", chunk)
+        got, rest = [], ""
+        for text, ends in prepare_module._read_text(path, "text"):
+            rest += text
+            if ends:
+                got.append(rest)
+                rest = ""
+    assert rest == "" and got == texts
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@given(text=st.text(st.sampled_from("ab9 '.\n\té—s"), max_size=300))
+@settings(max_examples=60, deadline=None)
+def test_encoding_in_pieces_changes_no_token(name, text):
+    tokenizer = load(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "PIECE_CHARS", 3)
+        pieces = [piece for piece, _ in prepare_module._pieces(iter([(text, True)]))]
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_long_document_is_encoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(prepare_module, "PIECE_CHARS", 1000)
+    pieces = [piece for piece, _ in prepare_module._pieces(iter([(PLAYS[:20_000], True)]))]
+    assert 15 < len(pieces) < 21
+    ids = [i for piece in pieces for i in GPT2.encode(piece)]
+    assert ids == GPT2.encode(PLAYS[:20_000])
+
+
+def test_jsonl_and_parquet_give_the_same_store_as_text(tmp_path):
+    texts = ["first", "", "second\nline <|endoftext|>", "dernière"]
+    lines = "\n".join(json.dumps({"body": t, "id": i}) for i, t in enumerate(texts)) + "\n\n"
+    write(tmp_path / "a.jsonl", lines)
+    table = pyarrow.table({"id": range(4), "body": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    prints = set()
+    for kind in ("jsonl", "parquet"):
+        out = tmp_path / kind
+        summary = prepare([tmp_path / f"a.{kind}"], out, "bytes", 0.0, "body")
+        prints.add(summary["train"]["fingerprint"])
+        # In a field, the separator is text like any other; empty documents are dropped.
+        assert split_text(out, "train") == [t for t in texts if t]
+    assert len(prints) == 1
+
+
+def test_summary_counts(tmp_path):
+    path = write(tmp_path / "a.txt", "é" * 90 + "z" * 10)
+    summary = prepare([path], tmp_path / "out", "bytes")
+    assert set(summary) == {"train", "val"}
+    fingerprint = Store.open(tmp_path / "out" / "val", BYTES).fingerprint
+    assert summary["val"] == {
+        "path": str(tmp_path / "out" / "val"),
+        "tokens": 11,
+        "documents": 1,
+        "bytes": 10,
+        "fingerprint": fingerprint,
+    }
+    assert (summary["train"]["tokens"], summary["train"]["bytes"]) == (181, 180)
+
+
+def test_prepared_twice_is_the_same_store(tmp_path):
+    path = write(tmp_path / "a.txt", PLAYS[:5000])
+    first = prepare([path], tmp_path / "one", "gpt2")
+    second = prepare([path], tmp_path / "two", "gpt2")
+    for split in ("train", "val"):
+        assert first[split]["fingerprint"] == second[split]["fingerprint"]
+    before = (tmp_path / "one" / "train" / "manifest.json").stat().st_mtime_ns
+    assert prepare([path], tmp_path / "one", "gpt2") == first
+    assert (tmp_path / "one" / "train" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_wide_ids_are_stored_wide(tmp_path):
+    # A vocabulary beyond 65,536 without its download: the byte tokenizer with a higher bound.
+    wide = dataclasses.replace(BYTES, vocab_size=70_000, eot=69_999)
+    object.__setattr__(wide, "bytes_per_token", np.ones(70_000, np.int32))
+    writer = store_module.StoreWriter(tmp_path / "train", wide)
+    writer.write(np.array([1, 65_536, 69_998]), True)
+    writer.close()
+    store = Store.open(tmp_path / "train", wide)
+    assert store.tokens(0, 4).tolist() == [1, 65_536, 69_998, 69_999]
+
+
+# ---- what is refused
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 40)
+    path = write(tmp_path / "a.txt", "The quick brown fox jumps over the lazy dog. " * 4)
+    prepare([path], tmp_path / "store", "bytes")
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens-00002.bin", "document_ends.bin"])
+def test_every_flipped_bit_is_noticed(store, name):
+    path = store / "train" / name
+    good = path.read_bytes()
+    for byte in range(0, len(good), 7):
+        bad = bytearray(good)
+        bad[byte] ^= 1 << byte % 8
+        path.write_bytes(bad)
+        assert f"{name} was altered" in refusal(Store.open, store / "train", BYTES)
+    path.write_bytes(good)
+    Store.open(store / "train", BYTES)
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "document_ends.bin"])
+def test_a_truncated_or_missing_file_is_noticed(store, name):
+    path = store / "train" / name
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:-2], b"", good + b"\0\0"):
+        path.write_bytes(bad)
+        assert "truncated or altered" in refusal(Store.open, store / "train", BYTES)
+    path.unlink()
+    assert "holds 0 bytes" in refusal(Store.open, store / "train", BYTES)
+
+
+def test_an_altered_manifest_is_noticed(store):
+    path = store / "train" / "manifest.json"
+    good = path.read_text()
+    for bad in (good.replace("256", "999", 1), good[:-5], "[]", "{}", good.replace("1", "2", 1)):
+        assert bad != good
+        path.write_text(bad)
+        assert "manifest.json is damaged" in refusal(Store.open, store / "train", BYTES)
+    path.unlink()
+    assert "is no token store" in refusal(Store.open, store / "train", BYTES)
+
+
+def test_another_tokenizer_is_refused(store):
+    message = refusal(open_source, str(store), GPT2, "train")
+    assert "tokenised with 'bytes'" in message and "set data.tokenizer=bytes" in message
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    writer = store_module.StoreWriter(tmp_path / "train", BYTES)
+    writer._append(np.array([1, 2, 257, 3]))
+    writer.close()
+    message = refusal(Store.open, tmp_path / "train", BYTES)
+    assert "holds token id 257, outside the vocabulary of 257" in message
+
+
+def test_unknown_sources_and_splits(store, tmp_path):
+    message = refusal(open_source, str(tmp_path / "nowhere"), BYTES, "train")
+    assert "neither a token store" in message and "shakespeare" in message
+    assert "choose one of train, val" in refusal(open_source, str(store), BYTES, "test")
+    shutil.rmtree(store / "val")
+    assert "holds no split 'val'" in refusal(open_source, str(store), BYTES, "val")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    def message(name: str, content: str | bytes | None, key: str = "text") -> str:
+        path = tmp_path / name
+        if content is not None:
+            write(path, content)
+        text = refusal(prepare, [path], tmp_path / "out", "bytes", 0.1, key)
+        assert str(path) in text and not (tmp_path / "out").exists()
+        return text
+
+    assert "is no file" in message("missing.txt", None)
+    assert "holds no text" in message("empty.txt", "")
+    assert "holds no text" in message("only.txt", "<|endoftext|>\n<|endoftext|>")
+    assert "holds no text" in message("blank.jsonl", '{"text": ""}\n')
+    assert "byte 7 cannot be decoded" in message("latin.txt", "abc dé".encode() + b"\xe9tre")
+    assert "byte 2 cannot be decoded" in message("cut.txt", b"ab\xc3")
+    good = '{"text": "a"}\n'
+    assert "line 3 is not JSON" in message("bad.jsonl", good + "\n" + "{text: 1}\n")
+    assert "line 2 is not JSON" in message("latin.jsonl", good.encode() + b'{"text": "\xe9"}\n')
+    assert "line 2 has no key 'text'" in message("key.jsonl", good + '{"body": "b"}\n')
+    assert "(body)" in message("key.jsonl", good + '{"body": "b"}\n')
+    assert "line 1 has no key" in message("list.jsonl", '["text"]\n')
+    assert "line 2 holds int" in message("int.jsonl", good + '{"text": 1}\n')
+    assert "half a surrogate pair" in message("half.jsonl", '{"text": "\\ud800"}\n')
+    assert "cannot be read as parquet" in message("text.parquet", "not parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), tmp_path / "t.parquet")
+    assert "no column 'text'" in message("t.parquet", None) and "(body)" in message(
+        "t.parquet", None
+    )
+    assert "row 2 holds NoneType" in message("t.parquet", None, "body")
+
+
+def test_a_bad_byte_is_found_at_its_place_in_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", 5)
+    for at in range(12):
+        content = "éé".encode() * 2 + b"abcd"
+        content = ("a" * at).encode() + "é".encode() + b"\xff" + content
+        message = refusal(prepare, [write(tmp_path / "a.txt", content)], tmp_path / "o", "bytes")
+        assert f"byte {at + 2} cannot" in message
+
+
+def test_unknown_endings_list_the_known(tmp_path):
+    path = write(tmp_path / "a.pdf", "text")
+    with pytest.raises(ConfigError, match=r"'.pdf' is not one of: .txt, .raw, .jsonl, .parquet"):
+        prepare([path], tmp_path / "out", "bytes")
+
+
+def test_impossible_requests(tmp_path):
+    path = write(tmp_path / "a.txt", "a")
+    assert "leaves none for 'train'" in refusal(prepare, [path], tmp_path / "out", "bytes")
+    assert "must lie in [0, 1)" in refusal(prepare, [path], tmp_path / "out", "bytes", 1.0)
+    assert "no files" in refusal(prepare, [], tmp_path / "out", "bytes")
+    assert list(tmp_path.iterdir()) == [path]  # nothing is left behind
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path, store):
+    path = write(tmp_path / "b.txt", "another text altogether")
+    assert "store of another text" in refusal(prepare, [path], store, "bytes")
+    assert "tokenised with 'bytes'" in refusal(prepare, [path], store, "gpt2")
+    assert "store of another text" in refusal(prepare, [tmp_path / "a.txt"], store, "bytes", 0.2)
+    (tmp_path / "notes").mkdir()
+    write(tmp_path / "notes" / "x", "mine")
+    assert "is not this store" in refusal(prepare, [path], tmp_path / "notes", "bytes")
+    assert "is not this store" in refusal(prepare, [path], path, "bytes")
+    assert path.read_text() == "another text altogether"
+    (tmp_path / "empty").mkdir()
+    assert "train" in prepare([path], tmp_path / "empty", "bytes")
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(self, **provenance):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module.StoreWriter, "close", full_disk)
+    path = write(tmp_path / "a.txt", "some text")
+    message = refusal(prepare, [path], tmp_path / "out", "bytes")
+    assert "cannot write" in message and "No space left" in message
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- nanoGPT and the built-in texts
+
+
+def test_nanogpt_bins_open(tmp_path):
+    ids = [*GPT2.encode("one document"), GPT2.eot, *GPT2.encode("and another, unfinished")]
+    for split in ("train", "val"):
+        np.array(ids, np.uint16).tofile(tmp_path / f"{split}.bin")
+    store = open_source(str(tmp_path), GPT2, "val")
+    assert store.tokens(0, store.num_tokens).tolist() == ids
+    assert store.document_ends.tolist() == [ids.index(GPT2.eot) + 1, len(ids)]
+    data = Data((str(tmp_path),), None, "gpt2", "document", 2)
+    rows = Batches(data, 16, 0, "val", GPT2).sources[0].rows(np.arange(2))
+    assert rows["weights"].sum() == len(ids)
+    before = store.fingerprint
+    ids[0] += 1
+    np.array(ids, np.uint16).tofile(tmp_path / "val.bin")
+    assert open_source(str(tmp_path), GPT2, "val").fingerprint != before
+    assert "outside the vocabulary of 257" in refusal(open_source, str(tmp_path), BYTES, "val")
+    write(tmp_path / "val.bin", b"abc")
+    assert "holds 3 bytes" in refusal(open_source, str(tmp_path), GPT2, "val")
+
+
+def test_shakespeare_is_eight_whole_plays():
+    plays = PLAYS.split("<|endoftext|>\n")
+    assert len(plays) == 8 and 1_000_000 < len(PLAYS) < 1_100_000
+    assert all("by William Shakespeare" in play[:60] and play.endswith("\n") for play in plays)
+    assert plays[0].startswith("HAMLET") and plays[-1].startswith("THE TEMPEST")
+    # The held-out tenth is the last play, and the end of the one before.
+    characters = sum(map(len, plays))
+    assert 0 <= characters - int(characters * 0.9) - len(plays[-1]) < 6000
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_built_in_texts_are_tokenised_once(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
+    store = open_source(name, GPT2, "train")
+    assert store.num_tokens > 100_000 and store.path.is_relative_to(tmp_path)
+    # What the tokens stand for is the text, byte for byte.
+    val = open_source(name, GPT2, "val")
+    text = b"".join(
+        GPT2.decode_bytes(t for t in s.tokens(0, s.num_tokens).tolist() if t != GPT2.eot)
+        for s in (store, val)
+    )
+    [path] = DATASETS[name]
+    assert text == path.read_bytes().replace(b"<|endoftext|>\n", b"")
+    assert store.manifest["bytes"] + val.manifest["bytes"] == len(text)
+    monkeypatch.setattr(sources_module, "prepare", None)  # a second time would fail
+    assert open_source(name, GPT2, "train").fingerprint == store.fingerprint
+
+
+def test_processes_may_race_for_the_cache(tmp_path):
+    out, path = tmp_path / "cache" / "store", write(tmp_path / "a.txt", PLAYS[:20_000])
+    with concurrent.futures.ProcessPoolExecutor(3) as pool:
+        jobs = [pool.submit(prepare, [path], out, "bytes") for _ in range(6)]
+        summaries = [job.result(timeout=60) for job in jobs]
+    assert all(summary == summaries[0] for summary in summaries)
+    assert [p.name for p in out.parent.iterdir()] == ["store"]
