@@ -14,7 +14,7 @@ the shards meet once, at the end.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,8 @@ def token_nll(
     dims = dims.replace("V", "VC")
     kernel = jax.lax.reshape(kernel, shape, out_sharding=out(dims))
     width = vocab // shards if chunk is None else min(max(chunk // shards, 1), vocab // shards)
-    nll_BT, log_z_BT = _nll(x_BTD, kernel, targets_BT, dims, width, softcap)
+    results: Any = _nll(x_BTD, kernel, targets_BT, dims, width, softcap)
+    nll_BT, log_z_BT = results
     known = (targets_BT >= 0) & (targets_BT < vocab)
     return nll_BT * jnp.where(known, 1.0, jnp.nan), log_z_BT
 
@@ -150,8 +151,8 @@ def _statistics(c: _Chunk) -> _Statistics:
 
 def _merge(a: _Statistics, b: _Statistics) -> _Statistics:
     top_BTV = jnp.maximum(a.top_BTV, b.top_BTV)
-    total_BTV = sum(s.total_BTV * jnp.exp(s.top_BTV - top_BTV) for s in (a, b))
-    return _Statistics(top_BTV, total_BTV, a.target_BTV + b.target_BTV)
+    a_BTV, b_BTV = (s.total_BTV * jnp.exp(s.top_BTV - top_BTV) for s in (a, b))
+    return _Statistics(top_BTV, a_BTV + b_BTV, a.target_BTV + b.target_BTV)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

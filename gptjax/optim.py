@@ -15,19 +15,19 @@ the global norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
+from optax import Schedule  # step, 0-based -> learning rate
 
 from gptjax.config import ConfigError, Optim, choose
 from gptjax.sharding import parameter_spec
 
 Tree = Any  # nested dict like the parameters
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]  # step, 0-based -> learning rate
 
 
 def is_matrix(dims: str) -> bool:
@@ -173,13 +173,13 @@ def muon(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformat
 
     def match_rms(updates: Tree, params: Tree) -> Tree:
         def scaled(u: jax.Array, n: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-            fans = (math.prod(u.shape[i] for i in fan) for fan in n)
-            return 0.2 * math.sqrt(max(fans)) * u
+            fan_in, fan_out = (math.prod(u.shape[i] for i in fan) for fan in n)  # type: ignore
+            return 0.2 * math.sqrt(max(fan_in, fan_out)) * u
 
         return jax.tree.map(scaled, updates, numbers)
 
     orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(orthogonal, optax.stateless(match_rms)),
         "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
     }
@@ -248,23 +248,18 @@ def _placed(
 
     Reshapes and products of sharded dims (Newton-Schulz) have no one explicit sharding.
     """
-    updates = jax.tree.map(parameter_spec, dims)
+    # auto_axes does nothing where no mesh is set.
+    auto: Any = jax.sharding.auto_axes
 
     def init(params: Tree) -> optax.OptState:
-        if jax.sharding.get_abstract_mesh().empty:
-            return transformation.init(params)
         specs = state_specs(jax.eval_shape(transformation.init, params), params, dims)
-        return jax.sharding.auto_axes(transformation.init, out_sharding=specs)(params)
+        return auto(transformation.init, out_sharding=specs)(params)
 
     def update(
-        grads: Tree, state: optax.OptState, params: Tree | None = None
+        updates: Tree, state: optax.OptState, params: Tree | None = None
     ) -> tuple[Tree, optax.OptState]:
-        if jax.sharding.get_abstract_mesh().empty:
-            return transformation.update(grads, state, params)
-        specs = (updates, state_specs(state, params, dims))
-        return jax.sharding.auto_axes(transformation.update, out_sharding=specs)(
-            grads, state, params
-        )
+        specs = jax.tree.map(parameter_spec, dims), state_specs(state, params, dims)
+        return auto(transformation.update, out_sharding=specs)(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 

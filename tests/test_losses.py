@@ -101,7 +101,7 @@ def test_values_and_gradients_match_float64(dims, chunk, softcap, z_loss):
 
 def test_weight_zero_hides_a_token():
     x_BTD, kernel, targets_BT, weights_BT = make("DV")
-    knobs = dict(chunk=8, softcap=None, z_loss=0.1)
+    knobs = {"chunk": 8, "softcap": None, "z_loss": 0.1}
     _, (dx_BTD, _) = value_and_grads(x_BTD, kernel, "DV", targets_BT, weights_BT, **knobs)
     np.testing.assert_array_equal(dx_BTD[0, :3], 0)
     assert np.all(np.any(np.asarray(dx_BTD)[weights_BT > 0] != 0, axis=-1))
@@ -111,7 +111,7 @@ def test_weight_zero_hides_a_token():
 @pytest.mark.parametrize("target", [-1, V])
 def test_a_target_outside_the_vocabulary_is_nan_unless_its_weight_is_zero(target, chunk):
     x_BTD, kernel, targets_BT, weights_BT = make("DV")
-    knobs = dict(chunk=chunk, softcap=None, z_loss=0.1)
+    knobs = {"chunk": chunk, "softcap": None, "z_loss": 0.1}
     expected = value_and_grads(x_BTD, kernel, "DV", targets_BT, weights_BT, **knobs)
     targets_BT[0, 0] = target  # weight 0
     got = value_and_grads(x_BTD, kernel, "DV", targets_BT, weights_BT, **knobs)
@@ -160,7 +160,7 @@ def test_bfloat16_inputs_are_accumulated_in_float32(dims):
 @pytest.mark.parametrize("dims", LAYOUTS)
 def test_meshes_agree_with_no_mesh(shape, chunk, dims):
     x_BTD, kernel, targets_BT, weights_BT = make(dims)
-    knobs = dict(chunk=chunk, softcap=5.0, z_loss=0.1)
+    knobs = {"chunk": chunk, "softcap": 5.0, "z_loss": 0.1}
     expected = value_and_grads(x_BTD, kernel, dims, targets_BT, weights_BT, **knobs)
     with jax.set_mesh(make_mesh(Mesh(*shape))):
         placed = [
@@ -189,7 +189,7 @@ def test_chunks_keep_the_logits_out_of_memory(dims):
     def temporaries(chunk: int | None) -> int:
         def objective(x_BTD, kernel, targets_BT):
             weights_BT = jnp.ones((1, rows))
-            knobs = dict(chunk=chunk, softcap=None, z_loss=0.1)
+            knobs = {"chunk": chunk, "softcap": None, "z_loss": 0.1}
             return cross_entropy(x_BTD, kernel, dims, targets_BT, weights_BT, **knobs).objective
 
         compiled = jax.jit(jax.grad(objective, (0, 1))).lower(*arguments).compile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -81,16 +82,25 @@ def draw(seed: int):
     )
 
 
-def run(optim: Optim, params, gradients, dims=DIMS):
-    """Parameters and state after one update for each of the gradients."""
-    optimizer = make_optimizer(optim, 100, dims)
+FEW = {"": DIMS, "blocks": DIMS["blocks"], "up": {"up": "LDF"}}
+
+
+@functools.cache
+def compiled(optim: Optim, part: str):
+    optimizer = make_optimizer(optim, 100, FEW[part])
 
     @jax.jit
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = jax.jit(optimizer.init)(params)
+    return jax.jit(optimizer.init), step
+
+
+def run(optim: Optim, params, gradients, part: str = ""):
+    """Parameters and state after one update for each of the gradients."""
+    init, step = compiled(optim, part)
+    state = init(params)
     for grads in gradients:
         params, state = step(params, state, grads)
     return params, state
@@ -137,7 +147,7 @@ def test_a_quadratic_decreases(name):
 def test_two_steps_of_adamw_by_hand():
     o = config(weight_decay=0.5, schedule="linear", final_lr_fraction=0.0)
     p, g1, g2 = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(3))
-    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], {"up": "LDF"})
+    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], "up")
     p = p - 0.1 * (g1 / (np.abs(g1) + 1e-8) + 0.5 * p)
     m = (0.9 * 0.1 * g1 + 0.1 * g2) / (1 - 0.9**2)
     v = (0.95 * 0.05 * g1**2 + 0.05 * g2**2) / (1 - 0.95**2)
@@ -149,7 +159,7 @@ def test_two_steps_of_adamw_by_hand():
 def test_two_steps_of_lion_by_hand():
     o = config(optimizer="lion", weight_decay=0.5)
     p, g1, g2 = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(3))
-    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], {"up": "LDF"})
+    got, _ = run(o, {"up": p}, [{"up": g1}, {"up": g2}], "up")
     p = p - 0.1 * (np.sign(g1) + 0.5 * p)
     p = p - 0.1 * (np.sign(0.9 * 0.05 * g1 + 0.1 * g2) + 0.5 * p)
     np.testing.assert_allclose(got["up"], p, atol=1e-6)
@@ -158,7 +168,7 @@ def test_two_steps_of_lion_by_hand():
 def test_schedule_free_is_the_papers_recursion():
     o = config(optimizer="schedule_free", weight_decay=0.5, warmup_steps=3)
     p, *gs = (draw(seed)["blocks"]["feedforward"]["up"] for seed in range(4))
-    got, state = run(o, {"up": p}, [{"up": g} for g in gs], {"up": "LDF"})
+    got, state = run(o, {"up": p}, [{"up": g} for g in gs], "up")
     x = y = z = p.astype(np.float64)
     v, total = 0.0, 0.0
     for t, g in enumerate(gs):
@@ -212,9 +222,9 @@ def test_a_layers_update_does_not_depend_on_the_other_layers(name):
         jax.tree.map(lambda g: g * np.float32([1, 10, 100]).reshape(3, *[1] * (g.ndim - 1)), t)
         for t in gs
     ]
-    together, _ = run(o, p, gs, DIMS["blocks"])
+    together, _ = run(o, p, gs, "blocks")
     alone = [
-        run(o, *jax.tree.map(lambda a: a[i : i + 1], (p, gs)), DIMS["blocks"])[0] for i in range(3)
+        run(o, *jax.tree.map(lambda a, i=i: a[i : i + 1], (p, gs)), "blocks")[0] for i in range(3)
     ]
     alone = jax.tree.map(lambda *layers: np.concatenate(layers), *alone)
     # The same arithmetic, in a batched product for Muon.
@@ -252,7 +262,7 @@ def test_clip_scales_all_gradients_by_the_global_norm():
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     for clip in (1.0, 2 * norm):
         _, state = run(config(clip=clip), params, [grads])
-        expected = jax.tree.map(lambda g: 0.1 * g * min(1, clip / norm), grads)
+        expected = jax.tree.map(lambda g, clip=clip: 0.1 * g * min(1, clip / norm), grads)
         assert_close(optax.tree.get(state, "mu"), expected, 1e-6)
 
 
