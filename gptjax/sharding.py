@@ -11,7 +11,7 @@ traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit shardi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -98,13 +98,30 @@ def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.
     return parameter if target is None else jax.reshard(parameter, target)
 
 
-def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dims: str) -> dict[str, jax.Array]:
-    """Puts host arrays on the mesh, each process supplying only the shards it owns."""
-    sharding = NamedSharding(mesh, spec(dims))
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, a=array: a[index])
-        for name, array in batch.items()
-    }
+def place(
+    load: Callable[[int, int], dict[str, np.ndarray]], rows: int, dims: str
+) -> dict[str, jax.Array]:
+    """Puts the rows of a batch on the mesh; each process loads only those it owns.
+
+    Args:
+        load: (start, stop) -> arrays whose leading dim is rows [start, stop).
+        rows: rows over all processes.
+        dims: the dims of the arrays, "BT".
+    """
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec(dims))
+    # Only the row dim of a batch is ever split, so an addressable shard is a range of rows.
+    owned = sharding.addressable_devices_indices_map((rows,) + (1,) * (len(dims) - 1)).values()
+    ranges = [index[0].indices(rows)[:2] for index in owned]
+    first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            return array[start - first : stop - first]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, shard)
+
+    return {name: put(array) for name, array in load(first, last).items()}
 
 
 def check_divisible(config: Config, mesh: jax.sharding.Mesh) -> None:
