@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -375,9 +376,25 @@ def test_built_in_texts_are_tokenised_once(name, tmp_path, monkeypatch):
     assert open_source(name, GPT2, "train").fingerprint == store.fingerprint
 
 
+def test_losing_the_race_is_no_error(tmp_path, monkeypatch):
+    out, path = tmp_path / "store", write(tmp_path / "a.txt", PLAYS[:2000])
+    rename = prepare_module.os.rename
+
+    def late(aside: Path, target: Path) -> None:
+        shutil.copytree(aside, target)  # a rival's store, there just before ours
+        rename(aside, target)
+
+    monkeypatch.setattr(prepare_module.os, "rename", late)
+    summary = prepare([path], out, "bytes")
+    assert summary["train"]["fingerprint"] == Store.open(out / "train", BYTES).fingerprint
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "store"}
+
+
 def test_processes_may_race_for_the_cache(tmp_path):
     out, path = tmp_path / "cache" / "store", write(tmp_path / "a.txt", PLAYS[:20_000])
-    with concurrent.futures.ProcessPoolExecutor(3) as pool:
+    # Spawned, not forked: jax's threads may be running in this process.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(3, mp_context=spawn) as pool:
         jobs = [pool.submit(prepare, [path], out, "bytes") for _ in range(6)]
         summaries = [job.result(timeout=60) for job in jobs]
     assert all(summary == summaries[0] for summary in summaries)
