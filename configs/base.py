@@ -4,8 +4,19 @@ Source:   GPT-2 (Radford et al. 2019) block, cut down to a size that two CPU cor
 Command:  python launch.py config --config=configs/base.py
 """
 
+from typing import TypeVar
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+T = TypeVar("T")
+
+
+def pick(sizes: dict[str, T], name: str) -> T:
+    """The row of a recipe's table of sizes that `--config=FILE:NAME` asks for."""
+    if name not in sizes:
+        raise ValueError(f"no size {name!r}; sizes: {', '.join(sizes)}")
+    return sizes[name]
 
 
 def get_config() -> ConfigDict:

@@ -160,6 +160,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     rows = math.prod(mesh_shape[axis] for axis in PARAMETER_RULES["B"])
     tokens = config.data.batch_size // config.train.accumulation * m.context / rows
     tensor = share("V")
+    values: float  # kept of a token and layer
     split = (2 * m.heads + 2 * m.K) * m.H + (5 if m.gated else 3) * m.F
     match m.remat:
         case "full":

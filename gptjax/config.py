@@ -356,5 +356,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             return float(value)
         if option in (int, str, bool) and type(value) is option:
             return value
-    wanted = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    wanted = " or ".join(
+        "None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
+    )
     raise ConfigError(f"{path} must be {wanted}, got {value!r} ({type(value).__name__})")

@@ -15,7 +15,7 @@ along L whether the layers are scanned or unrolled, so both run the same checkpo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from gptjax.config import Model, choose
 from gptjax.layers.attention import Attention, Cache, Place
 from gptjax.layers.feedforward import FeedForward
 from gptjax.layers.norm import Norm
-from gptjax.layers.parameter import Declared, Spec, draw, parameter
+from gptjax.layers.parameter import Declared, draw, parameter
 from gptjax.layers.position import POSITION
 
 Params = dict[str, Any]
@@ -87,7 +87,9 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         """Runs layer number `layer`; the other arguments are those of `Attention`.
 
-         the stream (B, T, D), this layer's values (B, T, K, H) and the new cache."""
+        Returns:
+            The stream (B, T, D), this layer's values (B, T, K, H) and the new cache.
+        """
         c, kind = self.config, choose(PLACEMENT, self.config.norm_placement, "model.norm_placement")
         attention, feedforward = Attention(c, name="attention"), FeedForward(c, name="feedforward")
 
@@ -156,7 +158,7 @@ class Unembed(nn.Module):
 def abstract_params(config: Model) -> Params:
     """The parameter tree with a `Spec` (shape, dims, initial distribution) at each leaf."""
     x_BTD = jax.ShapeDtypeStruct((1, 1, config.width), config.dtype)
-    ids_BT = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    ids_BT: Any = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def specs(module: nn.Module, *inputs: Any) -> Params:
         # Shapes are asked for with one row, which no mesh divides: look away from the mesh.
@@ -290,7 +292,8 @@ def _blocks(
         x_BTD, first_value = carry
         index, block_params, layer_cache = layer
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        x_BTD, value, layer_cache = Block(config).apply(
+        block: Any = Block(config)
+        x_BTD, value, layer_cache = block.apply(
             {"params": block_params}, x_BTD, place, window, index, first_value, layer_cache, key
         )
         if config.value_residual:

@@ -173,7 +173,7 @@ def muon(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformat
 
     def match_rms(updates: Tree, params: Tree) -> Tree:
         def scaled(u: jax.Array, n: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-            fan_in, fan_out = (math.prod(u.shape[i] for i in fan) for fan in n)  # type: ignore
+            fan_in, fan_out = (math.prod(u.shape[i] for i in fan) for fan in n)
             return 0.2 * math.sqrt(max(fan_in, fan_out)) * u
 
         return jax.tree.map(scaled, updates, numbers)
@@ -190,7 +190,7 @@ def _muon_numbers(dims: str) -> optax.contrib.MuonDimensionNumbers:
     """Which dims of a matrix are fan-in and fan-out: D is one, all others are the other."""
     D = (dims.index("D"),)
     rest = tuple(i for i, letter in enumerate(dims) if letter not in "LD")
-    fans = (D, rest) if D < rest else (rest, D)
+    fans = (D, rest) if rest > D else (rest, D)
     return optax.contrib.MuonDimensionNumbers(*fans)
 
 

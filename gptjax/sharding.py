@@ -12,6 +12,7 @@ traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit shardi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,14 +109,14 @@ def place(
         rows: rows over all processes.
         dims: the dims of the arrays, "BT".
     """
-    sharding = NamedSharding(jax.sharding.get_mesh(), spec(dims))
+    sharding: Any = NamedSharding(jax.sharding.get_mesh(), spec(dims))
     # Only the row dim of a batch is ever split, so an addressable shard is a range of rows.
     owned = sharding.addressable_devices_indices_map((rows,) + (1,) * (len(dims) - 1)).values()
     ranges = [index[0].indices(rows)[:2] for index in owned]
     first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
 
     def put(array: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             return array[start - first : stop - first]
 
@@ -132,7 +133,10 @@ def check_divisible(config: Config, mesh: jax.sharding.Mesh) -> None:
     """
     m = config.model
     sizes = {
-        "B": ("data.batch_size / train.accumulation", config.data.batch_size // config.train.accumulation),
+        "B": (
+            "data.batch_size / train.accumulation",
+            config.data.batch_size // config.train.accumulation,
+        ),
         "N": ("model.heads", m.heads),
         "K": ("model.kv_heads", m.K),
         "F": ("model.ff_dim", m.F),

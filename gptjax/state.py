@@ -89,7 +89,10 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     loss or gradient was not finite: such an update is left out whole, because one NaN under
     clip and AdamW would turn every parameter NaN.
     """
-    optimizer, schedule = make_optimizer(config), optim.make_schedule(config.optim, config.train.steps)
+    optimizer, schedule = (
+        make_optimizer(config),
+        optim.make_schedule(config.optim, config.train.steps),
+    )
 
     def objective(
         params: model.Params, micro: Batch, key: jax.Array, scale: jax.Array

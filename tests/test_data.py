@@ -306,7 +306,9 @@ def test_describe_shows_boundaries_and_what_is_not_scored(tmp_path):
 
 
 def test_fingerprint_follows_the_tokens(tmp_path):
-    one, same, other = (make(tmp_path / n, t) for n, t in zip("abc", ("hello",) * 2 + ("hallo",)))
+    one, same, other = (
+        make(tmp_path / n, t) for n, t in zip("abc", ("hello", "hello", "hallo"), strict=True)
+    )
     prints = [next(iter(batches(p).fingerprint.values())) for p in (one, same, other)]
     assert prints[0] == prints[1] != prints[2]
     assert prints[0] == Store.open(one / "train", None).fingerprint

@@ -62,7 +62,7 @@ def test_half_a_character_decodes_to_the_replacement_character():
 def test_embedded_ranks_are_the_official_file():
     assert hashlib.sha256(module.RANKS_FILE.read_bytes()).hexdigest() == module.RANKS_SHA256
     # The pattern too is tiktoken's own.
-    assert module.GPT2_PATTERN == module.openai_public.r50k_pat_str
+    assert module.openai_public.r50k_pat_str == module.GPT2_PATTERN
 
 
 def test_damaged_ranks_are_refused(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def prepare(
     parts = [_reader(Path(file), text_key) for file in files]
     total, text_sha256 = _survey(files, parts)
     recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
-    if out.is_dir() and any(out.iterdir()) or out.is_file():
+    if (out.is_dir() and any(out.iterdir())) or out.is_file():
         return _existing(out, tokenizer, recipe)
 
     cut = int(total * (1 - val_fraction))

@@ -142,7 +142,9 @@ def _refuse(scores: Scores, kernel: str, **unsupported: bool) -> None:
             )
 
 
-def _on_shards(kernel: Callable[..., jax.Array], *operands: tuple[jax.Array | None, str]) -> jax.Array:
+def _on_shards(
+    kernel: Callable[..., jax.Array], *operands: tuple[jax.Array | None, str]
+) -> jax.Array:
     """Calls a kernel on each device's shard: custom calls cannot be partitioned by XLA."""
     arrays = [array for array, _ in operands]
     if out("B") is None:
@@ -166,7 +168,9 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     )
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+        mask = (
+            None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+        )
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=True, implementation="cudnn",
             local_window_size=None if window is None else (int(window) - 1, 0),
@@ -206,7 +210,11 @@ def splash(
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         B, _, N, H = q.shape
         G = N // k.shape[2]
-        one = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
+        one = (
+            masks.CausalMask((T, T))
+            if window is None
+            else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
+        )
         attend = kernels.make_splash_mqa_single_device(
             masks.MultiHeadMask([one] * G),
             attn_logits_soft_cap=scores.softcap,
@@ -284,7 +292,9 @@ def _extend(cache_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> j
     if out("B") is None:
         return rows(cache_BSKH, new_BTKH, start_B)
     specs = (spec("BSKH"), spec("BTKH"), spec("B"))
-    return jax.shard_map(rows, in_specs=specs, out_specs=spec("BSKH"))(cache_BSKH, new_BTKH, start_B)
+    return jax.shard_map(rows, in_specs=specs, out_specs=spec("BSKH"))(
+        cache_BSKH, new_BTKH, start_B
+    )
 
 
 class Attention(nn.Module):

@@ -43,7 +43,9 @@ class Norm(nn.Module):
         c, kind = self.config, choose(NORM, self.config.norm, "model.norm")
         y = normalise(x, c.norm_eps, kind.centre)
         if kind.scale:
-            y = y * parameter(self, c, "scale", "D", (c.width,), "gain", mean=1.0, dtype=jnp.float32)
+            y = y * parameter(
+                self, c, "scale", "D", (c.width,), "gain", mean=1.0, dtype=jnp.float32
+            )
         if kind.bias and c.bias:
             y = y + parameter(self, c, "bias", "D", (c.width,), "bias", dtype=jnp.float32)
         return y.astype(x.dtype)

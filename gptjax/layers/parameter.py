@@ -126,7 +126,8 @@ def parameter(
     scheme = choose(INIT, config.init, "model.init")
     std = scheme[role](fan_in, config.layers) if role in scheme else 0.0
     spec = Spec(shape, dims, mean, std, role)
-    value = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
+    # Linen unboxes it: what comes back is the bare value.
+    value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
 
 

@@ -31,7 +31,9 @@ class Position(NamedTuple):
 def sinusoid(config: Model, positions_BT: jax.Array) -> jax.Array:
     """x_BTD: sine on even and cosine on odd channels (Vaswani et al. 2017, section 3.5)."""
     if config.width % 2:
-        raise ConfigError(f"model.position='sinusoidal' needs an even model.width, not {config.width}")
+        raise ConfigError(
+            f"model.position='sinusoidal' needs an even model.width, not {config.width}"
+        )
     frequencies = 1e4 ** (-np.arange(0, config.width, 2) / config.width)
     angles = positions_BT[..., None] * frequencies.astype(np.float32)
     pairs = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -1,0 +1,14 @@
+"""The default: a small GPT on plays of Shakespeare that ship with the package.
+
+Source:   GPT-2's block and vocabulary; sizes chosen for five minutes on two CPU cores.
+Command:  make train
+          python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    return base.get_config()
