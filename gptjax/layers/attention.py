@@ -133,11 +133,14 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     return jnp.concatenate(outputs, axis=1)
 
 
-def _refuse(scores: Scores, kernel: str, **unsupported: bool) -> None:
-    for what, present in unsupported.items():
-        if present:
+MIXED_WINDOWS = "layers of different windows under model.scan_layers"
+
+
+def _refuse(kernel: str, unsupported: dict[str, bool]) -> None:
+    for what, asked in unsupported.items():
+        if asked:
             raise ConfigError(
-                f"model.attention={kernel!r} does not support {what.replace('_', ' ')}: "
+                f"model.attention={kernel!r} does not support {what}: "
                 "use model.attention='auto' or 'plain'"
             )
 
@@ -154,17 +157,20 @@ def _on_shards(
 
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
-    """cuDNN's fused attention (NVIDIA GPUs, 16-bit inputs, even lengths)."""
+    """cuDNN's fused attention (NVIDIA GPUs, 16-bit inputs, even lengths, H a multiple of 8)."""
     if scores.cached:
         return plain(q_BTNH, k_BSKH, v_BSKH, scores)
-    window, segments = scores.window, scores.q_segments_BT
+    window, segments, (_, T, _, H) = scores.window, scores.q_segments_BT, q_BTNH.shape
     _refuse(
-        scores,
         "cudnn",
-        softcapped_scores=scores.softcap is not None,
-        ALiBi=scores.slopes_N is not None,
-        layers_of_different_windows_under_scan_layers=isinstance(window, jax.Array),
-        **{f"dtype_{q_BTNH.dtype.name}": q_BTNH.dtype.itemsize != 2},
+        {
+            "softcapped scores": scores.softcap is not None,
+            "ALiBi": scores.slopes_N is not None,
+            MIXED_WINDOWS: isinstance(window, jax.Array),
+            f"dtype {q_BTNH.dtype.name}": q_BTNH.dtype.itemsize != 2,
+            f"the odd length {T}": T % 2 != 0,
+            f"the head width {H}, no multiple of 8 up to 256": H % 8 != 0 or H > 256,
+        },
     )
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
@@ -200,11 +206,12 @@ def splash(
 
     window, T = scores.window, q_BTNH.shape[1]
     _refuse(
-        scores,
         "splash",
-        ALiBi=scores.slopes_N is not None,
-        layers_of_different_windows_under_scan_layers=isinstance(window, jax.Array),
-        **{f"a_context_of_{T}_tokens,_no_multiple_of_128": T % 128 != 0},
+        {
+            "ALiBi": scores.slopes_N is not None,
+            MIXED_WINDOWS: isinstance(window, jax.Array),
+            f"{T} tokens, no multiple of 128": T % 128 != 0,
+        },
     )
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
@@ -252,8 +259,9 @@ def resolve(config: Model, platform: str) -> Model:
     alibi = POSITION[config.position].slopes is not None
     mixed = config.scan_layers and len(set(config.layer_windows)) > 1
     capped = config.attention_softcap is not None
+    shape = config.context % 2 == 0 and config.H % 8 == 0 and config.H <= 256
     fused = {
-        "gpu": ("cudnn", config.dtype == "bfloat16" and not (alibi or mixed or capped)),
+        "gpu": ("cudnn", config.dtype == "bfloat16" and shape and not (alibi or mixed or capped)),
         "tpu": ("splash", config.context % 128 == 0 and not (alibi or mixed)),
         "cpu": ("block", True),
     }

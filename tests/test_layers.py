@@ -1,0 +1,466 @@
+"""The parts of a block against closed forms, literal masks and a loop in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import ConfigError, Model
+from gptjax.layers import attention
+from gptjax.layers.attention import ATTENTION, Scores, resolve, splash
+from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
+from gptjax.layers.norm import NORM, HeadNorm, Norm
+from gptjax.layers.parameter import INIT, Spec, draw
+from gptjax.layers.position import alibi_slopes, rope, sinusoid
+
+MODEL = Model(
+    vocab_size=64, context=128, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
+    feedforward="gelu", ff_dim=24, position="learned", rope_base=1e4, norm="layernorm",
+    norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
+    windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
+    tied=True, dropout=0.0, init="gpt2", attention="plain", scan_layers=False, remat="none",
+    dtype="float32",
+)  # fmt: skip
+
+
+def model(**changes) -> Model:
+    return dataclasses.replace(MODEL, **changes)
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# What a query may see.
+
+
+def visible(T: int = 5, **changes) -> np.ndarray:
+    index = jnp.arange(T)[None]
+    return np.asarray(Scores(index, index, **changes).visible()).astype(int)
+
+
+def test_the_causal_mask():
+    assert visible()[0].tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("window", [2, jnp.int32(2)], ids=["static", "traced"])
+def test_a_window_of_two_sees_itself_and_one_before(window):
+    assert visible(window=window)[0].tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+def test_segments_see_only_themselves():
+    segments = jnp.asarray([[7, 7, 2, 2, 2], [1, 1, 1, 1, 1]])
+    mask = visible(q_segments_BT=segments, k_segments_BS=segments)
+    assert mask[0].tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+    assert (mask[1] == visible()[0]).all()
+
+
+def test_a_segment_and_a_window_together():
+    segments = jnp.asarray([[0, 0, 0, 0, 1]])
+    mask = visible(window=3, q_segments_BT=segments, k_segments_BS=segments)
+    assert mask[0].tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+def test_queries_that_follow_a_cache_start_at_each_rows_length():
+    scores = Scores(jnp.asarray([[3, 4], [0, 1]]), jnp.arange(6)[None], window=4, cached=True)
+    assert scores.visible().astype(int).tolist() == [
+        [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]],
+        [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]],
+    ]
+
+
+# The kernels.
+
+
+def attend_by_loops(q, k, v, visible_BTS, slopes_N=None, softcap=None) -> np.ndarray:
+    """Attention of one query, row and head at a time, in float64, from its definition."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    (B, T, N, H), K = q.shape, k.shape[2]
+    o = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = np.flatnonzero(visible_BTS[b, t])
+        z = k[b, seen, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
+        if softcap is not None:
+            z = softcap * np.tanh(z / softcap)
+        if slopes_N is not None:
+            z = z - slopes_N[n] * (t - seen)
+        w = np.exp(z - z.max())
+        o[b, t, n] = (w / w.sum()) @ v[b, seen, n // (N // K)]
+    return o
+
+
+SCORES = [
+    {},
+    {"window": 5},
+    {"segments": True},
+    {"softcap": 1.5},
+    {"slopes": True},
+    {"window": 5, "segments": True, "softcap": 1.5},
+]
+# Each kernel at a length that its blocks do not divide, where it allows that.
+KERNELS = {
+    name: (functools.partial(kernel, interpret=True), 128) if kernel is splash else (kernel, 11)
+    for name, kernel in ATTENTION.items()
+    if name != "cudnn"  # needs a GPU; its refusals are tested below
+}
+
+
+def scores_of(T: int, rows: int, window=None, segments=False, softcap=None, slopes=False) -> Scores:
+    index = jnp.arange(T)[None]
+    ids = jnp.asarray([np.arange(T) >= 4 + 3 * b for b in range(rows)], jnp.int32)
+    ids = ids if segments else None
+    slopes_N = alibi_slopes(MODEL) if slopes else None
+    return Scores(index, index, ids, ids, window, slopes_N, softcap)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+
+
+CASES = [
+    (name, changes)
+    for name in KERNELS
+    for changes in SCORES
+    if not (name == "splash" and "slopes" in changes)  # refused, see below
+]
+
+
+@pytest.mark.parametrize(
+    "name, changes", CASES, ids=[f"{name}-{','.join(c) or 'causal'}" for name, c in CASES]
+)
+def test_a_kernel_is_attention_by_loops_and_its_gradient_is_plains(name, changes, small_blocks):
+    kernel, T = KERNELS[name]
+    rows, heads, K, H = 2, 4, 2, 8
+    q, k, v, do = (normal(rows, T, n, H, seed=i) for i, n in enumerate((heads, K, K, heads)))
+    scores = scores_of(T, rows, **changes)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(kernel, q, k, v):
+        o, pull = jax.vjp(lambda *qkv: kernel(*qkv, scores), q, k, v)
+        return o, pull(do)
+
+    o, gradients = run(kernel, q, k, v)
+    visible = np.broadcast_to(scores.visible(), (rows, T, T))
+    expected = attend_by_loops(q, k, v, visible, scores.slopes_N, scores.softcap)
+    np.testing.assert_allclose(o, expected, atol=2e-6)  # float32 sums of 128 at most
+    for got, want in zip(gradients, run(ATTENTION["plain"], q, k, v)[1], strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_the_gradient_of_plain_is_that_of_finite_differences(small_blocks):
+    q, k, v = (normal(1, 5, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
+    scores = scores_of(5, 1, window=3, softcap=1.5, slopes=True)
+    direction = [normal(*a.shape, seed=9) for a in (q, k, v)]
+    f = jax.jit(lambda q, k, v: (ATTENTION["plain"](q, k, v, scores) * normal(1, 5, 4, 4)).sum())
+    slope = sum(
+        jnp.vdot(g, d) for g, d in zip(jax.grad(f, (0, 1, 2))(q, k, v), direction, strict=True)
+    )
+
+    def f64(step: float) -> float:
+        moved = [
+            np.asarray(a, float) + step * np.asarray(d)
+            for a, d in zip((q, k, v), direction, strict=True)
+        ]
+        o = attend_by_loops(*moved, scores.visible(), scores.slopes_N, scores.softcap)
+        return (o * np.asarray(normal(1, 5, 4, 4))).sum()
+
+    assert slope == pytest.approx((f64(1e-5) - f64(-1e-5)) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_grouped_heads_are_repeated_heads(name, small_blocks):
+    kernel, T = KERNELS[name]
+    scores = scores_of(T, 1)
+    run = jax.jit(lambda q, k, v: kernel(q, k, v, scores))
+    for K in (1, 2):
+        q, k, v = (normal(1, T, n, 8, seed=i) for i, n in enumerate((4, K, K)))
+        repeated = (jnp.repeat(a, 4 // K, axis=2) for a in (k, v))
+        np.testing.assert_allclose(run(q, k, v), run(q, *repeated), atol=1e-6)
+
+
+# Which kernel, and what it refuses.
+
+REFUSED = {
+    "cudnn": [
+        ({"softcap": 1.0}, {}, "softcapped scores"),
+        ({"slopes": True}, {}, "ALiBi"),
+        ({"window": jnp.int32(4)}, {}, "different windows under model.scan_layers"),
+        ({}, {"dtype": jnp.float32}, "dtype float32"),
+        ({}, {"T": 127}, "odd length 127"),
+        ({}, {"H": 12}, "head width 12"),
+    ],
+    "splash": [
+        ({"slopes": True}, {}, "ALiBi"),
+        ({"window": jnp.int32(4)}, {}, "different windows under model.scan_layers"),
+        ({}, {"T": 127}, "127 tokens"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, scores, inputs, reason",
+    [(name, *case) for name, cases in REFUSED.items() for case in cases],
+)
+def test_a_refusal_is_one_line_that_says_what_to_use(name, scores, inputs, reason):
+    T, H = inputs.get("T", 128), inputs.get("H", 16)
+    q = jnp.zeros((1, T, 4, H), inputs.get("dtype", jnp.bfloat16))
+    with pytest.raises(ConfigError) as error:
+        ATTENTION[name](q, q, q, scores_of(T, 1, **scores))
+    message = str(error.value)
+    assert reason in message and f"model.attention={name!r}" in message
+    assert "'auto' or 'plain'" in message and "\n" not in message
+
+
+AUTO = model(attention="auto", dtype="bfloat16", head_dim=16)
+
+
+@pytest.mark.parametrize(
+    "changes, cpu, gpu, tpu",
+    [
+        ({}, "block", "cudnn", "splash"),
+        ({"dtype": "float32"}, "block", "plain", "splash"),
+        ({"windows": (64,), "scan_layers": True}, "block", "cudnn", "splash"),
+        ({"windows": (64, None)}, "block", "cudnn", "splash"),
+        ({"windows": (64, None), "scan_layers": True}, "block", "plain", "plain"),
+        ({"position": "alibi"}, "block", "plain", "plain"),
+        ({"attention_softcap": 50.0}, "block", "plain", "splash"),
+        ({"context": 100}, "block", "cudnn", "plain"),
+        ({"context": 127}, "block", "plain", "plain"),
+        ({"head_dim": 12}, "block", "plain", "splash"),
+        ({"head_dim": 264}, "block", "plain", "splash"),
+        ({"attention": "plain"}, "plain", "plain", "plain"),
+        ({"attention": "splash"}, "splash", "splash", "splash"),
+    ],
+)
+def test_auto_is_the_platforms_kernel_where_it_can_and_plain_where_it_cannot(
+    changes, cpu, gpu, tpu
+):
+    config = dataclasses.replace(AUTO, **changes)
+    for platform, kernel in {"cpu": cpu, "gpu": gpu, "tpu": tpu}.items():
+        assert resolve(config, platform) == dataclasses.replace(config, attention=kernel)
+
+
+def test_an_unknown_kernel_is_one_line_with_the_choices():
+    with pytest.raises(ConfigError, match="'flash' is not one of: plain, block, cudnn, splash"):
+        resolve(model(attention="flash"), "cpu")
+
+
+# Positions.
+
+
+def test_alibi_slopes_of_eight_heads():
+    expected = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert alibi_slopes(model(heads=8)).tolist() == expected  # exact powers of two
+    index = jnp.arange(3)[None]
+    bias = Scores(index, index, slopes_N=alibi_slopes(model(heads=8))).bias()
+    assert bias[0, 1].tolist() == [[0, 1 / 4, 2 / 4], [-1 / 4, 0, 1 / 4], [-2 / 4, -1 / 4, 0]]
+
+
+def test_rope_turns_channel_pairs_by_their_angles():
+    c = model(head_dim=4, rope_base=100.0)  # angles p and p / 100^(2/4)
+    x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    p = 5
+    first, second = (1 + 3j) * np.exp(1j * p), (2 + 4j) * np.exp(1j * p / 10)
+    expected = [first.real, second.real, first.imag, second.imag]
+    got = rope(c, x, jnp.full((1, 1), p))
+    np.testing.assert_allclose(got.ravel(), expected, rtol=1e-6)
+
+
+def test_rope_keeps_norms_and_scores_depend_on_the_distance_alone():
+    c, T = model(head_dim=16), 6
+    q, k = normal(1, T, 4, 16, seed=1), normal(1, T, 4, 16, seed=2)
+
+    def scores(shift: int) -> jax.Array:
+        position = jnp.arange(T)[None] + shift
+        rotated = rope(c, q, position)
+        np.testing.assert_allclose(
+            jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-6
+        )
+        return jnp.einsum("BTNH,BSNH->BNTS", rotated, rope(c, k, position))
+
+    np.testing.assert_allclose(scores(0), scores(50), atol=2e-5)  # sines of up to 56 radians
+    assert abs(scores(0) - jnp.einsum("BTNH,BSNH->BNTS", q, k)).max() > 1
+    # The same query and key, at equal distances everywhere.
+    same = jnp.broadcast_to(q[:, :1], q.shape)
+    rotated = rope(c, same, jnp.arange(T)[None])
+    table = jnp.einsum("BTNH,BSNH->BNTS", rotated, rotated)[0, 0]
+    np.testing.assert_allclose(table[1:, 1:], table[:-1, :-1], atol=1e-5)
+
+
+def test_sinusoids_by_hand():
+    got = sinusoid(model(width=4), jnp.asarray([[0, 3]]))
+    expected = [[0, 1, 0, 1], [np.sin(3), np.cos(3), np.sin(0.03), np.cos(0.03)]]
+    np.testing.assert_allclose(got[0], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "hook, changes, knob",
+    [
+        (lambda c: sinusoid(c, jnp.zeros((1, 1))), {"width": 15, "head_dim": 4}, "model.width"),
+        (lambda c: rope(c, jnp.zeros((1, 1, 4, 5)), jnp.zeros((1, 1))), {"head_dim": 5}, "width"),
+    ],
+)
+def test_an_odd_width_has_no_pairs(hook, changes, knob):
+    with pytest.raises(ConfigError, match=f"even .*{knob}"):
+        hook(model(**changes))
+
+
+# Norms and the feed-forward.
+
+
+def applied(module, x, **params):
+    return np.asarray(module.apply({"params": params}, x))
+
+
+@pytest.mark.parametrize("name", NORM)
+def test_a_norm_by_its_definition_in_float64(name):
+    c = model(norm=name, norm_eps=0.1)  # large enough to be seen
+    x = 3 * normal(2, 5, 16) + 1
+    scale, bias = normal(16, seed=1), normal(16, seed=2)
+    params = {
+        "layernorm": {"scale": scale, "bias": bias},
+        "rmsnorm": {"scale": scale},
+        "parameterfree": {},
+    }[name]
+    y = np.asarray(x, np.float64)
+    if name != "rmsnorm":
+        y = y - y.mean(-1, keepdims=True)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 0.1)
+    y = y * np.asarray(params.get("scale", 1.0)) + np.asarray(params.get("bias", 0.0))
+    np.testing.assert_allclose(applied(Norm(c), x, **params), y, atol=2e-6)
+    # float32 inside, whatever comes in.
+    low = Norm(c).apply({"params": params}, x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    exact = Norm(c).apply({"params": params}, x.astype(jnp.bfloat16).astype(jnp.float32))
+    assert (low == exact.astype(jnp.bfloat16)).all()
+
+
+def test_norms_of_a_literal():
+    x = jnp.asarray([[1.0, 3.0]])
+    c = model(width=2, heads=1, norm_eps=1e-12)
+    one = jnp.ones(2)
+    centred = applied(Norm(c), x, scale=2 * one, bias=one)
+    np.testing.assert_allclose(centred, [[-1, 3]], rtol=1e-6)
+    rms = applied(Norm(dataclasses.replace(c, norm="rmsnorm")), x, scale=one)
+    np.testing.assert_allclose(rms, [[5**-0.5, 3 * 5**-0.5]], rtol=1e-6)
+    free = applied(Norm(dataclasses.replace(c, norm="parameterfree")), x)
+    np.testing.assert_allclose(free, [[-1, 1]], rtol=1e-6)
+
+
+def test_heads_are_normalised_each_for_itself():
+    x, scale = 5 * normal(1, 3, 4, 4), normal(4, seed=1)
+    got = applied(HeadNorm(model()), x, scale=scale)
+    x64 = np.asarray(x, np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def gelu(z):  # Hendrycks & Gimpel 2016, the tanh form
+    return 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+
+
+ACTIVATIONS = {
+    "relu": lambda z: z * (z > 0),
+    "gelu": gelu,
+    "relu2": lambda z: z**2 * (z > 0),
+    "swiglu": lambda z: z * sigmoid(z),
+    "geglu": gelu,
+}
+
+
+@pytest.mark.parametrize("name", FEEDFORWARD)
+def test_a_feedforward_by_its_formula_in_float64(name):
+    c = model(feedforward=name)
+    D, F = c.width, c.F
+    p = {
+        "up": normal(D, F, seed=1) / 4, "up_bias": normal(F, seed=2),
+        "down": normal(F, D, seed=3) / 4, "down_bias": normal(D, seed=4),
+    }  # fmt: skip
+    if c.gated:
+        p |= {"gate": normal(D, F, seed=5) / 4, "gate_bias": normal(F, seed=6)}
+    x = normal(2, 3, D)
+    q = {key: np.asarray(value, np.float64) for key, value in p.items()}
+    up = np.asarray(x, np.float64) @ q["up"] + q["up_bias"]
+    f = ACTIVATIONS[name]
+    hidden = f(x @ q["gate"] + q["gate_bias"]) * up if c.gated else f(up)
+    expected = hidden @ q["down"] + q["down_bias"]
+    np.testing.assert_allclose(applied(FeedForward(c), x, **p), expected, atol=5e-6)
+
+
+# Initial values.
+
+
+def test_draws_are_standard_normal_times_their_scale():
+    got = np.asarray(draw(Spec((256, 256), "DF", 0.0, 0.5, "matrix"), "x", jax.random.key(0)))
+    n = got.size
+    # Moments of 65,536 values: within four standard errors.
+    assert abs(got.mean()) < 4 * 0.5 / n**0.5
+    assert abs(got.std() / 0.5 - 1) < 4 / (2 * n) ** 0.5
+    z = got / 0.5
+    assert abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    assert abs(np.mean(abs(z) < 1) - 0.682689) < 4 * (0.2166 / n) ** 0.5
+    assert abs(z).max() < 4.4
+
+
+def test_a_draw_depends_on_seed_and_path():
+    spec = Spec((8, 8), "DF", 0.0, 1.0, "matrix")
+    first = draw(spec, "a", jax.random.key(0))
+    assert (first == draw(spec, "a", jax.random.key(0))).all()
+    assert (first != draw(spec, "b", jax.random.key(0))).mean() > 0.9
+    assert (first != draw(spec, "a", jax.random.key(1))).mean() > 0.9
+
+
+# fan-in 16 and 4 layers, from the papers named in INIT.
+SCALES = {
+    "gpt2": {
+        "embedding": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 / 8**0.5,
+        "unembedding": 0.02,
+    },
+    "fan_in": {
+        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "residual": 1 / 4 / 8**0.5,
+        "unembedding": 1 / 4,
+    },
+    "zero_out": {
+        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "residual": 0, "unembedding": 1 / 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", INIT)
+def test_the_scale_of_each_role(scheme):
+    got = {role: scale(16, 4) for role, scale in INIT[scheme].items()}
+    assert got == pytest.approx(SCALES[scheme], rel=1e-12)
