@@ -2,8 +2,9 @@
 
 Source:   nanochat's dial (Karpathy 2025) with Chinchilla's ratio (Hoffmann et al. 2022).
               width         D = 64 d, heads of 64
-              parameters    12 d D^2 in the blocks, which is 49,152 d^3
-              tokens        20 a block parameter
+              kv heads      the most of 1 to 4 that divide the d heads
+              parameters    N = 12 d D^2 = 49,152 d^3: the blocks, as if no heads were shared
+              tokens        20 N
               batch         2^16 tokens, doubled for each doubling of D beyond 768
               peak rate     3e-4 sqrt(768 / D)
               weight decay  0.1; warm-up 2% of the steps

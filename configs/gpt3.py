@@ -5,7 +5,9 @@ Source:   Brown et al. 2020, "Language Models are Few-Shot Learners", table 2.1 
           375 million, cosine to 10%, Adam (0.9, 0.95), clip 1, weight decay 0.1.
           Deviations: the paper's alternating sparse layers are sliding windows of 256 tokens,
           its batch ramp is left out, and the decay spans the whole run, not 260 billion tokens.
-          13b's width is 5,120 = 40 x 128, where the paper prints 5,140.
+          Batches are rounded to multiples of 64 rows. Two lines of the table do not multiply
+          out: 1.3b has 16 heads of 128, where the paper prints 24, and 13b's width is
+          5,120 = 40 x 128, where it prints 5,140.
 Command:  python launch.py train --config=configs/gpt3.py:6.7b --workdir=DIR --config.mesh.fsdp=64
 Hardware: TPU pods and GPU clusters; shapes and shardings are tested, the runs were not made.
 """

@@ -1,7 +1,8 @@
 """A modern decoder: RoPE, RMSNorm, SwiGLU, grouped-query attention, QK-norm, no biases, untied.
 
-Source:   the common ground of Llama 3 (Grattafiori et al. 2024) and Qwen3 (Yang et al. 2025);
-          the sizes are GPT-2's small.
+Source:   the common ground of Llama 3 (Grattafiori et al. 2024) and Qwen3 (Yang et al. 2025),
+          with Qwen3's QK-norm. Size, vocabulary, rate and length are those of gpt2.py:124m;
+          the RoPE base stays at 10,000, as the context is 1,024 tokens, not their thousands.
 Command:  python launch.py train --config=configs/modern.py --workdir=DIR
 Hardware: one GPU of 80 GB; not run here.
 """
