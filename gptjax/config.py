@@ -306,10 +306,7 @@ def from_dict(tree: Mapping[str, Any], cls: type[T] = Config, path: str = "") ->
     here = f"{path}." if path else ""
     for key in tree:
         if key not in hints:
-            raise ConfigError(
-                f"unknown config key '{here}{key}'{_hint(key, hints)}; "
-                f"valid keys: {', '.join(sorted(hints))}"
-            )
+            raise ConfigError(unknown_key(f"{here}{key}", [here + name for name in hints]))
     missing = [f"{here}{name}" for name in hints if name not in tree]
     _require(not missing, f"missing config keys: {', '.join(missing)}")
     return cls(**{name: _typed(tree[name], hint, here + name) for name, hint in hints.items()})
@@ -332,6 +329,17 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         name = f"{path}.{key}" if path else key
         flat.update(flatten(value, name) if isinstance(value, Mapping) else {name: value})
     return flat
+
+
+def unknown_key(name: str, knobs: Iterable[str]) -> str:
+    """What to say of a dotted key that is none of `knobs`: the nearest, and its section's keys."""
+    knobs = list(knobs)
+    if keys := [k.removeprefix(f"{name}.") for k in knobs if k.startswith(f"{name}.")]:
+        return f"'{name}' is a section of the config; its keys: {', '.join(keys)}"
+    section = name.rpartition(".")[0]
+    inside = [k.removeprefix(f"{section}.") for k in knobs if k.rpartition(".")[0] == section]
+    valid = inside or sorted({k.partition(".")[0] for k in knobs})
+    return f"unknown config key '{name}'{_hint(name, knobs)}; valid keys: {', '.join(valid)}"
 
 
 def _hint(name: str, names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit shardi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config, ConfigError
+from gptjax.config import Config, ConfigError, Model
 from gptjax.config import Mesh as MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -99,6 +100,13 @@ def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.
     return parameter if target is None else jax.reshard(parameter, target)
 
 
+def round_up(size: int, dim: str) -> int:
+    """The least multiple of the devices along `dim` of an activation that is at least `size`."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    ways = math.prod(shape.get(axis, 1) for axis in ACTIVATION_RULES[dim])
+    return -(-size // ways) * ways
+
+
 def place(
     load: Callable[[int, int], dict[str, np.ndarray]], rows: int, dims: str
 ) -> dict[str, jax.Array]:
@@ -126,28 +134,30 @@ def place(
 
 
 def check_divisible(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a config that does not divide over the mesh, before anything is compiled.
+    """Refuses a run that does not divide over the mesh, before anything is compiled.
 
     Raises:
         ConfigError: naming the knob, its value and the axis that does not divide it.
     """
-    m = config.model
-    sizes = {
-        "B": (
-            "data.batch_size / train.accumulation",
-            config.data.batch_size // config.train.accumulation,
-        ),
-        "N": ("model.heads", m.heads),
-        "K": ("model.kv_heads", m.K),
-        "F": ("model.ff_dim", m.F),
-        "V": ("model.vocab_size", m.vocab_size),
-        "D": ("model.width", m.width),
-    }
-    for dim, (knob, size) in sizes.items():
-        axes = PARAMETER_RULES[dim]
-        ways = int(np.prod([mesh.shape[axis] for axis in axes]))
-        if size % ways:
-            raise ConfigError(
-                f"{knob}={size} does not divide over mesh axes {' x '.join(axes)} = {ways}: "
-                f"make it a multiple of {ways}, or change the mesh"
-            )
+    rows = config.data.batch_size // config.train.accumulation
+    _check_divisible("B", "data.batch_size / train.accumulation", rows, mesh)
+    check_model_divisible(config.model, mesh)
+
+
+def check_model_divisible(m: Model, mesh: jax.sharding.Mesh) -> None:
+    """The same of a model alone, whatever the batch."""
+    _check_divisible("N", "model.heads", m.heads, mesh)
+    _check_divisible("K", "model.kv_heads", m.K, mesh)
+    _check_divisible("F", "model.ff_dim", m.F, mesh)
+    _check_divisible("V", "model.vocab_size", m.vocab_size, mesh)
+    _check_divisible("D", "model.width", m.width, mesh)
+
+
+def _check_divisible(dim: str, knob: str, size: int, mesh: jax.sharding.Mesh) -> None:
+    axes = PARAMETER_RULES[dim]
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    if size % ways:
+        raise ConfigError(
+            f"{knob}={size} does not divide over mesh axes {' x '.join(axes)} = {ways}: "
+            f"make it a multiple of {ways}, or change the mesh"
+        )

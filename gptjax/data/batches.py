@@ -26,7 +26,12 @@ class Packing(Protocol):
     """How the documents of a store become rows of T tokens.
 
     `len` is the rows of an epoch, in which every target is scored exactly once.
+
+    Attributes:
+        segmented: whether a row's segments and positions say more than that it is one text.
     """
+
+    segmented: bool
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
@@ -42,6 +47,8 @@ class Stream:
     its neighbour, and the targets scored there already have weight 0. Token 0 is never a
     target, as nothing stands before it.
     """
+
+    segmented = False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -77,14 +84,23 @@ class Masked(Stream):
     start, or from the window's first token where that stands within a document.
     """
 
+    segmented = True
+
     def rows(self, index: np.ndarray) -> Batch:
         batch = super().rows(index)
-        starts = batch["tokens"] == self.eot
-        starts[:, 0] = True
-        place = np.arange(self.context, dtype=np.int32)
-        begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
-        segments = np.cumsum(starts, axis=1, dtype=np.int32) - 1
-        return batch | {"segments": segments, "positions": place - begun}
+        return batch | mark_documents(batch["tokens"], self.eot)
+
+
+def mark_documents(tokens: np.ndarray, eot: int) -> Batch:
+    """segments and positions, int32 (R, T), of rows of input tokens, as `Masked` says."""
+    starts = tokens == eot
+    starts[:, 0] = True
+    place = np.arange(tokens.shape[1], dtype=np.int32)
+    begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    return {
+        "segments": np.cumsum(starts, axis=1, dtype=np.int32) - 1,
+        "positions": place - begun,
+    }
 
 
 class Document:
@@ -94,6 +110,8 @@ class Document:
     preceding token as an input, so that every token is scored exactly once an epoch. Shorter
     rows are padded: token end-of-text, weight 0, segment -1, position 0.
     """
+
+    segmented = True
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -135,6 +153,7 @@ class Batches:
 
     Attributes:
         sources: each source of the config under its packing; `len` is its rows an epoch.
+        segmented: see `Packing`.
         fingerprint: source -> its store's fingerprint, to be recorded and checked on resume.
     """
 
@@ -157,6 +176,7 @@ class Batches:
         pack = choose(PACKING, config.packing, "data.packing")
         stores = {name: open_source(name, tokenizer, split) for name in config.sources}
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
+        self.segmented = pack.segmented
         self.fingerprint = {name: store.fingerprint for name, store in stores.items()}
         self.batch_size, self.context, self.seed = config.batch_size, context, seed
         self.weights = config.weights or [len(source) for source in self.sources]

@@ -1,0 +1,415 @@
+"""The command line: one table of commands, each a few lines over the package."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gptjax.config import Config, ConfigError, UserError, flatten, to_dict
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL)
+DEFAULT_RECIPE = "configs/shakespeare.py"
+
+OVERRIDES = """\
+Any knob of the config can be set by its path: --config.optim.peak_lr=6e-4
+--config.model.windows="(None,256)" --config.optim.clip=None. `config` lists them all;
+configs/base.py explains each.
+"""
+EXITS = """\
+Exit status: 0 done, 2 a mistake that the message explains (--debug shows where), 75 stopped by
+SIGTERM or Ctrl-C after saving: the same command goes on.
+"""
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace, list[str]], None]  # takes what --config.* left
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    summary: str
+    details: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
+    if name not in COMMANDS:
+        return _overview(name)
+    command, program = COMMANDS[name], f"{Path(sys.argv[0]).name} {name}"
+    parser = argparse.ArgumentParser(
+        program,
+        description=f"{command.summary}\n\n{command.details}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments, rest = parser.parse_known_args(words[len(name.split()) :])
+    try:
+        command.run(arguments, rest)
+    except BaseException as error:
+        status, message = _explain(error)
+        if status is None or arguments.debug:
+            raise
+        print(f"gptjax: {message}" if message else "", file=sys.stderr, end="\n" * bool(message))
+        return status
+    return 0
+
+
+def _overview(name: str) -> int:
+    """Help without a command; an unknown one is an error."""
+    wanted = name in ("", "-h", "--help", "help")
+    lines = [f"  {n:<12}{c.summary}" for n, c in COMMANDS.items()]
+    text = "\n".join(
+        [
+            "gptjax: a JAX/Flax GPT research codebase.",
+            "",
+            f"usage: {Path(sys.argv[0]).name} COMMAND [--help] ...",
+            "",
+            *lines,
+            "",
+            f"{OVERRIDES}{EXITS}",
+        ]
+    )
+    if wanted:
+        print(text)
+        return 0 if name else EXIT_USER_ERROR
+    print(f"gptjax: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _explain(error: BaseException) -> tuple[int | None, str]:
+    """Exit status and one line for what a user can mend; None for what is ours to mend."""
+    from gptjax.loop import Stopped
+
+    match error:
+        case Stopped():
+            return EXIT_STOPPED, ""
+        case UserError():
+            return EXIT_USER_ERROR, str(error)
+        case KeyboardInterrupt():
+            return 130, "interrupted"
+        case OSError():
+            return EXIT_USER_ERROR, f"{error.filename or 'a file'}: {error.strerror or error}"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return EXIT_USER_ERROR, (
+            "out of memory on a device: lower data.batch_size or raise train.accumulation, set "
+            "model.remat or optim.loss_vocab_chunk, or split over more devices by mesh.fsdp"
+        )
+    return None, ""
+
+
+def _prepare_jax(distributed: str | None) -> None:
+    """Compiled programs are kept between runs; several processes find each other."""
+    import jax
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("GPTJAX_CACHE") or Path.home() / ".cache" / "gptjax")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if distributed == "auto":
+        jax.distributed.initialize()
+    elif distributed:
+        try:
+            address, processes, index = distributed.split(",")
+            jax.distributed.initialize(address, int(processes), int(index))
+        except ValueError as error:
+            raise UserError(
+                f"--distributed={distributed} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"
+            ) from error
+
+
+def _config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
+    """The config of --config, or of the run in --workdir."""
+    from gptjax import configure
+
+    if arguments.config is None:
+        return configure.of_run(arguments.workdir, overrides)
+    return configure.from_file(arguments.config, overrides)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """What every command has that works on a run."""
+    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help="a recipe; default: the config of the run itself"
+    )
+    _add_distributed(parser)
+
+
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,N,I",
+        help="this is process I of N, which meet at HOST:PORT; without a value the cluster "
+        "(Slurm, TPU pod, Kubernetes, MPI) tells. Run the same command on every host",
+    )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="the run's folder; default: runs/ and the recipe's name"
+    )
+    _add_distributed(parser)
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import configure, loop, speak
+    from gptjax.sharding import make_mesh
+
+    config = configure.from_file(arguments.config, overrides)
+    workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
+    with jax.set_mesh(make_mesh(config.mesh)):
+        params = loop.train(config, workdir)
+        if params is None:
+            print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
+        else:
+            speak.generate(loop.settle(config), params, loop.load_tokenizer(config))
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import loop
+    from gptjax.progress import Progress
+    from gptjax.sharding import make_mesh
+
+    with jax.set_mesh(make_mesh(config.mesh)):
+        step, params = loop.restore(config, arguments.workdir)
+        evaluators = loop.make_evaluators(loop.settle(config), loop.load_tokenizer(config))
+        with Progress("evaluating", loop.count(evaluators), transient=True) as progress:
+            scores = loop.score(evaluators, params, progress.advance)
+    convention = next(iter(evaluators.values())).convention
+    if arguments.json:
+        told = {
+            name: dataclasses.asdict(s)
+            | {"loss": s.loss, "perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte}
+            for name, s in scores.items()
+        }
+        print(json.dumps({"step": step, "convention": dataclasses.asdict(convention), **told}))
+        return
+    print(f"{arguments.workdir}, step {step}; held-out text; {convention}")
+    for name, s in scores.items():
+        print(f"{name}: {s}")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import loop, speak
+    from gptjax.sharding import make_mesh
+
+    if arguments.prompt is not None:
+        sample = dataclasses.replace(config.sample, prompt=arguments.prompt)
+        config = dataclasses.replace(config, sample=sample)
+    if arguments.seed is not None:
+        config = dataclasses.replace(config, seed=arguments.seed)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        _, params = loop.restore(config, arguments.workdir)
+        speak.generate(loop.settle(config), params, loop.load_tokenizer(config))
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--prompt", help="the text to go on from; default: sample.prompt")
+    parser.add_argument("--seed", type=int, help="of the sampling; default: the run's seed")
+
+
+def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _no_more(overrides)
+    from gptjax.data import prepare
+
+    summary = prepare(
+        arguments.files,
+        arguments.out,
+        arguments.tokenizer,
+        arguments.val_fraction,
+        arguments.text_key,
+    )
+    for split, counts in summary.items():
+        print(
+            f"{counts['path']}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
+            f"{counts['bytes']:,} bytes, fingerprint {counts['fingerprint'][:12]} ({split})"
+        )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the store to make")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="bytes, or a tiktoken encoding (%(default)s)"
+    )
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="held out at the end (%(default)s)"
+    )
+    parser.add_argument(
+        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+    )
+
+
+def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import configure, tokenizer
+    from gptjax.data import Batches, describe
+
+    config = configure.from_file(arguments.config, overrides)
+    found = tokenizer.load(config.data.tokenizer)
+    batches = Batches(config.data, config.model.context, config.seed, arguments.split, found)
+    rows = min(arguments.rows or config.data.batch_size, config.data.batch_size)
+    if arguments.step < 0:
+        raise ConfigError(f"--step must not be negative, got {arguments.step}")
+    for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), found)):
+        print(f"--- step {arguments.step}, row {row} of {config.data.batch_size}\n{text}")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument("--step", type=int, default=0, help="0-based step of the run (%(default)s)")
+    parser.add_argument("--rows", type=int, help="only the first so many rows")
+    parser.add_argument("--split", default="train", help="train or val (%(default)s)")
+
+
+def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import accounting, configure, loop
+
+    found = configure.from_file(arguments.config, overrides)
+    loop.check(found)
+    if arguments.diff is not None:
+        other = configure.from_file(arguments.diff)
+        for knob, (a, b) in configure.difference(found, other).items():
+            print(f"{knob}: {a!r} -> {b!r}")
+        return
+    if arguments.json:
+        print(json.dumps(to_dict(found), indent=1))
+        return
+    for knob, value in flatten(dataclasses.asdict(found)).items():
+        print(f"{knob} = {value!r}")
+    parts = accounting.parameters(found.model)
+    tokens = found.train.steps * found.data.batch_size * found.model.context
+    flops = accounting.train_flops_per_token(found.model, causal=True)
+    print("# parameters: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
+    print(
+        f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--diff", metavar="FILE[:ARG]", help="print only how this other one differs"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON, as a run's config.json holds it"
+    )
+
+
+def _no_more(overrides: list[str]) -> None:
+    if overrides:
+        raise UserError(f"unexpected argument {overrides[0]!r}; see --help")
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        train,
+        _add_train,
+        "Train a model, or go on where a run stopped.",
+        f"""\
+Trains to train.steps, evaluates the held-out text and prints a sample. The run's folder holds
+the config, environment, metrics (JSON lines and TensorBoard) and checkpoints; started again the
+run resumes from its latest checkpoint, on any number of devices.
+
+  train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+    "eval": Command(
+        evaluate,
+        _add_evaluate,
+        "Perplexity of a run's latest checkpoint on held-out text.",
+        f"""\
+Prints nats per token, perplexity and bits per byte with the convention they follow. Other texts
+and conventions are overrides:
+
+  eval --workdir=runs/mine --config.eval.stride=64 --config.data.sources="('other_store',)"
+
+{OVERRIDES}""",
+    ),
+    "generate": Command(
+        generate,
+        _add_generate,
+        "Continue a text, streaming to the terminal.",
+        f"""\
+Samples from a run's latest checkpoint, seeded; sample.* sets temperature (0 is greedy), top_k,
+top_p, repetition_penalty, max_new_tokens, batch_size and stop.
+
+  generate --workdir=runs/mine --prompt="KING. " --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "data": Command(
+        data,
+        _add_data,
+        "Make a token store of text, jsonl or parquet files.",
+        """\
+Tokenises once into OUT/train and OUT/val: memory-mapped shards with a sha256 manifest. In a text
+file the literal <|endoftext|> separates documents; a jsonl line or parquet row is a document.
+Use the store by --config.data.sources="('OUT',)". `data show` prints batches.
+
+  data books/*.txt --out=data/books --tokenizer=gpt2
+""",
+    ),
+    "data show": Command(
+        show,
+        _add_show,
+        "Print the exact text of a batch.",
+        f"""\
+A batch is a pure function of (seed, step). In double brackets stands what is read but not
+scored; a double bar begins another document.
+
+  data show --config=configs/shakespeare.py --step=100 --rows=2
+
+{OVERRIDES}""",
+    ),
+    "config": Command(
+        config,
+        _add_config,
+        "Print a resolved config, or how two differ.",
+        f"""\
+Every knob, with the parameters and FLOPs that follow from them.
+
+  config --config=configs/gpt2.py:124m --diff=configs/modern.py
+
+{OVERRIDES}""",
+    ),
+}

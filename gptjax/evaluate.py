@@ -1,0 +1,218 @@
+"""Perplexity: every token of a text scored once, by a convention that is told with the number.
+
+The text is a stream s of tokens, each document followed by end-of-text. Window j reads
+s[j * stride], ..., `context` tokens in all, and predicts the token after each. Of its
+predictions those count that no earlier window made: all of the first window, the last `stride`
+of any other. So each scored token has at least context - stride tokens before it (but for the
+first window), and the sum runs over every token exactly once, whatever the batch or the mesh.
+This is the strided recipe of Hugging Face's "Perplexity of fixed-length models", save that
+there a window of `context` tokens makes context - 1 predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Self
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from gptjax import model, sharding
+from gptjax.config import Config, ConfigError, Model, choose
+from gptjax.data.batches import PACKING, mark_documents
+from gptjax.data.store import Store
+from gptjax.layers.position import POSITION
+from gptjax.losses import token_nll
+from gptjax.tokenizer import Tokenizer
+
+# Whether end-of-text is put before the first token, which is then scored like any other.
+PREFIX: dict[str, bool] = {"eot": True, "none": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+    """What a perplexity depends on besides model and text."""
+
+    context: int  # tokens a window reads
+    stride: int  # tokens from one window to the next
+    prefix: str  # a row of PREFIX
+    apart: bool  # attention stays within a document, as in training with such packing
+
+    def __str__(self) -> str:
+        documents = "apart" if self.apart else "joined"
+        return (
+            f"context {self.context}, stride {self.stride}, prefix {self.prefix}, documents "
+            f"{documents}, end-of-text scored"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sums over scored tokens, which add up over texts, and what is made of them."""
+
+    nats: float  # negative log-likelihood
+    tokens: int  # scored, end-of-text included
+    bytes: int  # UTF-8 bytes of the scored tokens; end-of-text has none
+
+    def __add__(self, other: Self) -> Self:
+        return dataclasses.replace(
+            self,
+            nats=self.nats + other.nats,
+            tokens=self.tokens + other.tokens,
+            bytes=self.bytes + other.bytes,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): of a token, so it compares only between equal tokenizers."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Compares across tokenizers: nats / ln 2 / bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def __str__(self) -> str:
+        return (
+            f"{self.loss:.4f} nats/token, perplexity {self.perplexity:.2f}, "
+            f"{self.bits_per_byte:.4f} bits/byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
+        )
+
+
+class Evaluator:
+    """Scores one store with any parameters of one architecture, on the current mesh.
+
+    Args:
+        config: the sections model, eval and data.packing decide; `model.attention` settled.
+        store: the held-out text.
+        tokenizer: the store's.
+
+    Raises:
+        ConfigError: on an unknown `eval.prefix` or `data.packing`, or a context beyond the
+            learned positions.
+    """
+
+    def __init__(self, config: Config, store: Store, tokenizer: Tokenizer) -> None:
+        e = config.eval
+        context = e.context or config.model.context
+        self.convention = Convention(
+            context,
+            e.stride or context,
+            e.prefix,
+            choose(PACKING, config.data.packing, "data.packing").segmented,
+        )
+        if choose(POSITION, config.model.position, "model.position").learned:
+            _within_positions(context, config.model)
+        self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
+        self._store, self._tokenizer = store, tokenizer
+        self._prefix = choose(PREFIX, e.prefix, "eval.prefix")
+        available = store.num_tokens - (0 if self._prefix else 1)
+        self.tokens = min(available, e.max_tokens or available)
+        self.windows = 1 + max(0, -(-(self.tokens - context) // self.convention.stride))
+        # Rounded up to what the mesh divides; surplus rows are windows beyond the last.
+        self._rows = sharding.round_up(min(e.batch_size, self.windows), "B")
+
+    def __call__(
+        self, params: model.Params, advance: Callable[[int], None] = lambda tokens: None
+    ) -> Score:
+        """The score of the whole text; `advance` hears of every so many tokens scored."""
+        nats = self.token_nats(params, advance)
+        scored = self.targets(0, self.tokens)
+        # float64, so that the sum is the same to the last printed digit in any order.
+        total = float(nats.sum(dtype=np.float64))
+        return Score(total, self.tokens, int(self._tokenizer.bytes_per_token[scored].sum()))
+
+    def token_nats(
+        self, params: model.Params, advance: Callable[[int], None] = lambda tokens: None
+    ) -> np.ndarray:
+        """Each scored token's negative log-likelihood in nats, float32 (tokens,), in order."""
+        nats = np.empty(self.tokens, np.float32)
+        pending: list[tuple[int, jax.Array]] = []
+
+        def collect() -> None:
+            first, nll_BT = pending.pop(0)
+            done = 0
+            for row, nll_T in enumerate(np.asarray(nll_BT)):
+                start, begin, end = self._span(first + row)
+                nats[begin:end] = nll_T[begin - start : end - start]
+                done += end - begin
+            advance(done)
+
+        for first in range(0, self.windows, self._rows):
+            load = functools.partial(self._load, first)
+            batch = sharding.place(load, self._rows, "BT")
+            pending.append((first, _nll(self._model, self._chunk, params, batch)))
+            if len(pending) > 1:  # one batch runs while the one before is read
+                collect()
+        while pending:
+            collect()
+        return nats
+
+    def targets(self, start: int, stop: int) -> np.ndarray:
+        """Scored tokens [start, stop), int32."""
+        offset = 0 if self._prefix else 1
+        return self._store.tokens(start + offset, stop + offset)
+
+    def _span(self, window: int) -> tuple[int, int, int]:
+        """Of a window: its first target, its first scored target, one past its last."""
+        context, stride = self.convention.context, self.convention.stride
+        start = window * stride
+        end = min(start + context, self.tokens)
+        return start, min(start if window == 0 else start + context - stride, end), end
+
+    def _load(self, first: int, start_row: int, stop_row: int) -> dict[str, np.ndarray]:
+        """Rows of the batch that begins with window `first`; what lies beyond the text is padding."""
+        shape = (stop_row - start_row, self.convention.context)
+        inputs = np.full(shape, self._tokenizer.eot, np.int32)
+        targets = np.zeros(shape, np.int32)
+        for row, window in enumerate(range(first + start_row, first + stop_row)):
+            start, _, end = self._span(window)
+            if start >= end:
+                continue
+            found = self.targets(start, end)
+            targets[row, : len(found)] = found
+            if start:
+                inputs[row, 0] = self.targets(start - 1, start)[0]
+            elif not self._prefix:
+                inputs[row, 0] = self._store.tokens(0, 1)[0]
+            inputs[row, 1 : len(found)] = found[:-1]
+        batch = {"tokens": inputs, "targets": targets}
+        if self.convention.apart:
+            batch |= mark_documents(inputs, self._tokenizer.eot)
+        return batch
+
+
+def _within_positions(context: int, config: Model) -> None:
+    # jax would clamp the look-up, and give every late token the last position.
+    if context > config.context:
+        raise ConfigError(
+            f"eval.context={context} is beyond the {config.context} learned positions: set it to "
+            "at most model.context"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nll(
+    config: Model, chunk: int | None, params: model.Params, batch: dict[str, jax.Array]
+) -> jax.Array:
+    """nll_BT, float32, whole on every process."""
+    x_BTD, _ = model.hidden(
+        config,
+        params,
+        batch["tokens"],
+        position_BT=batch.get("positions"),
+        segments_BT=batch.get("segments"),
+    )
+    kernel, dims = model.unembedding(config, params)
+    softcap = config.logit_softcap
+    nll_BT, _ = token_nll(x_BTD, kernel, dims, batch["targets"], chunk=chunk, softcap=softcap)
+    return jax.reshard(nll_BT, P())

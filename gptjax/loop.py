@@ -1,0 +1,343 @@
+"""The training loop: the one place where a run has effects.
+
+Everything below this floor is a function of its arguments. Here batches are placed, steps
+dispatched, numbers written, checkpoints saved and signals heeded, in that order of reading.
+The host runs one step ahead of the numbers: step s + 1 is dispatched before the metrics of
+step s are fetched, so that a device never waits for the host. Rows are read meanwhile, which
+is why nothing is prefetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gptjax import accounting, model, sharding, state, tokenizer
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, ConfigError, UserError, choose, to_dict
+from gptjax.data.batches import Batches
+from gptjax.data.sources import open_source
+from gptjax.evaluate import Evaluator, Score
+from gptjax.layers import attention
+from gptjax.progress import Progress, readable, say
+from gptjax.records import Run, open_run
+
+CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
+MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and goes on when it is started again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config means on the current mesh."""
+
+    config: Config  # with model.attention settled for the devices
+    tokenizer: tokenizer.Tokenizer
+    batches: Batches
+    evaluators: dict[str, Evaluator]  # by source
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the tokenizer and each source: what the config only names."""
+        data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
+        return {"tokenizer": self.tokenizer.fingerprint} | data
+
+
+def settle(config: Config) -> Config:
+    """`config` with model.attention "auto" settled for the devices of the current mesh."""
+    platform = jax.sharding.get_mesh().devices.flat[0].platform
+    return dataclasses.replace(config, model=attention.resolve(config.model, platform))
+
+
+def check(config: Config) -> None:
+    """Refuses names that are no rows of their tables, before anything is compiled or read."""
+    model.abstract_params(config.model)
+    choose(model.REMAT, config.model.remat, "model.remat")
+    state.make_optimizer(config)
+
+
+def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
+    """The run's tokenizer, which must fit the model's vocabulary."""
+    found = tokenizer.load(config.data.tokenizer)
+    if found.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"tokenizer {found.name!r} has {found.vocab_size} tokens, more than "
+            f"model.vocab_size={config.model.vocab_size}: raise model.vocab_size"
+        )
+    return found
+
+
+def make_evaluators(config: Config, vocabulary: tokenizer.Tokenizer) -> dict[str, Evaluator]:
+    """One for the held-out split of each source."""
+    return {
+        source: Evaluator(config, open_source(source, vocabulary, "val"), vocabulary)
+        for source in config.data.sources
+    }
+
+
+def set_up(config: Config) -> Setup:
+    """Opens the data of a run and checks that it fits the model."""
+    check(config)
+    config = settle(config)
+    sharding.check_divisible(config, jax.sharding.get_mesh())
+    vocabulary = load_tokenizer(config)
+    batches = Batches(config.data, config.model.context, config.seed, "train", vocabulary)
+    return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
+
+
+def train(config: Config, workdir: Path) -> model.Params | None:
+    """Trains to `train.steps`, from the latest checkpoint in `workdir` where there is one.
+
+    A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`).
+
+    Returns:
+        The parameters to evaluate and generate with; None where the run was done before.
+
+    Raises:
+        Stopped: on SIGTERM or Ctrl-C, once the state is saved.
+        UserError: on whatever the user can mend: config, data, disk, divergence.
+    """
+    setup, record = set_up(config), to_dict(config)
+    config = setup.config
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / CHECKPOINTS, config.train.keep_checkpoints)
+        )
+        step = checkpoints.latest()
+        run = stack.enter_context(open_run(workdir, record, setup.fingerprints, step))
+        if step == config.train.steps:
+            say(f"{workdir} is done: {step} of {step} steps")
+            return None
+        if step is None:
+            train_state = state.create(config)
+        else:
+            train_state = checkpoints.restore(step, state.abstract(config))
+        where = "new run" if step is None else f"resumed at step {step}"
+        say(f"{workdir}: {where}, {describe(config)}")
+        meta = {"config": record, "fingerprints": setup.fingerprints}
+        return _run(setup, train_state, step or 0, run, checkpoints, meta)
+
+
+def _run(
+    setup: Setup,
+    train_state: state.TrainState,
+    start: int,
+    run: Run,
+    checkpoints: Checkpoints,
+    meta: Mapping[str, Any],
+) -> model.Params:
+    config, t = setup.config, setup.config.train
+    train_step = state.make_train_step(config)
+    with Stop() as stop, Progress("training", t.steps, start) as progress:
+        meter = _Meter(config, run, progress)
+        for done in range(start + 1, t.steps + 1):
+            train_state, metrics = train_step(train_state, load(setup, done - 1))
+            meter.add(done, metrics)
+            last, stopping = done == t.steps, stop.requested(done)
+            evaluate = last or done % t.eval_every == 0
+            save = last or stopping or done % t.checkpoint_every == 0
+            if evaluate or save:
+                meter.catch_up()
+            if evaluate:
+                # Records of a step precede its checkpoint, which stands for having written them.
+                params = state.evaluation_params(train_state)
+                with progress.task("evaluating", count(setup.evaluators)) as advance:
+                    log_scores(run, done, score(setup.evaluators, params, advance))
+            if save:
+                checkpoints.save(done, train_state, {**meta, "step": done}, wait=last or stopping)
+            checkpoints.check()
+            if evaluate or save:
+                meter.restart()
+            if stopping and not last:
+                say(f"stopped at step {done}, saved: run the same command to go on")
+                raise Stopped
+    return state.evaluation_params(train_state)
+
+
+def restore(config: Config, workdir: Path) -> tuple[int, model.Params]:
+    """The latest step of a run and its parameters to evaluate and generate with.
+
+    Raises:
+        UserError: if there is no complete checkpoint, or it is damaged or of another model.
+    """
+    check(config)
+    config = settle(config)
+    sharding.check_model_divisible(config.model, jax.sharding.get_mesh())
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{workdir} holds no complete checkpoint: train it first")
+        return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
+
+
+def load(setup: Setup, step: int) -> state.Batch:
+    """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
+    A = setup.config.train.accumulation
+    names = ["tokens", "targets", "weights"]
+    if setup.batches.segmented:
+        names += ["segments", "positions"]
+
+    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+        found = setup.batches.rows(step, start * A, stop * A)
+        return {name: found[name].reshape(stop - start, A, -1) for name in names}
+
+    return sharding.place(rows, setup.config.data.batch_size // A, "BAT")
+
+
+def count(evaluators: Mapping[str, Evaluator]) -> int:
+    """Tokens scored by all together."""
+    return sum(e.tokens for e in evaluators.values())
+
+
+def score(
+    evaluators: Mapping[str, Evaluator], params: model.Params, advance: Callable[[int], None]
+) -> dict[str, Score]:
+    """The score of each text, and their sum as "all" where there are several."""
+    scores = {name: e(params, advance) for name, e in evaluators.items()}
+    if len(scores) > 1:
+        first, *rest = scores.values()
+        scores["all"] = sum(rest, start=first)
+    return scores
+
+
+def log_scores(run: Run, step: int, scores: Mapping[str, Score]) -> None:
+    """Writes and says held-out scores; "val_loss" is that of all sources together."""
+    *_, whole = scores.values()
+    values = {
+        "val_loss": whole.loss,
+        "val_perplexity": whole.perplexity,
+        "val_bits_per_byte": whole.bits_per_byte,
+    }
+    if len(scores) > 1:
+        values |= {f"val_loss/{name}": s.loss for name, s in scores.items() if name != "all"}
+    run.log(step, values)
+    for name, s in scores.items():
+        say(f"step {step}: held-out {name}: {s}")
+
+
+def describe(config: Config) -> str:
+    """Size and cost of a run in a line."""
+    parameters = accounting.parameters(config.model)["total"]
+    tokens = config.train.steps * config.data.batch_size * config.model.context
+    devices = jax.sharding.get_mesh().devices
+    return (
+        f"{parameters / 1e6:,.1f}M parameters, {config.train.steps:,} steps of "
+        f"{config.data.batch_size * config.model.context:,} tokens ({tokens / 1e6:,.1f}M), "
+        f"{devices.size} {devices.flat[0].device_kind} device{'s' * (devices.size > 1)}, "
+        f"attention {config.model.attention}, {config.model.dtype}"
+    )
+
+
+class _Meter:
+    """Turns the metrics of each step, one step late, into records and what the bar shows.
+
+    Rates count the time of training alone: not compilation, evaluation or saving.
+    """
+
+    def __init__(self, config: Config, run: Run, progress: Progress) -> None:
+        self._config, self._run, self._progress = config, run, progress
+        self._pending: tuple[int, state.Metrics] | None = None
+        self._skipped = 0
+        devices = jax.sharding.get_mesh().devices
+        peak, source = accounting.peak_flops(devices.flat[0])
+        self._peak = None if peak is None else peak * devices.size
+        self._flops = accounting.train_flops_per_token(config.model, causal=True)
+        say(f"MFU counts {self._flops / 1e6:,.1f} MFLOP/token (causal) against: {source}")
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval of measuring once the next step has run."""
+        self._since: float | None = None
+        self._steps = 0
+        self._rate = math.nan
+
+    def add(self, step: int, metrics: state.Metrics) -> None:
+        """Takes a step's metrics, still being computed; records those of the step before."""
+        self.catch_up()
+        self._pending = (step, metrics)
+
+    def catch_up(self) -> None:
+        """Waits for the step that was added last, and records it."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._measure()
+        t = self._config.train
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
+        speed = self._speed()
+        if step % t.log_every == 0 or step in (1, t.steps) or self._skipped:
+            self._run.log(step, values | speed)
+            self._progress.line(f"step {step:>{len(str(t.steps))}}  {readable(values | speed)}")
+        self._progress.status(readable(values | speed))
+        self._progress.advance(1)
+        if self._skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"the run has diverged: {self._skipped} updates in a row, the last at step {step}, "
+                "had no finite gradient. Lower optim.peak_lr, or set optim.clip or model.qk_norm"
+            )
+
+    def _measure(self) -> None:
+        now = time.perf_counter()
+        if self._since is None:
+            self._since = now  # the first step of an interval may have compiled
+            return
+        self._steps += 1
+        self._rate = self._steps / (now - self._since)
+
+    def _speed(self) -> dict[str, float]:
+        if math.isnan(self._rate):
+            return {}
+        tokens = self._rate * self._config.data.batch_size * self._config.model.context
+        if self._peak is None:
+            return {"tokens_per_second": tokens}
+        share = accounting.mfu(tokens, self._flops, self._peak)
+        return {"tokens_per_second": tokens, "mfu": share}
+
+
+class Stop:
+    """Hears SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
+
+    Among several processes, jax's own service hears SIGTERM on any of them and makes all agree
+    on the step at which to stop.
+    """
+
+    def __init__(self) -> None:
+        self._heard = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step: the same answer on every process."""
+        if jax.process_count() == 1:
+            return self._heard
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._heard and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._heard = True
+        say(f"{signal.Signals(number).name}: saving, then stopping")

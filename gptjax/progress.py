@@ -1,0 +1,84 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Self
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """A line on standard error, from process 0 alone; a bar in progress stays below it."""
+    if jax.process_index() == 0:
+        console.print(message, markup=False, soft_wrap=True)
+
+
+class Progress:
+    """A bar of `total` units with a status text beside it.
+
+    Where standard error is no terminal nothing moves: there, `line` is printed instead.
+
+    Args:
+        what: stands before the bar.
+        total: units of work.
+        done: units that are done at the start.
+        transient: whether the bar vanishes at the end.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, transient: bool = False) -> None:
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=transient,
+            disable=not console.is_terminal or jax.process_index() != 0,
+            expand=True,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, status="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    @contextmanager
+    def task(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of its own below, while the context lasts; yields how to advance it."""
+        task = self._bar.add_task(what, total=total, status="")
+        try:
+            yield lambda units: self._bar.advance(task, units)
+        finally:
+            self._bar.remove_task(task)
+
+    def advance(self, units: int) -> None:
+        self._bar.advance(self._task, units)
+
+    def status(self, text: str) -> None:
+        self._bar.update(self._task, status=text)
+
+    def line(self, text: str) -> None:
+        """Said only where no bar shows it."""
+        if self._bar.disable:
+            say(text)
+
+
+def readable(values: Mapping[str, float]) -> str:
+    """The numbers of a training step as a person reads them."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join(parts)

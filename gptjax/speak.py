@@ -1,0 +1,2 @@
+def generate(config, params, tokenizer):
+    pass
