@@ -1,0 +1,254 @@
+"""The rules table, the mesh, and where arrays really are: on 8 virtual devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import model, sharding, state
+from gptjax.config import Config, ConfigError, Mesh, from_dict
+from gptjax.optim import OPTIMIZERS
+from gptjax.sharding import (
+    AXES,
+    check_divisible,
+    gather,
+    make_mesh,
+    out,
+    parameter_spec,
+    place,
+    round_up,
+    spec,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs import base
+
+BASE: Config = from_dict(base.get_config().to_dict())
+CONFIG = dataclasses.replace(
+    BASE,
+    model=dataclasses.replace(
+        BASE.model, vocab_size=64, context=16, layers=2, width=32, heads=8, kv_heads=4, ff_dim=48,
+        bias=False, qk_norm=True, tied=False, scan_layers=True,
+    ),
+    optim=dataclasses.replace(BASE.optim, warmup_steps=0, ema_decay=0.9),
+    data=dataclasses.replace(BASE.data, batch_size=16),
+)  # fmt: skip
+
+
+def mesh(data: int | None, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return make_mesh(Mesh(data, fsdp, tensor))
+
+
+# --- the rules ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dims, activation, parameter",
+    [
+        ("BTD", P(("data", "fsdp"), None, None), None),
+        ("BAT", P(("data", "fsdp"), None, None), None),
+        ("BTNH", P(("data", "fsdp"), None, "tensor", None), None),
+        ("BKGTS", P(("data", "fsdp"), "tensor", None, None, None), None),
+        ("BTF", P(("data", "fsdp"), None, "tensor"), None),
+        ("BTV", P(("data", "fsdp"), None, "tensor"), None),
+        ("LDNH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
+        ("LDKH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
+        ("LNHD", P(None, "tensor", None, None), P(None, "tensor", None, "fsdp")),
+        ("LDF", P(None, None, "tensor"), P(None, "fsdp", "tensor")),
+        ("VD", P("tensor", None), P("tensor", "fsdp")),
+        ("PD", P(None, None), P(None, "fsdp")),
+        ("LH", P(None, None), P(None, None)),
+        ("D", P(None), P("fsdp")),
+        ("", P(), P()),
+    ],
+)
+def test_specs(dims, activation, parameter):
+    assert spec(dims) == activation
+    if parameter is not None:
+        assert parameter_spec(dims) == parameter
+
+
+@pytest.mark.parametrize("rule, dims", [(spec, "NF"), (spec, "BTKF"), (parameter_spec, "BD")])
+def test_two_dims_that_claim_one_axis_are_refused(rule, dims):
+    with pytest.raises(ValueError, match=f"dims '{dims}' claim a mesh axis twice"):
+        rule(dims)
+
+
+def test_a_letter_outside_the_alphabet_is_refused():
+    with pytest.raises(ValueError, match=r"dims 'BTX': no such letter .*\['X'\]"):
+        spec("BTX")
+
+
+def test_the_rules_name_only_axes_of_the_mesh_and_letters_of_the_alphabet():
+    for letter, axes in sharding.PARAMETER_RULES.items():
+        assert letter in sharding.LETTERS and set(axes) <= set(AXES)
+    # The legend atop the model and the table's alphabet are one.
+    legend = re.findall(r"(?:^    |  )([A-Z])  \w", model.__doc__ or "", re.M)
+    assert set(legend) == set(sharding.LETTERS)
+
+
+def test_out_is_none_where_no_mesh_is_set():
+    assert out("BTD") is None
+    with jax.set_mesh(mesh(8, 1, 1)):
+        assert out("BTD") == P(("data", "fsdp"), None, None)
+
+
+# --- the mesh -------------------------------------------------------------------------------
+
+
+def test_make_mesh_takes_the_devices_that_remain():
+    assert dict(mesh(None, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh(1, 2, 4).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    few = make_mesh(Mesh(None, 1, 1), jax.devices()[:3])
+    assert dict(few.shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+    assert set(few.devices.flat) == set(jax.devices()[:3])
+
+
+@pytest.mark.parametrize("sizes, wants", [((1, 2, 2), 4), ((None, 3, 1), 6), ((None, 16, 1), 16)])
+def test_make_mesh_refuses_another_number_of_devices(sizes, wants):
+    message = f"wants {wants} devices, but 8 are here: .*whose product is 8$"
+    with pytest.raises(ConfigError, match=message):
+        mesh(*sizes)
+
+
+def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
+    assert round_up(5, "B") == 5
+    with jax.set_mesh(mesh(2, 2, 2)):
+        assert [round_up(n, "B") for n in (1, 4, 5)] == [4, 4, 8]
+        assert [round_up(n, "V") for n in (1, 2, 3)] == [2, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "changes, sizes, message",
+    [
+        ({"batch_size": 12}, (8, 1, 1), "data.batch_size / train.accumulation=12 .* data x fsdp = 8"),
+        ({"accumulation": 4}, (4, 2, 1), "data.batch_size / train.accumulation=4 .* data x fsdp = 8"),
+        ({"heads": 4, "kv_heads": 4}, (1, 1, 8), "model.heads=4 .* tensor = 8"),
+        ({"kv_heads": 4}, (1, 1, 8), "model.kv_heads=4 .* tensor = 8"),
+        ({"ff_dim": 50}, (1, 2, 4), "model.ff_dim=50 .* tensor = 4"),
+        ({"vocab_size": 257}, (2, 2, 2), "model.vocab_size=257 .* tensor = 2"),
+        ({"width": 36, "head_dim": 8}, (1, 8, 1), "model.width=36 .* fsdp = 8"),
+    ],
+)  # fmt: skip
+def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
+    def change(section):
+        names = {f.name for f in dataclasses.fields(section)} & set(changes)
+        return dataclasses.replace(section, **{name: changes[name] for name in names})
+
+    parts = {name: change(getattr(CONFIG, name)) for name in ("model", "data", "train")}
+    config = dataclasses.replace(CONFIG, **parts)
+    with pytest.raises(ConfigError, match=f"^{message}: make it a multiple of {message[-1]}"):
+        check_divisible(config, mesh(*sizes))
+    check_divisible(config, make_mesh(Mesh(1, 1, 1), jax.devices()[:1]))
+
+
+def test_a_divisible_config_passes_on_every_mesh():
+    for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)):
+        check_divisible(CONFIG, mesh(*sizes))
+
+
+# --- gather -----------------------------------------------------------------------------------
+
+
+def collectives(text: str, kind: str) -> list[str]:
+    """What the collectives of compiled HLO yield: "bf16[32,8]"."""
+    return re.findall(rf"= \(?(\w+\[[\d,]*\])\S* {kind}(?:-start)?\(", text)
+
+
+def test_gather_casts_before_it_moves():
+    with jax.set_mesh(mesh(1, 4, 2)):
+        where = NamedSharding(jax.sharding.get_mesh(), parameter_spec("DF"))
+        kernel = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=where)
+        use = jax.jit(lambda p: gather(p, "DF", jnp.bfloat16))
+        lowered = use.lower(kernel)
+        result = lowered.out_info
+        assert (result.dtype, result.sharding.spec) == (jnp.bfloat16, P(None, "tensor"))
+        names = [e.primitive.name for e in use.trace(kernel).jaxpr.eqns]
+        assert names == ["convert_element_type", "reshard"]
+        # XLA makes it one all-gather, over fsdp alone. (Its CPU compiler widens any bf16
+        # collective to f32, so the dtype that moves is read off the jaxpr.)
+        (moved,) = collectives(lowered.compile().as_text(), "all-gather")
+        assert moved.endswith("[32,8]")
+
+
+def test_gather_without_a_mesh_only_casts():
+    p = jnp.ones((4, 4))
+    assert gather(p, "DF", jnp.bfloat16).dtype == jnp.bfloat16
+
+
+# --- place ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("dims", ["BT", "BAT"])
+def test_place_gives_each_device_its_rows(sizes, dims):
+    rows, ways = 16, sizes[0] * sizes[1]
+    rest = (2, 3)[: len(dims) - 1]
+    whole = np.arange(rows * math.prod(rest), dtype=np.int32).reshape(rows, *rest)
+    asked = []
+
+    def load(start, stop):
+        asked.append((start, stop))
+        return {"x": whole[start:stop], "y": whole[start:stop] * 0.5}
+
+    with jax.set_mesh(mesh(*sizes)):
+        placed = place(load, rows, dims)
+    assert asked == [(0, rows)]  # of one process all, and once
+    np.testing.assert_array_equal(placed["x"], whole)
+    np.testing.assert_array_equal(placed["y"], whole * 0.5)
+    for number, device in enumerate(mesh(*sizes).devices.reshape(ways, -1)):
+        mine = whole[number * rows // ways : (number + 1) * rows // ways]
+        for shard in placed["x"].addressable_shards:
+            if shard.device in device:
+                np.testing.assert_array_equal(shard.data, mine)
+
+
+# --- born sharded -----------------------------------------------------------------------------
+
+
+def test_the_state_is_born_sharded_and_never_whole():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, width=256))
+    with jax.set_mesh(mesh(1, 8, 1)):
+        compiled = jax.jit(lambda: state.create(config)).lower().compile()
+        made = compiled()
+    params = jax.tree.leaves(made.params)
+    dims = [s.dims for s in jax.tree.leaves(model.abstract_params(config.model))]
+    for leaf, letters in zip(params, dims, strict=True):
+        (shape,) = {shard.data.shape for shard in leaf.addressable_shards}
+        # Each device has an eighth of all that has a width, which is all that is large.
+        wanted = [n // 8 if d == "D" else n for n, d in zip(leaf.shape, letters, strict=True)]
+        assert shape == tuple(wanted)
+        assert len({shard.device for shard in leaf.addressable_shards}) == 8
+    moments = made.opt_state[1][0]
+    for tree in (made.ema, moments.mu, moments.nu):
+        assert [leaf.sharding for leaf in jax.tree.leaves(tree)] == [p.sharding for p in params]
+
+    # Nor does any device hold a whole one for a moment: no value of the compiled program is
+    # larger than a share of the largest parameter, save the table of normal quantiles.
+    values = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+    sizes = {math.prod(map(int, value.split(","))) for value in values} - {2**16}
+    least = min(p.size for p, d in zip(params, dims, strict=True) if "D" in d and len(d) > 2)
+    assert max(sizes) <= max(p.size for p in params) // 8 < least
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_keeps_a_whole_matrix_on_a_device(optimizer):
+    optim = dataclasses.replace(CONFIG.optim, optimizer=optimizer)
+    config = dataclasses.replace(CONFIG, optim=optim)
+    with jax.set_mesh(mesh(1, 8, 1)):
+        leaves = jax.tree.leaves(state.abstract(config).opt_state)
+    for leaf in leaves:
+        share = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        # Adafactor's factors are whole: a matrix less one of its dims.
+        assert share * 8 == leaf.size or leaf.size <= 32 * 8 * 2
