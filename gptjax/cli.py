@@ -204,7 +204,8 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
             | {"loss": s.loss, "perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte}
             for name, s in scores.items()
         }
-        print(json.dumps({"step": step, "convention": dataclasses.asdict(convention), **told}))
+        rules = dataclasses.asdict(convention)
+        print(json.dumps({"step": step, "convention": rules, "scores": told}))
         return
     print(f"{arguments.workdir}, step {step}; held-out text; {convention}")
     for name, s in scores.items():

@@ -60,10 +60,11 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
             f"{workdir} holds no run: it has no config.json; train one, or name another --workdir"
         )
     try:
-        tree = json.loads(path.read_bytes())
+        config: Config = from_dict(json.loads(path.read_bytes()))
+    except ConfigError as error:
+        raise UserError(f"{path} is not of this version of gptjax: {error}") from None
     except ValueError:
         raise UserError(f"{path} is not JSON: restore it") from None
-    config: Config = from_dict(tree)
     mesh = dataclasses.replace(config.mesh, data=None, fsdp=1, tensor=1)
     return _override(editable(dataclasses.replace(config, mesh=mesh)), overrides)
 
