@@ -39,10 +39,15 @@ def get_config() -> ConfigDict:
     m.ff_dim = placeholder(int)  # F; None: 4 D, gated 8/3 D rounded up to a multiple of 64
     m.position = "learned"  # learned | sinusoidal | rope | alibi | none
     m.rope_base = 10000.0  # longest RoPE wavelength is 2 pi times this, in tokens
+    m.rope_scaling = "none"  # none | linear | dynamic | llama3 | yarn: how RoPE was stretched
+    m.rope_factor = 1.0  # context after stretching / before
+    m.rope_original_context = placeholder(int)  # tokens before; linear does not need it
+    m.rope_rotations = (1.0, 32.0)  # llama3, yarn: fewer turns are stretched, more are left alone
     m.norm = "layernorm"  # layernorm | rmsnorm | parameterfree
     m.norm_placement = "pre"  # pre | post | sandwich
     m.norm_eps = 1e-5  # added to the variance
     m.bias = True  # biases in every projection and in LayerNorm
+    m.attention_bias = "same"  # same (as bias) | all | qkv | none: of the attention's projections
     m.parallel_block = False  # attention and feed-forward read the same normalised input
     m.qk_norm = False  # RMS-normalise queries and keys per head, before positions
     m.windows = (None,)  # tokens each layer sees, itself included; pattern repeats; None: all

@@ -36,9 +36,10 @@ def tensors(model: Model) -> Iterator[Tensor]:
     yield Tensor("attention", "LDNH")  # query
     yield Tensor("attention", "LDKH", 2)  # key, value
     yield Tensor("attention", "LNHD")  # out
-    if m.bias:
+    if "query" in m.biased:
         yield Tensor("attention", "LNH")
         yield Tensor("attention", "LKH", 2)
+    if "out" in m.biased:
         yield Tensor("attention", "LD")
     if m.qk_norm:
         yield Tensor("attention", "LH", 2)

@@ -54,6 +54,15 @@ def _fraction(section: Any, *names: str) -> None:
         _require(value is None or 0 <= value < 1, f"{path} must lie in [0, 1), got {value}")
 
 
+# Which projections of the attention have a bias; None: all or none, as `Model.bias` says.
+ATTENTION_BIAS: dict[str, tuple[str, ...] | None] = {
+    "same": None,
+    "all": ("query", "key", "value", "out"),
+    "qkv": ("query", "key", "value"),
+    "none": (),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The architecture: each field is one orthogonal choice."""
@@ -69,10 +78,15 @@ class Model:
     ff_dim: int | None
     position: str
     rope_base: float
+    rope_scaling: str
+    rope_factor: float
+    rope_original_context: int | None
+    rope_rotations: tuple[float, ...]
     norm: str
     norm_placement: str
     norm_eps: float
     bias: bool
+    attention_bias: str
     parallel_block: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
@@ -89,7 +103,8 @@ class Model:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
-        _positive(self, "head_dim", "ff_dim", "rope_base", "norm_eps")
+        _positive(self, "head_dim", "ff_dim", "norm_eps")
+        _positive(self, "rope_base", "rope_factor", "rope_original_context")
         _positive(self, "attention_softcap", "logit_softcap")
         _fraction(self, "dropout")
         _require(
@@ -107,6 +122,11 @@ class Model:
             f"layer of the repeating pattern; got {self.windows}",
         )
         _require(
+            len(self.rope_rotations) == 2 and 0 < self.rope_rotations[0] < self.rope_rotations[1],
+            "model.rope_rotations must hold a low and a higher number of turns, both above 0; "
+            f"got {self.rope_rotations}",
+        )
+        _require(
             self.dtype in ("float32", "bfloat16"),
             f"model.dtype={self.dtype!r} is not one of: float32, bfloat16",
         )
@@ -120,6 +140,14 @@ class Model:
     def H(self) -> int:
         """Width of a head."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Which projections of the attention have a bias: query, key, value, out."""
+        kind = choose(ATTENTION_BIAS, self.attention_bias, "model.attention_bias")
+        if kind is None:
+            kind = ("query", "key", "value", "out") if self.bias else ()
+        return frozenset(kind)
 
     @property
     def gated(self) -> bool:

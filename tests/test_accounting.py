@@ -21,7 +21,7 @@ from gptjax.accounting import (
     tensors,
     train_flops_per_token,
 )
-from gptjax.config import Config, Data, Eval, Mesh, Model, Optim, Sample, Train
+from gptjax.config import ATTENTION_BIAS, Config, Data, Eval, Mesh, Model, Optim, Sample, Train
 from gptjax.layers.attention import BLOCK
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
@@ -34,6 +34,8 @@ from gptjax.sharding import AXES, PARAMETER_RULES
 SMALL = Model(
     vocab_size=64, context=16, layers=3, width=32, heads=4, kv_heads=None, head_dim=None,
     feedforward="gelu", ff_dim=48, position="learned", rope_base=1e4, norm="layernorm",
+    rope_scaling="none", rope_factor=1.0, rope_original_context=None,
+    rope_rotations=(1.0, 32.0), attention_bias="same",
     norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
     windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
     tied=True, dropout=0.0, init="gpt2", attention="plain", scan_layers=False, remat="none",
@@ -48,6 +50,7 @@ VARIANTS = [
     *({"position": name} for name in POSITION),
     {"kv_heads": 1},
     {"kv_heads": 2, "head_dim": 16, "bias": False},
+    *({"attention_bias": name} for name in ATTENTION_BIAS),
     {"qk_norm": True},
     {"value_residual": True},
     {"tied": False},

@@ -225,7 +225,7 @@ def test_every_knob_changes_the_fingerprint():
     seen = {fingerprint(from_dict(TREE))}
     flat = flatten(TREE)
     for path in flat:
-        others = (1, 2, 4096, 0.5, True, False, "x", "bfloat16", ("x",), (7,))
+        others = (1, 2, 4096, 0.5, True, False, "x", "bfloat16", ("x",), (7,), (7, 8))
         for other in others:
             try:
                 config = from_dict(changed(**{path.replace(".", "__"): other}))

@@ -21,6 +21,8 @@ from gptjax.layers.position import alibi_slopes, rope, sinusoid
 MODEL = Model(
     vocab_size=64, context=128, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
     feedforward="gelu", ff_dim=24, position="learned", rope_base=1e4, norm="layernorm",
+    rope_scaling="none", rope_factor=1.0, rope_original_context=None,
+    rope_rotations=(1.0, 32.0), attention_bias="same",
     norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
     windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
     tied=True, dropout=0.0, init="gpt2", attention="plain", scan_layers=False, remat="none",

@@ -19,7 +19,7 @@ from flax import linen as nn
 from gptjax.config import ConfigError, Model, choose
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.parameter import parameter
-from gptjax.layers.position import POSITION
+from gptjax.layers.position import POSITION, ROPE_SCALING
 from gptjax.sharding import out, spec
 
 
@@ -335,6 +335,8 @@ class Attention(nn.Module):
         """
         c = self.config
         position = choose(POSITION, c.position, "model.position")
+        # A name that is no row is refused with any position, not only when RoPE reads it.
+        choose(ROPE_SCALING, c.rope_scaling, "model.rope_scaling")
         q_BTNH, k_BTKH, v_BTKH = (self._project(x_BTD, name) for name in ("query", "key", "value"))
         if c.qk_norm:
             q_BTNH = HeadNorm(c, name="query_norm")(q_BTNH)
@@ -375,7 +377,7 @@ class Attention(nn.Module):
         )
         to = f"BT{letter}H"
         y = jnp.einsum(f"BTD,D{letter}H->{to}", x_BTD, kernel, out_sharding=out(to))
-        if c.bias:
+        if name in c.biased:
             y += parameter(self, c, f"{name}_bias", f"{letter}H", (heads, c.H), "bias")
         return y
 
@@ -390,4 +392,6 @@ class Attention(nn.Module):
         shape = (c.heads, c.H, c.width)
         kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in=c.heads * c.H)
         y = jnp.einsum("BTNH,NHD->BTD", o_BTNH, kernel, out_sharding=out("BTD"))
-        return y + parameter(self, c, "out_bias", "D", (c.width,), "bias") if c.bias else y
+        if "out" in c.biased:
+            y += parameter(self, c, "out_bias", "D", (c.width,), "bias")
+        return y
