@@ -194,15 +194,28 @@ def init(config: Model, seed: int) -> Params:
 
 
 def init_cache(config: Model, rows: int, length: int) -> Params:
-    """An empty key-value cache for `rows` rows of at most `length` tokens."""
-    shape = (config.layers, rows, length, config.K, config.H)
-    where = sharding.out("LBSKH")
+    """An empty key-value cache for `rows` rows of at most `length` tokens.
 
-    def zeros() -> jax.Array:
-        empty = jnp.zeros(shape, config.dtype)
+    Each layer's arrays stand apart, so that a loop over tokens writes them in place.
+    """
+
+    def zeros(dims: str, dtype: jax.typing.DTypeLike, *shape: int) -> jax.Array:
+        empty, where = jnp.zeros((rows, *shape), dtype), sharding.out(dims)
         return empty if where is None else jax.reshard(empty, where)
 
-    return {"key": zeros(), "value": zeros(), "length": jnp.zeros(rows, jnp.int32)}
+    kv = lambda: zeros("BSKH", config.dtype, length, config.K, config.H)  # noqa: E731
+    layers = tuple({"key": kv(), "value": kv()} for _ in range(config.layers))
+    return {"layers": layers, "length": zeros("B", jnp.int32)}
+
+
+def split_layers(config: Model, params: Params) -> Params:
+    """`params` with a tuple of each layer's parameters in place of the stacked blocks.
+
+    `hidden` takes either. Sliced once, they are not sliced again for every token.
+    """
+    blocks = params["blocks"]
+    layers = tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(config.layers))
+    return params | {"blocks": layers}
 
 
 def hidden(
@@ -219,16 +232,21 @@ def hidden(
 
     Args:
         config: the architecture.
-        params: the tree of `init`.
+        params: the tree of `init`, or with a cache also that of `split_layers`.
         tokens_BT: int32 ids in [0, V); an id outside is not noticed here but in the data.
         position_BT: int32 positions below `config.context`; None counts from the row's start.
         segments_BT: int32 document of each token; attention stays inside; None: one document.
         dropout_key: drops out with this key; None is evaluation.
-        cache: of `init_cache`, holding the tokens before `tokens_BT`.
+        cache: of `init_cache`, holding the tokens before `tokens_BT`; one document a row.
 
     Returns:
         x_BTD in `config.dtype`, and the cache extended by these tokens (None without).
+
+    Raises:
+        ValueError: on segments together with a cache, which does not keep its tokens' segments.
     """
+    if cache is not None and segments_BT is not None:
+        raise ValueError("segments_BT does not go with a cache: it holds one document a row")
     index_BT = jnp.arange(tokens_BT.shape[1])[None]
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
@@ -236,13 +254,13 @@ def hidden(
     place = Place(position_BT, index_BT, segments_BT, None if cache is None else cache["length"])
     x_BTD = _apply(Embed(config), params, "embed", tokens_BT, position_BT)
     x_BTD = dropout(x_BTD, config.dropout, dropout_key, 2)
-    layer_cache = None if cache is None else {"key": cache["key"], "value": cache["value"]}
-    x_BTD, layer_cache = _blocks(config, params["blocks"], x_BTD, place, dropout_key, layer_cache)
+    caches = None if cache is None else cache["layers"]
+    x_BTD, caches = _blocks(config, params, x_BTD, place, dropout_key, caches)
     if not PLACEMENT[config.norm_placement].stream:
         x_BTD = _apply(Norm(config), params, "final_norm", x_BTD)
-    if cache is None or layer_cache is None:
+    if cache is None:
         return x_BTD, None
-    return x_BTD, {**layer_cache, "length": cache["length"] + tokens_BT.shape[1]}
+    return x_BTD, {"layers": caches, "length": cache["length"] + tokens_BT.shape[1]}
 
 
 def unembedding(config: Model, params: Params) -> tuple[jax.Array, str]:
@@ -282,10 +300,13 @@ def _blocks(
     x_BTD: jax.Array,
     place: Place,
     dropout_key: jax.Array | None,
-    cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
-    """All layers, scanned or unrolled: the same function of the same stacked parameters."""
-    windows, layers = config.layer_windows, range(config.layers)
+    caches: tuple[Cache, ...] | None,
+) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+    """All layers, scanned or unrolled: the same function of the same stacked parameters.
+
+    With a cache always unrolled: a scan would copy the whole cache for every token.
+    """
+    windows = config.layer_windows
     uniform = len(set(windows)) == 1
 
     def body(carry: Any, layer: Any, window: int | jax.Array | None) -> tuple[Any, Cache | None]:
@@ -312,18 +333,20 @@ def _blocks(
         run = functools.partial(body, window=window)
         return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
-    if config.scan_layers:
+    if config.scan_layers and caches is None:
         seen = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
-        stacked = (jnp.arange(config.layers), params, cache)
+        stacked = (jnp.arange(config.layers), params["blocks"], None)
         if uniform:
-            carry, cache = jax.lax.scan(step(windows[0]), carry, stacked)
+            carry, _ = jax.lax.scan(step(windows[0]), carry, stacked)
         else:
             body_of = lambda carry, layer: step(layer[1])(carry, layer[0])  # noqa: E731
-            carry, cache = jax.lax.scan(body_of, carry, (stacked, seen))
-        return carry[0], cache
-    split = [jax.tree.map(lambda p, i=i: p[i], (params, cache)) for i in layers]
-    caches = []
+            carry, _ = jax.lax.scan(body_of, carry, (stacked, seen))
+        return carry[0], None
+    if not isinstance(params["blocks"], tuple):
+        params = split_layers(config, params)
+    new = []
     for i, window in enumerate(windows):
-        carry, layer_cache = step(window)(carry, (i, *split[i]))
-        caches.append(layer_cache)
-    return carry[0], None if cache is None else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+        layer = (i, params["blocks"][i], None if caches is None else caches[i])
+        carry, layer_cache = step(window)(carry, layer)
+        new.append(layer_cache)
+    return carry[0], None if caches is None else tuple(new)

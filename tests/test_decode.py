@@ -1,0 +1,325 @@
+"""Generation against the full forward, the transformers library, and the laws of chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gptjax import decode, sharding
+from gptjax import model as gpt
+from gptjax.config import Config, Mesh, Model, Sample, UserError, from_dict
+from gptjax.decode import Sampling, Text, generate, keep_largest, stream, transform
+from gptjax.layers.position import POSITION
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs import base
+
+CONFIG: Config = from_dict(base.get_config().to_dict())
+CONTEXT, V, KNOWN = 24, 64, 60  # the model's vocabulary is padded by four ids
+EOT = KNOWN - 1
+MODEL = dataclasses.replace(
+    CONFIG.model, vocab_size=V, context=CONTEXT, layers=2, width=16, heads=4, ff_dim=24
+)
+GREEDY = Sample("", 1, 12, 0.0, None, None, 1.0, None)
+DRAWN = Sample("", 1, 12, 0.9, 30, 0.95, 1.2, None)
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [1], [3, 3, 0, 17])
+OPTIONS: Any = {"seed": 0, "vocab_size": KNOWN, "end_of_text": EOT}
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"position": name} for name in POSITION),
+    {"kv_heads": 2, "scan_layers": True, "remat": "full"},
+    {"kv_heads": 1, "windows": (3, None), "scan_layers": True, "position": "rope"},
+    {"windows": (2,), "attention": "block", "qk_norm": True},
+    {"value_residual": True, "tied": False, "logit_softcap": 5.0},
+    {"norm_placement": "post", "attention_softcap": 2.0, "bias": False},
+    {"norm_placement": "sandwich", "norm": "rmsnorm", "feedforward": "swiglu"},
+    {"norm": "parameterfree", "parallel_block": True},
+]
+
+
+def named(value: Any) -> str | None:
+    """A test's id."""
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def parameters(config: Model) -> Any:
+    """Random values everywhere, gains and biases too, so that no part of the model is idle."""
+    rng = np.random.default_rng(0)
+    # The scale makes logits of size 1 or so: no near ties between the largest.
+    make = lambda spec: jnp.asarray(rng.normal(spec.mean, 0.4, spec.shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(make, gpt.abstract_params(config))
+
+
+@functools.cache
+def texts(sample: Sample = DRAWN, *rows: int, seed: int = 0) -> list[Text]:
+    prompts = [PROMPTS[row] for row in rows or range(3)]
+    return generate(MODEL, parameters(MODEL), prompts, sample, **OPTIONS | {"seed": seed})
+
+
+def full_logits(config: Model, params: Any, rows: list[list[int]]) -> np.ndarray:
+    """logits_BTV by `model.apply` over whole texts; by causality those of every prefix."""
+    tokens_BT = np.zeros((len(rows), CONTEXT), np.int32)
+    for row, ids in zip(tokens_BT, rows, strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(jax.jit(gpt.apply, static_argnums=0)(config, params, tokens_BT))
+
+
+@pytest.mark.parametrize(
+    "changes, penalty", [({}, 1.5), *((changes, 1.0) for changes in VARIANTS)], ids=named
+)
+def test_greedy_text_is_the_argmax_of_the_full_forward(changes, penalty):
+    sample = dataclasses.replace(GREEDY, repetition_penalty=penalty)
+    config = dataclasses.replace(MODEL, **changes)
+    params = parameters(config)
+    got = generate(config, params, PROMPTS, sample, **OPTIONS | {"end_of_text": 0})
+    rows = [prompt + text.ids for prompt, text in zip(PROMPTS, got, strict=True)]
+    logits_BTV = full_logits(config, params, rows)[..., :KNOWN]
+    for prompt, row, text, logits_TV in zip(PROMPTS, rows, got, logits_BTV, strict=True):
+        expected = list(prompt)
+        while len(expected) < len(prompt) + 12 and (expected == prompt or expected[-1] != 0):
+            z = logits_TV[len(expected) - 1].copy()
+            for seen in set(expected):
+                z[seen] *= penalty ** (-1 if z[seen] > 0 else 1)
+            expected.append(int(z.argmax()))
+        stopped = expected[-1] == 0
+        assert (row, text.ended) == (
+            expected[: -1 if stopped else None],
+            ("length", "stop")[stopped],
+        )
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=named)
+def test_cached_logits_after_a_padded_prompt_are_those_of_the_full_forward(changes):
+    config = dataclasses.replace(MODEL, **changes)
+    params = parameters(config)
+    n_B = np.array([7, 1, 4], np.int32)
+    tokens_BS = np.full((3, CONTEXT), 33, np.int32)  # padding that would be noticed
+    for row, prompt in zip(tokens_BS, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+
+    @jax.jit
+    def last_logits(params: Any, cache: Any) -> jax.Array:
+        last_BT = tokens_BS[np.arange(3), n_B - 1][:, None]
+        return gpt.logits(config, params, gpt.hidden(config, params, last_BT, cache=cache)[0])[:, 0]
+
+    ready = decode._ready(config, params)
+    got = last_logits(ready, decode._begin(config, ready, tokens_BS, n_B, n_B, CONTEXT).cache)
+    want = full_logits(config, params, list(PROMPTS))[np.arange(3), n_B - 1]
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+
+
+def test_no_id_beyond_the_tokenizer_is_drawn():
+    config = dataclasses.replace(MODEL, tied=False)
+    params = parameters(config)
+    kernel_DV = params["unembed"]["kernel"]
+    # Opposite columns: whatever the hidden state, one of the padded ids has the largest logit.
+    padded = jnp.stack([10 * kernel_DV[:, 0], -10 * kernel_DV[:, 0]] * 2, axis=1)
+    params["unembed"]["kernel"] = kernel_DV.at[:, KNOWN:].set(padded)
+    assert (full_logits(config, params, list(PROMPTS)).argmax(-1) >= KNOWN).mean() > 0.8
+    for sample in (GREEDY, DRAWN):
+        for text in generate(config, params, PROMPTS, sample, **OPTIONS):
+            assert text.ids
+            assert max(text.ids) < KNOWN
+
+
+# Transforms.
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("top_k", [None, 1, 17, 1000])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.9])
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_transforms_equal_those_of_transformers(temperature, top_k, top_p, penalty):
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    logits_BV = rng.normal(size=(8, 500), scale=3).astype(np.float32)
+    logits_BV = np.round(logits_BV, 2 if top_p is None else 6)  # two decimals make ties
+    tokens_BT = rng.integers(0, 500, (8, 60))
+    wanted = [
+        (penalty, hf.RepetitionPenaltyLogitsProcessor),
+        (temperature, hf.TemperatureLogitsWarper),
+        (top_k, hf.TopKLogitsWarper),
+        (top_p, hf.TopPLogitsWarper),
+    ]
+    processors = hf.LogitsProcessorList(
+        [make(value) for value, make in wanted if value is not None]
+    )
+    want = processors(torch.tensor(tokens_BT), torch.tensor(logits_BV)).numpy()
+    seen_BV = (tokens_BT[:, :, None] == np.arange(500)).any(1)
+    sampling = Sampling(temperature, top_k, top_p, penalty)
+    got = jax.jit(jax.vmap(transform, (0, 0, None)))(logits_BV, seen_BV, sampling)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    # One rounding of a product or quotient.
+    np.testing.assert_allclose(got, want, rtol=2e-7)
+
+
+INF = np.inf
+
+
+@pytest.mark.parametrize(
+    "logits, weights, enough, kept",
+    [
+        ([1, -2, 3, 0.5], [1, 1, 1, 1], 2, [1, -INF, 3, -INF]),
+        ([1, 3, 3, 2], [1, 1, 1, 1], 1, [-INF, 3, 3, -INF]),  # a tie at the threshold stays
+        ([-1, -3, -2, -9], [1, 1, 1, 1], 3, [-1, -3, -2, -INF]),
+        ([1, -2, 3, -INF], [1, 1, 1, 1], 9, [1, -2, 3, -INF]),  # more than there are
+        ([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4], 1e-9, [-INF, -INF, -INF, 4]),
+        ([1, 2, 3, 4], [0.125, 0.125, 0.25, 0.5], 0.75, [-INF, -INF, 3, 4]),
+        ([1, 2, 3, 4], [0.125, 0.125, 0.25, 0.5], 0.76, [-INF, 2, 3, 4]),
+        ([5, 5, 5, 5], [0.25] * 4, 0.5, [5, 5, 5, 5]),
+        ([1e-38, -1e-38, 0, 3e38], [1] * 4, 3, [1e-38, -INF, 0, 3e38]),
+    ],
+)
+def test_the_largest_logits_that_weigh_enough_are_kept(logits, weights, enough, kept):
+    got = keep_largest(jnp.float32(logits), jnp.float32(weights), jnp.float32(enough))
+    np.testing.assert_array_equal(got, np.float32(kept))
+
+
+def test_draws_follow_the_transformed_distribution():
+    rows, prompt, params = 4000, PROMPTS[0], parameters(MODEL)
+    sample = dataclasses.replace(DRAWN, max_new_tokens=1)
+    ended = [
+        (t.ids or [EOT])[0] for t in generate(MODEL, params, [prompt] * rows, sample, **OPTIONS)
+    ]
+    logits_V = full_logits(MODEL, params, [prompt])[0, len(prompt) - 1, :KNOWN]
+    seen_V = np.isin(np.arange(KNOWN), prompt)
+    probability = jax.nn.softmax(transform(logits_V, seen_V, Sampling(0.9, 30, 0.95, 1.2)))
+    probability = np.asarray(probability, np.float64)
+    counts = np.bincount(ended, minlength=KNOWN)
+    assert not counts[probability == 0].any()
+    often = probability * rows >= 5  # the usual floor of the chi-square approximation
+    expected = np.append(probability[often], 1 - probability[often].sum()) * rows
+    observed = np.append(counts[often], rows - counts[often].sum())
+    assert often.sum() >= 8
+    assert stats.chisquare(observed, expected / expected.sum() * rows).pvalue > 0.01
+
+
+# What a text depends on.
+
+
+def test_a_text_does_not_depend_on_the_rows_around_it():
+    for row in (0, 1, 2):
+        alone = [PROMPTS[1]] * row + [PROMPTS[row]]
+        assert generate(MODEL, parameters(MODEL), alone, DRAWN, **OPTIONS)[row] == texts()[row]
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_streamed_pieces_join_to_the_text(chunk):
+    options = OPTIONS | {"end_of_text": texts()[1].ids[6]}
+    whole = generate(MODEL, parameters(MODEL), PROMPTS, DRAWN, **options)
+    pieces = list(stream(MODEL, parameters(MODEL), PROMPTS, DRAWN, chunk=chunk, **options))
+    assert {t.ended for t in whole} == {"stop", "length"}
+    assert all(len(t.ids) <= chunk for piece in pieces for t in piece)
+    assert len(pieces) == -(-12 // chunk)
+    for row, text in enumerate(whole):
+        assert list(itertools.chain(*(piece[row].ids for piece in pieces))) == text.ids
+        assert pieces[-1][row].ended == text.ended
+        # A row says that it has ended when it ends, and from then on.
+        ended = [piece[row].ended for piece in pieces]
+        first = min(len(text.ids) // chunk, len(pieces) - 1)
+        assert ended == [None] * first + [text.ended] * (len(pieces) - first)
+
+
+def test_a_text_cut_and_given_back_goes_on_alike():
+    prompts = [prompt + text.ids[:5] for prompt, text in zip(PROMPTS, texts(), strict=True)]
+    sample = dataclasses.replace(DRAWN, max_new_tokens=7)
+    rest = generate(MODEL, parameters(MODEL), prompts, sample, **OPTIONS)
+    assert [t.ids for t in rest] == [t.ids[5:] for t in texts()]
+
+
+def test_seeds_and_rows_differ():
+    assert [t.ids for t in texts(seed=1)] != [t.ids for t in texts()]
+    one, other = texts(DRAWN, 0, 0)
+    assert one != other
+
+
+def test_knobs_and_pieces_share_a_program():
+    texts()
+    compiled = decode._advance._cache_size()
+    sample = Sample("x", 3, 11, 0.5, 20, 0.5, 1.1, "y")
+    list(stream(MODEL, parameters(MODEL), PROMPTS, sample, chunk=2, **OPTIONS | {"seed": 9}))
+    assert decode._advance._cache_size() == compiled
+
+
+# How a text ends.
+
+
+def test_a_text_ends_at_a_stop_id_which_is_not_returned():
+    ids = texts(GREEDY)[0].ids
+    stop = next(i for i in ids if ids.index(i) >= 2)
+    options = OPTIONS | {"stop_ids": [stop, 58]}
+    got = generate(MODEL, parameters(MODEL), PROMPTS[:1], GREEDY, **options)
+    assert got == [Text(ids[: ids.index(stop)], "stop")]
+    got = generate(
+        MODEL, parameters(MODEL), PROMPTS[:1], GREEDY, **OPTIONS | {"end_of_text": ids[0]}
+    )
+    assert got == [Text([], "stop")]
+
+
+def test_a_text_ends_at_its_length_or_the_context():
+    prompts = [[1], [1] * (CONTEXT - 12), [1] * (CONTEXT - 3), [1] * CONTEXT]
+    got = generate(MODEL, parameters(MODEL), prompts, GREEDY, **OPTIONS)
+    assert [len(t.ids) for t in got] == [12, 12, 3, 0]
+    assert [t.ended for t in got] == ["length", "length", "context", "context"]
+
+
+def test_an_empty_prompt_starts_from_end_of_text():
+    run = functools.partial(generate, MODEL, parameters(MODEL), **OPTIONS)
+    assert run([[], [2]], DRAWN) == run([[EOT], [2]], DRAWN)
+    assert run([[]], DRAWN)[0].ids
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([1] * (CONTEXT + 1), r"^prompt 1 has 25 tokens, more than the context of 24: shorten it$"),
+        ([1, KNOWN], r"^prompt 1 has a token id outside \[0, 60\): encode it with"),
+        ([-1], r"^prompt 1 has a token id outside \[0, 60\): encode it with"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_refused(prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate(MODEL, {}, [[1], prompt], GREEDY, **OPTIONS)
+
+
+# Machines.
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
+@pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
+def test_a_mesh_does_not_change_the_text(sizes, rows):
+    with jax.set_mesh(sharding.make_mesh(Mesh(*sizes))):
+        specs = gpt.abstract_params(MODEL)
+        params = jax.tree.map(
+            lambda p, spec: jax.device_put(p, sharding.parameter_spec(spec.dims)),
+            parameters(MODEL),
+            specs,
+        )
+        for sample in (GREEDY, DRAWN):
+            got = generate(MODEL, params, [PROMPTS[r] for r in rows], sample, **OPTIONS)
+            assert got == texts(sample, *rows)
+
+
+def test_casting_once_changes_nothing():
+    config = dataclasses.replace(MODEL, dtype="bfloat16")
+    params, tokens_BT = parameters(config), np.array([PROMPTS[0]], np.int32)
+
+    @jax.jit
+    def cached(params: Any) -> jax.Array:
+        return gpt.hidden(config, params, tokens_BT, cache=gpt.init_cache(config, 1, 8))[0]
+
+    ready = decode._ready(config, params)
+    assert ready["embed"]["tokens"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cached(ready), cached(params))
