@@ -26,7 +26,7 @@ class TrainState(struct.PyTreeNode):
     """All that a run carries from one step to the next; the data's position is `step`.
 
     Attributes:
-        step: int32 scalar, updates done so far.
+        step: int32 scalar, steps done so far, skipped ones included.
         params: the tree of `model.init`, float32.
         opt_state: the optimiser's.
         ema: average of the parameters, like `params`; None where `optim.ema_decay` is None.
@@ -77,6 +77,13 @@ def evaluation_params(state: TrainState) -> model.Params:
     return optim.evaluation_params(state.opt_state, state.params)
 
 
+def _updates(opt_state: optax.OptState) -> jax.Array:
+    """How many updates were made: the count that the learning rate follows, int32 scalar."""
+    kind = optax.ScaleByScheduleState
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, kind))
+    return next(part.count for part in parts if isinstance(part, kind))
+
+
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update; it donates the state.
 
@@ -87,7 +94,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     Metrics, float32 scalars: loss (nats per scored token), z (mean squared log-partition),
     gradient_norm (before the clip), learning_rate, tokens (scored), and skipped, 1 where
     loss or gradient was not finite: such an update is left out whole, because one NaN under
-    clip and AdamW would turn every parameter NaN.
+    clip and AdamW would turn every parameter NaN. The next update takes its place in schedule
+    and averages, so that only the data moves on.
     """
     optimizer, schedule = (
         make_optimizer(config),
@@ -137,11 +145,12 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, sums = gradient(state.params, batch, key)
         norm = optax.global_norm(grads)
+        done = _updates(state.opt_state)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema, decay = state.ema, config.optim.ema_decay
         if ema is not None and decay is not None:
-            ema = optim.ema_update(ema, params, decay, state.step)
+            ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -150,7 +159,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             "loss": sums.nll / weight,
             "z": sums.z / weight,
             "gradient_norm": norm,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(done),
             "tokens": sums.weight,
             "skipped": 1.0 - finite,
         }
