@@ -36,9 +36,9 @@ def generate(
     prompts = [tokenizer.encode(sample.prompt)] * sample.batch_size
     stops = () if sample.stop is None else (_one_token(sample.stop, tokenizer),)
     writers = [_Writer(tokenizer) for _ in prompts]
-    # One process of a cluster writes; the others compute along.
-    show = jax.process_index() == 0
-    live = show and len(prompts) == 1
+    # One process of a cluster writes; the others compute along, in the same chunks.
+    show, alone = jax.process_index() == 0, len(prompts) == 1
+    live = show and alone
     ended: list[str | None] = [None] * len(prompts)
     if live:
         print(sample.prompt, end="", file=out, flush=True)
@@ -51,7 +51,7 @@ def generate(
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.eot,
         stop_ids=stops,
-        chunk=CHUNK if live else sample.max_new_tokens,
+        chunk=CHUNK if alone else sample.max_new_tokens,
     ):
         for row, (writer, new) in enumerate(zip(writers, news, strict=True)):
             text = writer.add(new.ids)

@@ -1,0 +1,310 @@
+"""Runs that are killed, stopped, moved to another mesh or spread over processes stay the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import loop, state
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, ConfigError, Mesh, UserError
+from gptjax.records import read_metrics
+from gptjax.sharding import make_mesh
+from tests import tiny
+
+REPO = Path(__file__).parents[1]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+CLOCK = ("tokens_per_second", "mfu")  # the only records that tell one machine's day from another
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_store(tmp_path_factory.mktemp("text"))
+
+
+def run(store: Path, workdir: Path, prelude: str = "", devices: int = 1, **knobs: Any) -> Any:
+    """`gptjax train` in a process of its own, after `prelude`, which may plant a signal."""
+    code = f"{prelude}\nimport sys\nfrom gptjax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    words = ["train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"]
+    return subprocess.run(
+        [sys.executable, "-c", code, *words, *tiny.overrides(store, **knobs)],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        timeout=300,
+    )
+
+
+def at_step(step: int, then: str) -> str:
+    """A prelude: runs `then` when the batch of `step` (0-based) is asked for."""
+    return f"""
+import os, signal, time
+from gptjax import loop
+load = loop.load
+def planted(setup, step):
+    if step == {step}:
+        {then}
+    return load(setup, step)
+loop.load = planted
+"""
+
+
+SIGKILL = "os.kill(os.getpid(), signal.SIGKILL)"
+SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
+
+
+def final_state(store: Path, workdir: Path, step: int = 20, **knobs: Any) -> state.TrainState:
+    config = tiny.config(store, **knobs)
+    with (
+        jax.set_mesh(make_mesh(Mesh(1, 1, 1), jax.devices()[:1])),
+        Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints,
+    ):
+        return checkpoints.restore(step, state.abstract(loop.settle(config)))
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def timeless(workdir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps that nothing interrupts, with everything that a state can carry."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(store, folder, **KEEPS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+# Dropout draws, an average of the weights, micro-batches: all must go on where they were.
+KEEPS: dict[str, Any] = {
+    "model__dropout": 0.1, "optim__ema_decay": 0.9, "train__accumulation": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("killed_at", [3, 10, 17])
+def test_a_killed_run_resumes_bitwise(
+    killed_at: int, store: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Step 3: no checkpoint yet. 10: its checkpoint may be in flight. 17: between two."""
+    killed = run(store, tmp_path, at_step(killed_at, SIGKILL), **KEEPS)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = run(store, tmp_path, **KEEPS)
+    assert resumed.returncode == 0, resumed.stderr
+    if killed_at == 17:  # the checkpoint of step 15 may be in flight
+        assert "resumed at step 1" in resumed.stderr
+    assert timeless(tmp_path) == timeless(whole)
+    assert bits(final_state(store, tmp_path, **KEEPS)) == bits(final_state(store, whole, **KEEPS))
+
+
+def test_another_seed_is_another_run(store: Path, whole: Path, tmp_path: Path) -> None:
+    """So the comparison above can fail."""
+    assert run(store, tmp_path, seed=1, **KEEPS).returncode == 0
+    assert timeless(tmp_path) != timeless(whole)
+
+
+def test_sigterm_saves_and_exits_with_a_code_of_its_own(
+    store: Path, whole: Path, tmp_path: Path
+) -> None:
+    stopped = run(store, tmp_path, at_step(7, SIGTERM), **KEEPS)
+    assert stopped.returncode == 75
+    assert "stopped at step 8, saved" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    resumed = run(store, tmp_path, **KEEPS)
+    assert "resumed at step 8" in resumed.stderr
+    assert bits(final_state(store, tmp_path, **KEEPS)) == bits(final_state(store, whole, **KEEPS))
+    assert timeless(tmp_path) == timeless(whole)
+
+
+def test_sigterm_in_the_last_step_finishes_the_run(store: Path, tmp_path: Path) -> None:
+    assert run(store, tmp_path, at_step(19, SIGTERM)).returncode == 0
+
+
+def test_started_again_a_finished_run_says_so(store: Path, whole: Path) -> None:
+    before = timeless(whole)
+    again = run(store, whole, **KEEPS)
+    assert again.returncode == 0
+    assert "is done: 20 of 20 steps" in again.stderr
+    assert timeless(whole) == before
+
+
+def test_meta_holds_config_and_data(store: Path, whole: Path) -> None:
+    meta = Checkpoints(whole / loop.CHECKPOINTS).meta(20)
+    assert meta["config"] == json.loads((whole / "config.json").read_text())
+    assert meta["step"] == 20
+    assert set(meta["fingerprints"]) == {"tokenizer", f"data.{store}"}
+
+
+def test_every_step_reads_its_own_batch(store: Path, whole: Path) -> None:
+    """20 steps of 8 rows of 16 tokens, of which each epoch scores every one once."""
+    tokens = [line["tokens"] for line in read_metrics(whole) if "tokens" in line]
+    assert len(tokens) == 20
+    assert max(tokens) == 8 * 16
+
+
+@pytest.fixture(scope="module")
+def on_meshes(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """The same 10 steps on each mesh."""
+    folders = {}
+    for shape in MESHES:
+        config = on(store, shape, 10)
+        folders[shape] = tmp_path_factory.mktemp("mesh")
+        with jax.set_mesh(make_mesh(config.mesh)):
+            loop.train(config, folders[shape])
+    return folders
+
+
+def on(store: Path, shape: tuple[int, int, int], steps: int) -> Config:
+    data, fsdp, tensor = shape
+    return tiny.config(
+        store, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__steps=steps
+    )
+
+
+@pytest.mark.parametrize("saved", MESHES, ids=str)
+def test_a_run_moves_to_any_mesh(saved: Any, store: Path, on_meshes: dict[Any, Path]) -> None:
+    states = []
+    for shape in MESHES:
+        config = on(store, shape, 10)
+        with jax.set_mesh(make_mesh(config.mesh)):
+            with Checkpoints(on_meshes[saved] / loop.CHECKPOINTS) as checkpoints:
+                found = checkpoints.restore(10, state.abstract(loop.settle(config)))
+            tokens = found.params["embed"]["tokens"]
+            assert tokens.sharding.mesh.shape == jax.sharding.get_mesh().shape
+            states.append(bits(found))
+    assert all(s == states[0] for s in states)
+
+
+def test_meshes_train_alike(on_meshes: dict[Any, Path]) -> None:
+    """Sums are taken in another order: float32 rounding over 10 steps, seen below 2e-6."""
+    losses = [
+        [line["loss"] for line in read_metrics(f) if "loss" in line] for f in on_meshes.values()
+    ]
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=0, atol=1e-5)
+
+
+def test_a_run_goes_on_on_another_mesh(
+    store: Path, tmp_path: Path, on_meshes: dict[Any, Path]
+) -> None:
+    """Stopped on 8 x 1 x 1, finished on 2 x 2 x 2: the curve of either alone, to rounding."""
+    first = run(store, tmp_path, at_step(4, SIGTERM), devices=8, train__steps=10)
+    assert first.returncode == 75, first.stderr
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    second = run(store, tmp_path, devices=8, train__steps=10, **mesh)
+    assert second.returncode == 0, second.stderr
+    losses = [line["loss"] for line in read_metrics(tmp_path) if "loss" in line]
+    alone = [line["loss"] for line in read_metrics(on_meshes[2, 2, 2]) if "loss" in line]
+    np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
+    record = json.loads((tmp_path / "environment.json").read_text())[-1]
+    assert record["changed_knobs"]["mesh.tensor"] == [1, 2]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_pair(store: Path, workdir: Path, **knobs: Any) -> list[subprocess.Popen[str]]:
+    """Two processes of two devices each that train together."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "launch.py", "train", f"--config={tiny.RECIPE}"),
+                *(f"--workdir={workdir}", f"--distributed=localhost:{port},2,{i}"),
+                *tiny.overrides(store, **knobs),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(store: Path, tmp_path: Path) -> None:
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2}
+    pair = start_pair(store, tmp_path / "pair", train__steps=10, **mesh)
+    outputs = [p.communicate(timeout=200)[1] for p in pair]
+    assert [p.returncode for p in pair] == [0, 0], outputs
+    one = run(store, tmp_path / "one", devices=4, train__steps=10, **mesh)
+    assert one.returncode == 0, one.stderr
+    two_losses, one_losses = (
+        [
+            line[k]
+            for line in read_metrics(tmp_path / name)
+            for k in ("loss", "val_loss")
+            if k in line
+        ]
+        for name in ("pair", "one")
+    )
+    # gloo sums between processes in another order than XLA within one.
+    np.testing.assert_allclose(two_losses, one_losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_at_the_same_step(store: Path, tmp_path: Path) -> None:
+    pair = start_pair(store, tmp_path, train__steps=100_000, train__eval_every=100_000,
+                      train__checkpoint_every=100_000)  # fmt: skip
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 20:
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in pair), [p.communicate()[1] for p in pair]
+        time.sleep(0.1)
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [p.communicate(timeout=120)[1] for p in pair]
+    assert [p.returncode for p in pair] == [75, 75], outputs
+    assert "saved: run the same command" in outputs[0]
+    assert Checkpoints(tmp_path / loop.CHECKPOINTS).steps()
+
+
+def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:
+    """An absurd rate without a clip: updates that are not finite are skipped, then it ends."""
+    config = tiny.config(store, optim__peak_lr=1e30, optim__clip="None", train__steps=60)
+    with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match="has diverged"):
+        loop.train(config, tmp_path)
+    assert read_metrics(tmp_path)[-1]["skipped"] == 1
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(store: Path, tmp_path: Path) -> None:
+    config = tiny.config(store, model__vocab_size=256)
+    with (
+        jax.set_mesh(make_mesh(config.mesh)),
+        pytest.raises(ConfigError, match=r"257 tokens, more than model.vocab_size=256"),
+    ):
+        loop.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_compiled_twice_and_nothing_moves_unasked(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step is traced once; what crosses between host and device does so by request."""
+    config = tiny.config(store, train__eval_every=3, train__checkpoint_every=4)
+    traced = []
+    make = state.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "make_train_step", lambda c: traced.append(make(c)) or traced[-1])
+        with jax.set_mesh(make_mesh(config.mesh)), jax.transfer_guard_device_to_host("disallow"):
+            loop.train(config, tmp_path)
+    assert traced[0]._cache_size() == 1
