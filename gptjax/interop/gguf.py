@@ -1,0 +1,219 @@
+"""GGUF files, llama.cpp's format: Llama's architecture, dequantised, with its own tokenizer.
+
+The `gguf` package reads the file and knows every quantisation. What is told here is how GGUF
+says what a Hugging Face folder says: keys, names of tensors, the vocabulary, and the order of
+query and key rows, which the conversion to GGUF interleaves, because llama.cpp rotates
+neighbouring channels where Llama in `transformers` rotates halves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import Model, UserError, choose
+from gptjax.interop import hf
+from gptjax.interop.families import Keys, to_model
+from gptjax.interop.vocabulary import BYTES, split, tokenizer_json
+from gptjax.layers.position import ROPE_SCALING, frequencies
+from gptjax.tokenizer import TOKENIZER_FILE
+
+# Name in the file -> Hugging Face's.
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "blk.*.attn_norm.weight": "model.layers.*.input_layernorm.weight",
+    "blk.*.attn_q.weight": "model.layers.*.self_attn.q_proj.weight",
+    "blk.*.attn_k.weight": "model.layers.*.self_attn.k_proj.weight",
+    "blk.*.attn_v.weight": "model.layers.*.self_attn.v_proj.weight",
+    "blk.*.attn_output.weight": "model.layers.*.self_attn.o_proj.weight",
+    "blk.*.attn_q.bias": "model.layers.*.self_attn.q_proj.bias",
+    "blk.*.attn_k.bias": "model.layers.*.self_attn.k_proj.bias",
+    "blk.*.attn_v.bias": "model.layers.*.self_attn.v_proj.bias",
+    "blk.*.attn_output.bias": "model.layers.*.self_attn.o_proj.bias",
+    "blk.*.ffn_norm.weight": "model.layers.*.post_attention_layernorm.weight",
+    "blk.*.ffn_gate.weight": "model.layers.*.mlp.gate_proj.weight",
+    "blk.*.ffn_up.weight": "model.layers.*.mlp.up_proj.weight",
+    "blk.*.ffn_down.weight": "model.layers.*.mlp.down_proj.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+INTERLEAVED = re.compile(r"\.(q|k)_proj\.")  # rows of a head: 0, H/2, 1, H/2 + 1, ...
+ORIGINAL = "original_max_position_embeddings"
+ROPE_FREQUENCIES = "rope_freqs.weight"  # divisors of RoPE's frequencies: llama3's scaling
+
+# Key in the file, after "llama." -> key of Hugging Face.
+KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "feed_forward_length": "intermediate_size",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+
+# GPT-2's pattern and Llama 3's, as their tokenizer.json has them.
+_GPT2 = BYTES | {"use_regex": True}
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> how text is cut into pieces.
+PRE: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_GPT2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
+    "llama-bpe": split(_LLAMA3),
+    "qwen2": split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
+}
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token; 6 is a byte of SentencePiece
+
+
+def import_(source: Path, out: Path) -> Model:
+    """Writes a GGUF file as the Hugging Face folder `out`, and returns its architecture.
+
+    Raises:
+        UserError: if it is no GGUF file of a Llama, its tokenizer is no byte-level BPE, a tensor
+            is missing, misshapen or left over, or `out` exists.
+    """
+    with hf.about(source), tempfile.TemporaryDirectory() as vocabulary:
+        reader = _open(source)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        write_tokenizer(fields, Path(vocabulary))
+        tensors = Tensors(reader, fields)
+        family, config = to_model(tensors.config)
+        params = hf.read_params(tensors, family, config)
+        hf.export(out, config, params, vocabulary)
+    return config
+
+
+def _open(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(
+            f"reading GGUF needs the `gguf` package ({error}): pip install 'gptjax[gguf]'"
+        ) from None
+    if not path.is_file():
+        raise UserError("there is no such file")
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # the package raises whatever numpy does
+        raise UserError(f"it is no GGUF file, or truncated ({error}): fetch it again") from None
+
+
+class Tensors:
+    """A `hf.Source` over a GGUF file."""
+
+    dtype = "float32"
+
+    def __init__(self, reader: Any, fields: Mapping[str, Any]) -> None:
+        self._tensors: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in reader.tensors:
+            number = re.search(r"^blk\.(\d+)\.", tensor.name)
+            layer = number[1] if number else "*"
+            ours = NAMES.get(re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name), tensor.name)
+            self._tensors[ours.replace("*", layer)] = tensor
+            self.shapes[ours.replace("*", layer)] = tuple(int(n) for n in tensor.shape[::-1])
+        self.config = _config(fields, self.shapes)
+        divisors = self._tensors.pop(ROPE_FREQUENCIES, None)
+        if divisors is not None:
+            del self.shapes[ROPE_FREQUENCIES]
+            self.config["rope_scaling"] = _llama3(divisors.data, self.config)
+        heads = self.config["num_attention_heads"]
+        self._heads = {"q": heads, "k": self.config.get("num_key_value_heads", heads)}
+
+    def read(self, name: str, index: hf.Index) -> np.ndarray:
+        import gguf
+
+        tensor = self._tensors[name]
+        # Blocks of a quantisation lie along the last dim, so rows come apart but columns do not.
+        array = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
+        array = array[(slice(None), *index[1:])]
+        if found := INTERLEAVED.search(name):
+            # A shard has whole heads.
+            width = self.shapes[name][0] // self._heads[found[1]]
+            pairs = array.reshape(-1, width // 2, 2, *array.shape[1:])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        return array
+
+
+def _config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> Keys:
+    """The config.json that says what the file's keys say."""
+    kind = fields.get("general.architecture")
+    if kind != "llama":
+        raise UserError(f"a GGUF file of architecture {kind!r} is not supported: llama is")
+    if fields.get("llama.expert_count", 0):
+        raise UserError("a mixture of experts is not supported")
+    keys: Keys = {"model_type": "llama", "tie_word_embeddings": "lm_head.weight" not in shapes}
+    keys["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in shapes
+    keys["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
+    for theirs, key in KEYS.items():
+        if f"llama.{theirs}" in fields:
+            keys[key] = fields[f"llama.{theirs}"]
+        if isinstance(keys.get(key), list):
+            raise UserError(f"llama.{theirs} differs between layers, which is not supported")
+    # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
+    keys |= {key: float(str(np.float32(v))) for key, v in keys.items() if isinstance(v, float)}
+    if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
+        told = {"type": scaling, "factor": fields.get("llama.rope.scaling.factor")}
+        told[ORIGINAL] = fields.get("llama.rope.scaling.original_context_length")
+        keys["rope_scaling"] = told
+    return keys
+
+
+def _llama3(divisors: np.ndarray, config: Keys) -> Keys:
+    """The scaling that divides RoPE's frequencies so: Meta's, of whatever factor."""
+    scaling = {"rope_type": "llama3", "factor": float(divisors.max()), ORIGINAL: 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = to_model(config | {"rope_scaling": scaling})[1]
+    found = frequencies(model) / ROPE_SCALING["llama3"].frequencies(model, jnp.zeros((1, 1)))
+    if found.shape != divisors.shape or not np.allclose(found, divisors, rtol=1e-4):
+        raise UserError(f"{ROPE_FREQUENCIES} is no scaling of Llama 3's, which is not supported")
+    return scaling
+
+
+def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
+    """Writes the vocabulary and the chat template of a GGUF file as Hugging Face has them."""
+
+    def told(name: str, default: Any = None) -> Any:
+        return fields.get(f"tokenizer.ggml.{name}", default)
+
+    if told("model") != "gpt2":
+        raise UserError(
+            f"its tokenizer is of the kind {told('model')!r}, but only byte-level BPE ('gpt2') is "
+            "supported"
+        )
+    pre = choose(PRE, told("pre", "default"), "tokenizer.ggml.pre")
+    tokens, kinds = told("tokens"), told("token_type")
+    of_kind = lambda kind: {t: i for i, t in enumerate(tokens) if kinds[i] == kind}  # noqa: E731
+    specials = of_kind(CONTROL)
+    bos = tokens[told("bos_token_id")] if told("add_bos_token", False) else None
+    tree = tokenizer_json(
+        of_kind(NORMAL) | specials,
+        [tuple(merge.split(" ")) for merge in told("merges")],
+        specials,
+        pre,
+        # Llama 3's vocabulary came from tiktoken, for which a piece that is a token is one.
+        whole_pieces=told("pre") == "llama-bpe",
+        others=of_kind(USER_DEFINED),
+        bos=bos,
+    )
+    eos = told("eos_token_id")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[eos]}
+    settings |= {"bos_token": bos, "clean_up_tokenization_spaces": False}
+    files = {TOKENIZER_FILE: tree, "tokenizer_config.json": settings}
+    files["generation_config.json"] = {"eos_token_id": eos}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False))
+    if template := fields.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template)

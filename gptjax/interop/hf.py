@@ -1,0 +1,375 @@
+"""Hugging Face folders, which are also how a pretrained model lies on our disk.
+
+    FOLDER/config.json            the architecture, see `families`
+    FOLDER/*.safetensors          the weights, one file or several under an index
+    FOLDER/tokenizer.json, ...    the tokenizer: FOLDER is its name as `data.tokenizer`
+
+Tensors are read slice by slice into parameters born sharded, one layer of one tensor at a time,
+so that a process never holds more than its share and one tensor. safetensors' "pread" backend
+keeps the file's pages out of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from gptjax import model as gpt
+from gptjax import sharding, tokenizer
+from gptjax.config import ConfigError, Model, UserError, choose
+from gptjax.interop.families import Family, Row, to_theirs
+from gptjax.interop.vocabulary import write_tokenizer
+from gptjax.layers.parameter import Spec
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+# Of safetensors -> of transformers.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+Index = tuple[slice, ...]
+
+
+class Source(Protocol):
+    """Tensors by Hugging Face's names and shapes, read as needed."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str  # of all tensors, a key of NUMPY; float32 where they differ
+
+    def read(self, name: str, index: Index) -> np.ndarray: ...
+
+
+def export(
+    out: str | Path,
+    config: Model,
+    params: gpt.Params,
+    tokenizer_name: str | None,
+    dtype: str = "float32",
+) -> None:
+    """Writes a folder that `transformers` loads with the same logits.
+
+    Collective: every process calls it, and process 0 writes.
+
+    Args:
+        out: the folder, which must not exist; it appears when it is whole.
+        config: an architecture of `FAMILIES`.
+        params: the tree of `model.init`, on any mesh.
+        tokenizer_name: as `data.tokenizer`; None writes none.
+        dtype: of the tensors, "float32", "bfloat16" or "float16".
+
+    Raises:
+        UserError: if `out` exists, no family can say `config`, or the disk is full.
+    """
+    choose(NUMPY, dtype, "dtype")
+    out = Path(out)
+    family, keys = to_theirs(config)
+    keys |= {"torch_dtype": dtype}
+    if tokenizer_name is not None:
+        found = tokenizer.load(tokenizer_name)
+        stops = sorted(found.stops)
+        keys |= {"bos_token_id": found.bos, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+    with new_folder(out) as folder:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True)
+            (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n")
+            if tokenizer_name is not None:
+                write_tokenizer(tokenizer_name, folder)
+        tensors = _tensors(family, config, params, dtype)
+        _write_safetensors(folder / "model.safetensors", tensors, dtype)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to `out` at the end, removed on any error."""
+    if out.exists():
+        raise UserError(f"{out} exists: name a folder that is not there")
+    aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield aside
+        if jax.process_index() == 0:
+            os.rename(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def about(source: Path) -> Iterator[None]:
+    """Puts the name of what is read before what is wrong with it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"it holds no {CONFIG}: name a Hugging Face folder or a .gguf file")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{CONFIG} is not a JSON object: fetch it again") from None
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+class Safetensors:
+    """A `Source` over the .safetensors files of a folder."""
+
+    def __init__(self, folder: Path, family: Family) -> None:
+        self._files: dict[str, tuple[Path, str]] = {}  # our name -> file, its name there
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        dtypes = set()
+        for path in _weight_files(folder):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                    full = name if name == "lm_head.weight" else _prefixed(name, family.prefix)
+                    if re.search(family.buffers, full):
+                        continue
+                    part = file.get_slice(name)
+                    self._files[full] = (path, name)
+                    self.shapes[full] = tuple(part.get_shape())
+                    dtypes.add(choose(DTYPES, part.get_dtype(), f"the dtype of {name}"))
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        path, theirs = self._files[name]
+        # Opened anew each time, so that nothing of the file stays in memory.
+        with _opened(path) as file:
+            return file.get_slice(theirs)[index]
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    return name if name.startswith(prefix) else prefix + name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files named by the index, or all .safetensors files."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            files = sorted(
+                folder / name for name in {*json.loads(index.read_text())["weight_map"].values()}
+            )
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise UserError(f"{INDEX} is damaged: fetch it again") from None
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{INDEX} names {missing[0]}, which is missing: fetch it again")
+        return files
+    if files := sorted(folder.glob("*.safetensors")):
+        return files
+    if pickles := sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}")):
+        raise UserError(
+            f"its weights are a pickle ({pickles[0]}), which may run any program when it is "
+            "opened: name a version with .safetensors files"
+        )
+    raise UserError("it holds no .safetensors file: fetch the weights")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "np", backend="pread") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path.name} is truncated or damaged ({error}): fetch it again") from None
+
+
+def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
+    """The parameters of a source whose tensors were found to be just those of the model."""
+    specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
+    rows = {row.ours: row for row in family.rows if row.ours in specs}
+    _check_tensors(source, config, specs, rows)
+    arrays = {path: _read(source, rows[path], spec) for path, spec in specs.items()}
+    return unflatten_dict(arrays, sep="/")
+
+
+def _check_tensors(
+    source: Source, config: Model, specs: dict[str, Spec], rows: dict[str, Row]
+) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, row in rows.items():
+        spec = specs[path]
+        for layer in range(spec.shape[0] if spec.dims.startswith("L") else 1):
+            wanted[row.theirs.replace("*", str(layer))] = _their_shape(row, spec)
+    lacking = [name for name in wanted if name not in source.shapes]
+    if lacking:
+        raise UserError(f"{len(lacking)} tensors are missing, the first of them {lacking[0]}")
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            have = list(source.shapes[name])
+            raise UserError(f"{name} is of shape {have}, where the config asks for {list(shape)}")
+    surplus = [name for name in source.shapes if name not in wanted]
+    if config.tied and "lm_head.weight" in surplus:
+        surplus.remove("lm_head.weight")
+        every = (slice(None), slice(None))
+        head, table = (
+            source.read(n, every) for n in ("lm_head.weight", rows["embed/tokens"].theirs)
+        )
+        if head.shape != table.shape or not (head == table).all():
+            raise UserError(
+                "lm_head.weight differs from the token table, but tie_word_embeddings is true: "
+                "set it to false in config.json"
+            )
+    if surplus:
+        raise UserError(
+            f"{len(surplus)} tensors are no part of the model, the first of them {surplus[0]}"
+        )
+
+
+def _sizes(spec: Spec) -> dict[str, int]:
+    return dict(zip(spec.dims, spec.shape, strict=True))
+
+
+def _their_shape(row: Row, spec: Spec) -> tuple[int, ...]:
+    sizes = _sizes(spec)
+    shape = [math.prod(sizes[letter] for letter in group) for group in row.layout.split()]
+    shape[-1] *= row.part[1]
+    return tuple(shape)
+
+
+def _read(source: Source, row: Row, spec: Spec) -> jax.Array:
+    """A parameter, each device's shard from only the bytes that it needs."""
+    name = row.theirs
+    if not spec.dims.startswith("L"):
+        return _place(spec, functools.partial(_shard, source, name, row, spec))
+    layers, one = spec.shape[0], dataclasses.replace(spec, shape=spec.shape[1:], dims=spec.dims[1:])
+    whole = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
+    for layer in range(layers):
+        name = row.theirs.replace("*", str(layer))
+        part = _place(one, functools.partial(_shard, source, name, row, one))
+        # Waited for, so that no more than one layer is on its way.
+        whole = jax.block_until_ready(_put(whole, part, layer))
+    return whole
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+
+
+def _sharding(spec: Spec) -> jax.sharding.Sharding:
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return SingleDeviceSharding(jax.devices()[0])
+    placed = NamedSharding(mesh, sharding.parameter_spec(spec.dims))
+    for dim, size, axes in zip(spec.dims, spec.shape, placed.spec, strict=True):
+        ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        if size % ways:
+            raise ConfigError(
+                f"the model's {dim}={size} does not divide over mesh axes {axes} = {ways}: "
+                "choose another mesh"
+            )
+    return placed
+
+
+def _place(spec: Spec, load: Callable[[Index | None], np.ndarray]) -> jax.Array:
+    return jax.make_array_from_callback(spec.shape, _sharding(spec), load)
+
+
+def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None) -> np.ndarray:
+    """Our slice `index` of their tensor, float32: the letters of a group but its first are whole."""
+    sizes = _sizes(spec)
+    index = (slice(None),) * len(spec.shape) if index is None else index
+    ranges = {dim: part.indices(sizes[dim])[:2] for dim, part in zip(spec.dims, index, strict=True)}
+    groups, theirs = row.layout.split(), []
+    for group in groups:
+        start, stop = ranges[group[0]]
+        inner = math.prod(sizes[letter] for letter in group[1:])
+        theirs.append(slice(start * inner, stop * inner))
+    offset = row.part[0] * math.prod(sizes[letter] for letter in groups[-1])
+    theirs[-1] = slice(theirs[-1].start + offset, theirs[-1].stop + offset)
+    array = source.read(name, tuple(theirs))
+    letters = "".join(groups)
+    array = array.reshape([ranges[dim][1] - ranges[dim][0] for dim in letters])
+    array = array.transpose([letters.index(dim) for dim in spec.dims])
+    return np.ascontiguousarray(array, np.float32)
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def _tensors(
+    family: Family, config: Model, params: gpt.Params, dtype: str
+) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Name -> shape and how to make it, in the order of the layers."""
+    specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
+    arrays = flatten_dict(params, sep="/")
+    rows = [row for row in family.rows if row.ours in specs]
+    names: dict[str, tuple[int, list[Row]]] = {}
+    for layer in range(config.layers):
+        for row in rows:
+            name = row.theirs.replace("*", str(layer))
+            held = names.setdefault(name, (layer, []))[1]
+            if row not in held:
+                held.append(row)
+
+    def make(layer: int, parts: list[Row]) -> np.ndarray:
+        made = [_theirs(arrays[r.ours], r, specs[r.ours], layer) for r in parts]
+        return np.concatenate(made, axis=-1).astype(NUMPY[dtype])
+
+    return {
+        name: (_their_shape(parts[0], specs[parts[0].ours]), functools.partial(make, layer, parts))
+        for name, (layer, parts) in names.items()
+    }
+
+
+def _theirs(array: jax.Array, row: Row, spec: Spec, layer: int) -> np.ndarray:
+    if spec.dims.startswith("L"):
+        array, dims = array[layer], spec.dims[1:]
+    else:
+        dims = spec.dims
+    groups, sizes = row.layout.split(), _sizes(spec)
+    whole = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    whole = whole.transpose([dims.index(dim) for dim in "".join(groups)])
+    return whole.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
+
+
+def _write_safetensors(
+    path: Path,
+    tensors: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    dtype: str,
+) -> None:
+    """One file, a tensor at a time (safetensors' own writer wants all of them in memory)."""
+    kind = next(theirs for theirs, ours in DTYPES.items() if ours == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (shape, _) in tensors.items():
+        size = math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    writes = jax.process_index() == 0
+    with path.open("wb") if writes else contextlib.nullcontext() as file:
+        if file is not None:
+            file.write(struct.pack("<Q", len(text)) + text)
+        for _, make in tensors.values():
+            array = make()
+            if file is not None:
+                file.write(array.tobytes())
