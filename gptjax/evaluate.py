@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gptjax import model, sharding
-from gptjax.config import Config, ConfigError, Model, choose
+from gptjax.config import Config, ConfigError, Model, UserError, choose
 from gptjax.data.batches import PACKING, mark_documents
 from gptjax.data.store import Store
 from gptjax.layers.position import POSITION
@@ -31,6 +31,8 @@ from gptjax.tokenizer import Tokenizer
 
 # Whether end-of-text is put before the first token, which is then scored like any other.
 PREFIX: dict[str, bool] = {"eot": True, "none": False}
+# Whether attention stays within a document.
+DOCUMENTS: dict[str, bool] = {"joined": False, "apart": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Convention:
     context: int  # tokens a window reads
     stride: int  # tokens from one window to the next
     prefix: str  # a row of PREFIX
-    apart: bool  # attention stays within a document, as in training with such packing
+    apart: bool  # attention stays within a document
 
     def __str__(self) -> str:
         documents = "apart" if self.apart else "joined"
@@ -93,12 +95,19 @@ class Evaluator:
 
     Args:
         config: the sections model, eval and data.packing decide; `model.attention` settled.
-        store: the held-out text.
+        store: the text to score.
         tokenizer: the store's.
 
+    Attributes:
+        convention: what the score depends on besides model and text.
+        tokens: how many are scored.
+        document_ends: int64, one past each document's last scored token; the last of them is
+            `tokens`, even where `eval.max_tokens` cuts a document.
+
     Raises:
-        ConfigError: on an unknown `eval.prefix` or `data.packing`, or a context beyond the
-            learned positions.
+        ConfigError: on an unknown `eval.prefix`, `eval.documents` or `data.packing`, or a
+            context beyond the learned positions.
+        UserError: on a text without a token to score.
     """
 
     def __init__(self, config: Config, store: Store, tokenizer: Tokenizer) -> None:
@@ -108,15 +117,22 @@ class Evaluator:
             context,
             e.stride or context,
             e.prefix,
-            choose(PACKING, config.data.packing, "data.packing").segmented,
+            choose(PACKING, config.data.packing, "data.packing").segmented
+            if e.documents is None
+            else choose(DOCUMENTS, e.documents, "eval.documents"),
         )
         if choose(POSITION, config.model.position, "model.position").learned:
             _within_positions(context, config.model)
         self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
         self._store, self._tokenizer = store, tokenizer
         self._prefix = choose(PREFIX, e.prefix, "eval.prefix")
-        available = store.num_tokens - (0 if self._prefix else 1)
+        self._offset = 0 if self._prefix else 1
+        available = store.num_tokens - self._offset
+        if available < 1:
+            raise UserError(f"{store.path} holds a single token: nothing to score without a prefix")
         self.tokens = min(available, e.max_tokens or available)
+        ends = np.unique(np.minimum(store.document_ends - self._offset, self.tokens))
+        self.document_ends = ends[ends > 0]
         self.windows = 1 + max(0, -(-(self.tokens - context) // self.convention.stride))
         # Rounded up to what the mesh divides; surplus rows are windows beyond the last.
         self._rows = sharding.round_up(min(e.batch_size, self.windows), "B")
@@ -159,8 +175,25 @@ class Evaluator:
 
     def targets(self, start: int, stop: int) -> np.ndarray:
         """Scored tokens [start, stop), int32."""
-        offset = 0 if self._prefix else 1
-        return self._store.tokens(start + offset, stop + offset)
+        return self._store.tokens(start + self._offset, stop + self._offset)
+
+    def tokens_before(self) -> np.ndarray:
+        """Of each scored token, the tokens that its prediction could see; int64 (tokens,).
+
+        From context - stride + 1 to context, but for the first window and, where documents are
+        apart, their beginnings. What stands before the whole text, or before a document that
+        sees no other, is not counted.
+        """
+        index = np.arange(self.tokens)
+        context, stride = self.convention.context, self.convention.stride
+        window = np.maximum(0, -(-(index + 1 - context) // stride))
+        # The first input of a later window is the token before its first target.
+        before = index - window * stride + np.where(window > 0, 1, self._offset)
+        if self.convention.apart:
+            starts = np.append(-self._offset, self.document_ends[:-1])
+            document = np.searchsorted(self.document_ends, index, side="right")
+            before = np.minimum(before, index - starts[document])
+        return before
 
     def _span(self, window: int) -> tuple[int, int, int]:
         """Of a window: its first target, its first scored target, one past its last."""
