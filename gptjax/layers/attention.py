@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from gptjax.config import ConfigError, Model, choose
+from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.parameter import parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
@@ -376,7 +377,7 @@ class Attention(nn.Module):
             self, c, name, f"D{letter}H", (c.width, heads, c.H), "matrix", fan_in=c.width
         )
         to = f"BT{letter}H"
-        y = jnp.einsum(f"BTD,D{letter}H->{to}", x_BTD, kernel, out_sharding=out(to))
+        y = linear(f"BTD,D{letter}H->{to}", x_BTD, kernel)
         if name in c.biased:
             y += parameter(self, c, f"{name}_bias", f"{letter}H", (heads, c.H), "bias")
         return y
@@ -391,7 +392,7 @@ class Attention(nn.Module):
         c = self.config
         shape = (c.heads, c.H, c.width)
         kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in=c.heads * c.H)
-        y = jnp.einsum("BTNH,NHD->BTD", o_BTNH, kernel, out_sharding=out("BTD"))
+        y = linear("BTNH,NHD->BTD", o_BTNH, kernel)
         if "out" in c.biased:
             y += parameter(self, c, "out_bias", "D", (c.width,), "bias")
         return y

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.config import Model, choose
+from gptjax.layers.linear import linear
 from gptjax.layers.parameter import parameter
-from gptjax.sharding import out
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -41,10 +41,10 @@ class FeedForward(nn.Module):
 
         def project(name: str) -> jax.Array:
             kernel = parameter(self, c, name, "DF", (D, F), "matrix", fan_in=D)
-            y = jnp.einsum("BTD,DF->BTF", x, kernel, out_sharding=out("BTF"))
+            y = linear("BTD,DF->BTF", x, kernel)
             return y + parameter(self, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y
 
         h = activation(project("gate")) * project("up") if c.gated else activation(project("up"))
         kernel = parameter(self, c, "down", "FD", (F, D), "residual", fan_in=F)
-        y = jnp.einsum("BTF,FD->BTD", h, kernel, out_sharding=out("BTD"))
+        y = linear("BTF,FD->BTD", h, kernel)
         return y + parameter(self, c, "down_bias", "D", (D,), "bias") if c.bias else y
