@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     c.data = d = ConfigDict()
     d.sources = ("shakespeare",)  # token stores (folders), nanoGPT folders, or built-in texts
     d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
-    d.tokenizer = "gpt2"  # bytes, or any tiktoken encoding
+    d.tokenizer = "gpt2"  # bytes, any tiktoken encoding, or a folder with a tokenizer.json
     d.packing = "stream"  # stream | masked (attention stays in its document) | document (one a row)
     d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
 
@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
     e.context = placeholder(int)  # tokens a window; None: model.context
     e.stride = placeholder(int)  # tokens scored a window; None: eval.context, no overlap
     e.prefix = "eot"  # eot: end-of-text stands before the first token | none: it goes unscored
+    e.documents = placeholder(str)  # joined | apart (see nothing of others); None: as data.packing
     e.batch_size = 16  # windows at once
     e.max_tokens = placeholder(int)  # score only so many tokens; None: all
 

@@ -255,6 +255,7 @@ class Eval:
     context: int | None
     stride: int | None
     prefix: str
+    documents: str | None
     batch_size: int
     max_tokens: int | None
 

@@ -73,7 +73,7 @@ def prepare(
     if not files:
         raise UserError("no files to read: name at least one")
     tokenizer, out = load(tokenizer_name), Path(out)
-    parts = [_reader(Path(file), text_key) for file in files]
+    parts = [open_parts(Path(file), text_key) for file in files]
     total, text_sha256 = _survey(files, parts)
     recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
     if (out.is_dir() and any(out.iterdir())) or out.is_file():
@@ -88,7 +88,7 @@ def prepare(
             for split in SPLITS if val_fraction else SPLITS[:1]:
                 writer = StoreWriter(aside / split, tokenizer)
                 text = _clip((part for read in parts for part in read()), *bounds[split])
-                _encode(text, writer, lambda chars: progress.advance(task, chars))
+                tokenise(text, writer, lambda chars: progress.advance(task, chars))
                 if not writer.tokens:
                     raise UserError(
                         f"a text of {total} characters leaves none for '{split}' with "
@@ -167,7 +167,7 @@ def _pieces(parts: Parts) -> Parts:
             rest = ""
 
 
-def _encode(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
     held: list[tuple[str, bool]] = []
     size = 0
 
@@ -187,7 +187,7 @@ def _encode(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -
     flush()
 
 
-def _reader(file: Path, text_key: str) -> Callable[[], Parts]:
+def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
     read = choose(READERS, file.suffix, f"the file ending of {file}")
     if not file.is_file():
         raise UserError(f"{file} is no file: check the path")
