@@ -26,7 +26,7 @@ format: .venv/installed-test
 # After an intended change of a recipe, of a sharding or of the numerics: write what the tests
 # compare with anew, and read the difference before committing it.
 golden: .venv/installed-test
-	GPTJAX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/test_configs.py tests/test_state.py
+	GPTJAX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/test_configs.py tests/test_curve.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
