@@ -180,6 +180,7 @@ INF = np.inf
         ([1, 2, 3, 4], [0.125, 0.125, 0.25, 0.5], 0.76, [-INF, 2, 3, 4]),
         ([5, 5, 5, 5], [0.25] * 4, 0.5, [5, 5, 5, 5]),
         ([1e-38, -1e-38, 0, 3e38], [1] * 4, 3, [1e-38, -INF, 0, 3e38]),
+        ([1, np.nextafter(np.float32(1), 2)], [1] * 2, 1, [-INF, np.nextafter(np.float32(1), 2)]),
     ],
 )
 def test_the_largest_logits_that_weigh_enough_are_kept(logits, weights, enough, kept):
@@ -204,6 +205,32 @@ def test_draws_follow_the_transformed_distribution():
     observed = np.append(counts[often], rows - counts[often].sum())
     assert often.sum() >= 8
     assert stats.chisquare(observed, expected / expected.sum() * rows).pvalue > 0.01
+
+
+def test_draws_of_neighbouring_rows_and_steps_are_independent():
+    params = jax.tree.map(jnp.zeros_like, parameters(MODEL))  # every token is equally likely
+    sample = Sample("", 1, 12, 1.0, None, None, 1.0, None)
+    # End-of-text lies beyond the vocabulary: no row ends early.
+    got = generate(MODEL, params, [[1]] * 300, sample, **OPTIONS | {"end_of_text": KNOWN})
+    ids_BT = np.array([t.ids for t in got])
+    for same in (ids_BT[:, 1:] == ids_BT[:, :-1], ids_BT[1:] == ids_BT[:-1]):
+        error = (1 / KNOWN / same.size) ** 0.5
+        assert abs(same.mean() - 1 / KNOWN) < 4 * error
+
+
+def test_the_penalty_spares_what_is_not_in_the_text():
+    run = functools.partial(generate, MODEL, prompts=[[1], [5, 6, 7]], **OPTIONS)
+    sample = dataclasses.replace(GREEDY, max_new_tokens=1)
+    params = parameters(MODEL)
+    (first,) = run(params, sample=sample)[0].ids
+    assert first not in (0, 1)
+    # Renamed to 0, the id of empty slots, it is still the likeliest and still not in the text.
+    tokens_VD = params["embed"]["tokens"]
+    params["embed"]["tokens"] = tokens_VD.at[jnp.array([0, first])].set(
+        tokens_VD[jnp.array([first, 0])]
+    )
+    penalised = dataclasses.replace(sample, repetition_penalty=100.0)
+    assert run(params, sample=penalised)[0].ids == [0]
 
 
 # What a text depends on.
@@ -273,6 +300,8 @@ def test_a_text_ends_at_its_length_or_the_context():
     got = generate(MODEL, parameters(MODEL), prompts, GREEDY, **OPTIONS)
     assert [len(t.ids) for t in got] == [12, 12, 3, 0]
     assert [t.ended for t in got] == ["length", "length", "context", "context"]
+    pieces = list(stream(MODEL, parameters(MODEL), prompts[2:], GREEDY, **OPTIONS))
+    assert [[len(t.ids) for t in piece] for piece in pieces] == [[1, 0]] * 3
 
 
 def test_an_empty_prompt_starts_from_end_of_text():
@@ -310,6 +339,20 @@ def test_a_mesh_does_not_change_the_text(sizes, rows):
         for sample in (GREEDY, DRAWN):
             got = generate(MODEL, params, [PROMPTS[r] for r in rows], sample, **OPTIONS)
             assert got == texts(sample, *rows)
+
+
+def test_rows_added_for_the_mesh_keep_nobody_waiting(monkeypatch):
+    begin, done = decode._begin, []
+
+    def watched(*args: Any) -> decode.State:
+        state = begin(*args)
+        done.extend(np.asarray(state.done_B).tolist())
+        return state
+
+    monkeypatch.setattr(decode, "_begin", watched)
+    with jax.set_mesh(sharding.make_mesh(Mesh(8, 1, 1))):
+        assert len(generate(MODEL, parameters(MODEL), PROMPTS, GREEDY, **OPTIONS)) == 3
+    assert done == [False] * 3 + [True] * 5
 
 
 def test_casting_once_changes_nothing():
