@@ -235,12 +235,17 @@ def test_every_token_is_scored_once_by_the_window_that_should(
     scored: list[int] = []
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
         patch.setattr(evaluate, "_nll", stub)
-        found = Evaluator(config, text, BYTES).token_nats({}, scored.append)
+        evaluator = Evaluator(config, text, BYTES)
+        found = evaluator.token_nats({}, scored.append)
     window, place = np.divmod(found, 1000)
     here = np.arange(min(tokens - (prefix == "none"), max_tokens or tokens))
     assert sum(scored) == len(here) == len(found)
     np.testing.assert_array_equal(window * stride + place, here)
     np.testing.assert_array_equal(window, np.maximum(0, -(-(here + 1 - context) // stride)))
+    # What a prediction sees is the inputs up to it, of which a prefix is no token of the text.
+    prefixed = (window == 0) & (prefix == "eot")
+    np.testing.assert_array_equal(evaluator.tokens_before(), place + 1 - prefixed)
+    assert evaluator.document_ends.tolist() == [len(here)]
 
 
 # ---- the same number whatever the machinery
@@ -346,19 +351,38 @@ def test_hugging_face_s_recipe_with_one_token_more_a_window(store: Store, stride
 # ---- documents apart
 
 
-@pytest.mark.parametrize("packing", PACKING)
-def test_neighbours_matter_only_where_documents_are_joined(tmp_path: Path, packing: str) -> None:
-    config = configure(packing, context=64)
+@pytest.mark.parametrize(
+    ("packing", "documents", "apart"),
+    [(packing, None, row.segmented) for packing, row in PACKING.items()]
+    + [("stream", documents, apart) for documents, apart in evaluate.DOCUMENTS.items()]
+    + [("masked", "joined", False)],
+)
+def test_neighbours_matter_only_where_documents_are_joined(
+    tmp_path: Path, packing: str, documents: str | None, apart: bool
+) -> None:
+    # Learned positions, so that a document that is apart must also count from its own start.
+    config = configure(
+        packing, documents=documents, context=64, model_context=64, model_position="learned"
+    )
+    rows = jax.random.normal(jax.random.key(1), (64, config.model.width))
+    embed = parameters()["embed"] | {"positions": np.asarray(rows)}
+    params = parameters() | {"embed": embed}
 
-    def by_document(order: Sequence[int]) -> dict[int, np.ndarray]:
-        text = write(tmp_path / f"{packing}{order}", *(DOCUMENTS[i] for i in order))
+    def by_document(*order: int) -> dict[int, np.ndarray]:
+        text = write(tmp_path / f"text{order}", *(DOCUMENTS[i] for i in order))
+        nats = token_nats(config, text, params=params)
         ends = np.cumsum([LENGTHS[i] for i in order])
-        return dict(zip(order, np.split(token_nats(config, text), ends[:-1]), strict=True))
+        return dict(zip(order, np.split(nats, ends[:-1]), strict=True))
 
-    one, other = by_document((0, 1, 2)), by_document((2, 0, 1))
-    alone = {i: token_nats(config, write(tmp_path / f"{packing}-{i}", DOCUMENTS[i])) for i in one}
-    furthest = max(np.abs(a[i] - b[i]).max() for a, b in ((one, other), (one, alone)) for i in one)
-    assert furthest < CLOSE["atol"] if PACKING[packing].segmented else furthest > 0.1
+    one, other, alone = by_document(0, 1, 2), by_document(2, 0, 1), by_document(1)
+    pairs = [(one[i], other[i]) for i in one] + [(one[1], alone[1])]
+    furthest = [np.abs(a - b).max() for a, b in pairs]
+    assert max(furthest) < CLOSE["atol"] if apart else min(furthest[1:]) > 0.1
+    text = write(tmp_path / "joined", *DOCUMENTS)
+    seen = np.split(evaluator(config, text).tokens_before(), np.cumsum(LENGTHS)[:-1])
+    starts = [0, 0, 0] if apart else np.append(0, np.cumsum(LENGTHS)[:-1])
+    assert [part[0] for part in seen] == list(starts)
+    assert evaluator(config, text).document_ends.tolist() == np.cumsum(LENGTHS).tolist()
 
 
 # ---- what is told and what is refused
@@ -379,6 +403,8 @@ def test_what_cannot_be_scored_is_refused(store: Store, tmp_path: Path) -> None:
         evaluator(configure(prefix="bos"), store)
     with pytest.raises(ConfigError, match="data.packing='padded' is not one of: stream"):
         evaluator(configure("padded"), store)
+    with pytest.raises(ConfigError, match="eval.documents='alone' is not one of: joined, apart"):
+        evaluator(configure(documents="alone"), store)
     with pytest.raises(ConfigError, match="eval.context=17 is beyond the 16 learned positions"):
         evaluator(configure(context=17, model_position="learned"), store)
     for position, context in (("learned", 16), ("rope", 17)):
