@@ -176,6 +176,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = configure.from_file(arguments.config, overrides)
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     with jax.set_mesh(make_mesh(config.mesh)):
+        speak.check(config, loop.load_tokenizer(config))
         params = loop.train(config, workdir)
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")

@@ -93,14 +93,17 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 def _override(found: ConfigDict, overrides: Sequence[str]) -> Config:
     """`found` with "--config.a.b=value" applied; ml_collections reads the values by type."""
     knobs, nothing = flatten(found.to_dict()), []
-    words = list(overrides)
+    words: list[str] = []
     for word in overrides:
+        if word == "None" and words and words[-1].removeprefix("--config.") in knobs:
+            word = f"{words.pop()}=None"  # its two halves stood apart
         name, _, value = word.removeprefix("--config.").partition("=")
         if word.startswith("--config.") and name not in knobs:
             raise ConfigError(unknown_key(name, knobs))
         if value == "None":  # of which ml_collections would make a text
-            words.remove(word)
             nothing.append(name)
+        else:
+            words.append(word)
     values, argv = flags.FlagValues(), ["gptjax", *words]
     config_flags.DEFINE_config_dict("config", found, flag_values=values, sys_argv=argv)
     try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import sys
-from typing import TextIO
 
 import jax
 
@@ -17,10 +15,8 @@ from gptjax.tokenizer import Tokenizer
 CHUNK = 4  # tokens between two looks at what was made
 
 
-def generate(
-    config: Config, params: model.Params, tokenizer: Tokenizer, out: TextIO = sys.stdout
-) -> list[str]:
-    """Continues `sample.prompt` `sample.batch_size` times, writing the texts to `out`.
+def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list[str]:
+    """Continues `sample.prompt` `sample.batch_size` times, printing the texts.
 
     A single text appears while it is made; of several each appears when all are done. The same
     seed gives the same texts.
@@ -29,9 +25,9 @@ def generate(
         The continuations, without the prompt.
 
     Raises:
-        ConfigError: if `sample.stop` is not one token.
-        UserError: if the prompt is longer than the context.
+        ConfigError: as `check`.
     """
+    check(config, tokenizer)
     sample = config.sample
     prompts = [tokenizer.encode(sample.prompt)] * sample.batch_size
     stops = () if sample.stop is None else (_one_token(sample.stop, tokenizer),)
@@ -41,7 +37,7 @@ def generate(
     live = show and alone
     ended: list[str | None] = [None] * len(prompts)
     if live:
-        print(sample.prompt, end="", file=out, flush=True)
+        print(sample.prompt, end="", flush=True)
     for news in decode.stream(
         config.model,
         params,
@@ -57,20 +53,39 @@ def generate(
             text = writer.add(new.ids)
             ended[row] = new.ended
             if live:
-                print(text, end="", file=out, flush=True)
+                print(text, end="", flush=True)
     if live:
-        print(file=out, flush=True)
+        print(flush=True)
     elif show:
         for row, writer in enumerate(writers):
-            print(f"--- text {row}\n{sample.prompt}{writer.text}", file=out, flush=True)
+            print(f"--- text {row}\n{sample.prompt}{writer.text}", flush=True)
     if "context" in ended:
         say(f"(the context of {config.model.context} tokens is full)")
     return [writer.text for writer in writers]
 
 
+def check(config: Config, tokenizer: Tokenizer) -> None:
+    """Refuses what cannot be generated, for before a model is loaded or trained.
+
+    Raises:
+        ConfigError: if `sample.stop` is not one token, or the prompt is longer than the context.
+    """
+    if config.sample.stop is not None:
+        _one_token(config.sample.stop, tokenizer)
+    tokens = len(tokenizer.encode(config.sample.prompt))
+    if tokens > config.model.context:
+        raise ConfigError(
+            f"sample.prompt has {tokens} tokens, more than model.context={config.model.context}: "
+            "shorten it"
+        )
+
+
 @dataclasses.dataclass
 class _Writer:
-    """Turns tokens into text as they come: a character's bytes may span several tokens."""
+    """Turns tokens into text as they come: a character's bytes may span several tokens.
+
+    Where the tokens end within a character, the beginning of it is left out.
+    """
 
     tokenizer: Tokenizer
     text: str = ""
