@@ -1,0 +1,401 @@
+"""Hugging Face folders in and out, against `transformers` itself with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from gptjax import model, sharding, state
+from gptjax.config import Config, Mesh, UserError
+from gptjax.configure import from_file
+from gptjax.interop import families, hf, pretrained
+from gptjax.interop.pretrained import adopt, import_, load
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+ROOT = Path(__file__).parents[1]
+T = 24
+GPT2 = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 4}
+LLAMA = {
+    "vocab_size": 50, "max_position_embeddings": 32, "hidden_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+# Beyond the original context of 8, so that stretching shows; base 100, so that it does soon.
+STRETCHED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+TURNS = {"low_freq_factor": 0.5, "high_freq_factor": 1.5}
+
+CASES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 40}),
+    "llama": ("Llama", LLAMA),
+    "llama-mha-tied": ("Llama", LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-head-dim": ("Llama", LLAMA | {"head_dim": 8}),
+    "llama-attention-bias": ("Llama", LLAMA | {"attention_bias": True}),
+    "llama-mlp-bias": ("Llama", LLAMA | {"mlp_bias": True}),
+    "llama-linear": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}},
+    ),
+    "llama-dynamic": (
+        "Llama",
+        LLAMA
+        | {"max_position_embeddings": 8}
+        | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}},
+    ),
+    "llama-llama3": (
+        "Llama", LLAMA | {"rope_parameters": {"rope_type": "llama3"} | STRETCHED | TURNS},
+    ),
+    "llama-yarn": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "yarn"} | STRETCHED}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
+}  # fmt: skip
+
+
+@functools.cache
+def theirs(case: str):
+    """A model of `transformers` with every parameter drawn, gains and biases included."""
+    kind, keys = CASES[case]
+    config = getattr(transformers, f"{kind}Config")(**keys)
+    found = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    torch.manual_seed(0)
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return found.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """case -> a folder that `transformers` wrote; not to be changed."""
+    root = tmp_path_factory.mktemp("theirs")
+
+    def saved(case: str) -> Path:
+        if not (root / case).exists():
+            theirs(case).save_pretrained(root / case)
+        return root / case
+
+    return saved
+
+
+TOKENS = np.random.default_rng(0).integers(0, 50, (2, T), dtype=np.int32)
+
+
+def our_logits(found: pretrained.Pretrained) -> np.ndarray:
+    config = dataclasses.replace(found.model, scan_layers=True)
+    return np.asarray(jax.jit(functools.partial(model.apply, config))(found.params, TOKENS))
+
+
+def their_logits(found) -> np.ndarray:
+    with torch.no_grad():
+        return found(torch.tensor(TOKENS).long()).logits.numpy()
+
+
+def equal(a, b) -> bool:
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and bool((x == y).all())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def stored(path: Path) -> dict:
+    return {
+        k: v
+        for f in sorted(path.glob("*.safetensors"))
+        for k, v in safetensors.load_file(f).items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_and_out_with_the_same_logits_and_bits(case, folder, tmp_path):
+    found = load(folder(case))
+    expected = their_logits(theirs(case))
+    assert expected.std() > 0.3  # or 1e-4 would say little
+    np.testing.assert_allclose(our_logits(found), expected, atol=1e-4)
+
+    hf.export(tmp_path / "out", found.model, found.params, None)
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # The very weights in the very model: its logits are bitwise what they were.
+    np.testing.assert_array_equal(their_logits(again.eval()), expected)
+
+    sent, back = stored(folder(case)), stored(tmp_path / "out")
+    assert sent.keys() == back.keys() and all(torch.equal(sent[k], back[k]) for k in sent)
+    returned = load(tmp_path / "out")
+    assert returned.model == found.model and equal(returned.params, found.params)
+
+
+def test_every_family_and_every_scaling_is_a_case():
+    kinds = {kind.lower() for kind, _ in CASES.values()}
+    assert kinds == set(families.FAMILIES)
+    scalings = {to_model(case).rope_scaling for case in CASES}
+    assert scalings == set(families.ROPE_KEYS) - {"default"} | {"none"}
+
+
+def to_model(case: str):
+    return families.to_model(json.loads(theirs(case).config.to_json_string()))[1]
+
+
+def test_the_config_of_transformers_4_says_the_same(folder):
+    keys = json.loads((folder("llama-llama3") / "config.json").read_text())
+    rope = keys.pop("rope_parameters")
+    old = keys | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert families.to_model(old)[1] == to_model("llama-llama3")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_come_back_as_they_were(dtype, tmp_path):
+    theirs("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
+    theirs.cache_clear()
+    assert import_(tmp_path / "in", tmp_path / "out") == to_model("llama")
+    sent, back = stored(tmp_path / "in"), stored(tmp_path / "out")
+    assert all(v.dtype == getattr(torch, dtype) for v in sent.values())
+    assert sent.keys() == back.keys() and all(torch.equal(sent[k], back[k]) for k in sent)
+    assert load(tmp_path / "out").dtype == dtype
+
+
+def test_several_files_under_an_index(folder, tmp_path):
+    theirs("llama").save_pretrained(tmp_path / "in", max_shard_size="10KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    assert equal(load(tmp_path / "in").params, load(folder("llama")).params)
+
+
+def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
+    tensors = {k.removeprefix("transformer."): v for k, v in stored(folder("gpt2")).items()}
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.ones(())}
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    changed(folder("gpt2"), tmp_path / "in", tensors)
+    assert equal(load(tmp_path / "in").params, load(folder("gpt2")).params)
+
+
+# --- meshes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-attention-bias"])
+def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, folder, tmp_path):
+    plain = load(folder(case))
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        split = load(folder(case))
+        specs = model.abstract_params(split.model)
+        for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(split.params), strict=True):
+            assert leaf.sharding == NamedSharding(mesh, sharding.parameter_spec(spec.dims))
+        hf.export(tmp_path / "out", split.model, split.params, None)
+    for a, b in zip(jax.tree.leaves(split.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    sent, back = stored(folder(case)), stored(tmp_path / "out")
+    assert all(torch.equal(sent[k], back[k]) for k in sent)
+
+
+def test_a_mesh_that_does_not_divide_is_refused(folder):
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=1, tensor=4))
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="V=50 does not divide over mesh axes"):
+        load(folder("llama"))
+
+
+MEMORY = """
+import re, sys
+import jax
+from gptjax.interop.pretrained import load
+# Not ru_maxrss, which a process has from its parent on Linux.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+load(sys.argv[1])  # a small one: the code itself is loaded and compiled
+before = peak()
+found = load(sys.argv[2])
+weights = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
+print((peak() - before) / weights, weights)
+"""
+
+
+@pytest.mark.slow
+def test_importing_takes_little_more_memory_than_the_weights(folder, tmp_path):
+    big = LLAMA | {
+        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "vocab_size": 32000,
+    }  # fmt: skip
+    found = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**big))
+    found.save_pretrained(tmp_path / "big")
+    del found
+    words = [sys.executable, "-c", MEMORY, str(folder("llama")), str(tmp_path / "big")]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    run = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    ratio, size = map(float, run.stdout.split())
+    assert size > 300e6
+    # Above 1 is the largest tensor: a token table of a sixth of this model.
+    assert 0.95 < ratio < 1.3
+
+
+# --- training on ----------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_the_imported_loss(folder):
+    words = ["--config.model.scan_layers=True", f"--config.model.context={T}"]
+    config = adopt(from_file(str(ROOT / "configs" / "base.py"), words), folder("llama"))
+    assert (config.model.context, config.model.scan_layers) == (T, True)  # of the run
+    start = state.create(config).replace(params=load(folder("llama")).params)
+    rows = {
+        "tokens": TOKENS[:, :-1],
+        "targets": TOKENS[:, 1:],
+        "weights": np.ones((2, T - 1), np.float32),
+        "positions": np.broadcast_to(np.arange(T - 1, dtype=np.int32), (2, T - 1)),
+    }
+    batch = {name: jnp.asarray(array)[:, None] for name, array in rows.items()}
+    _, metrics = state.make_train_step(config)(start, batch)
+    ids = torch.tensor(TOKENS).long()
+    with torch.no_grad():
+        expected = theirs("llama")(ids, labels=ids).loss.item()
+    assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_learned_positions_keep_their_number(folder):
+    config: Config = from_file(str(ROOT / "configs" / "base.py"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, context=8))
+    assert adopt(config, folder("gpt2")).model.context == 32
+    assert adopt(config, folder("llama")).model.context == 8
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+def changed(source: Path, out: Path, tensors: dict | None = None, **keys) -> Path:
+    """A copy of a folder with other tensors or other keys in config.json."""
+    out.mkdir()
+    config = json.loads((source / "config.json").read_text()) | keys
+    (out / "config.json").write_text(json.dumps(config))
+    tensors = stored(source) if tensors is None else tensors
+    safetensors.save_file(tensors, out / "model.safetensors")
+    return out
+
+
+def refusal(source: Path, out: Path) -> str:
+    """What is said of a folder; and nothing is left of the attempt."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(UserError) as caught:
+        import_(source, out)
+    assert sorted(out.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+ROPE = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "case, keys, message",
+    [
+        ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of: gpt2, llama"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' of a llama is not one of: 'silu'"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function='gelu' of a gpt2"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not"),
+        ("llama", {"rope_parameters": ROPE | {"mscale": 2.0}}, "'yarn' with mscale"),
+        ("llama", {"rope_parameters": ROPE | {"attention_factor": 2.0}}, "attention_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "'linear' lacks factor"),
+        ("llama", {"quantization_config": {"bits": 4}}, "the model is quantised"),
+        ("llama", {"num_hidden_layers": 4}, "9 tensors are missing, the first of them model.lay"),
+        ("llama", {"num_hidden_layers": 2}, "9 tensors are no part of the model"),
+        ("llama", {"hidden_size": 32}, "weight is of shape [50, 16], where the config asks for"),
+        ("llama", {"num_attention_heads": 3}, "model.heads=3 is not a multiple of model.kv_heads=2"),
+        ("llama", {"tie_word_embeddings": True}, "lm_head.weight differs from the token table"),
+    ],
+)  # fmt: skip
+def test_what_is_not_ours_is_refused_in_a_line(case, keys, message, folder, tmp_path):
+    source = changed(folder(case), tmp_path / "in", **keys)
+    told = refusal(source, tmp_path / "out")
+    assert message in told and told.startswith(str(source))
+
+
+def test_a_key_that_is_missing_is_named(folder, tmp_path):
+    source = changed(folder("llama"), tmp_path / "in")
+    keys = json.loads((source / "config.json").read_text())
+    del keys["hidden_size"]
+    (source / "config.json").write_text(json.dumps(keys))
+    assert "the config of a llama lacks hidden_size" in refusal(source, tmp_path / "out")
+
+
+def test_a_truncated_file_is_refused(folder, tmp_path):
+    source = changed(folder("llama"), tmp_path / "in")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert "model.safetensors is truncated or damaged" in refusal(source, tmp_path / "out")
+
+
+def test_a_missing_file_of_an_index_is_named(tmp_path):
+    theirs("llama").save_pretrained(tmp_path / "in", max_shard_size="10KB")
+    file = sorted((tmp_path / "in").glob("*.safetensors"))[1]
+    file.unlink()
+    assert f"names {file.name}, which is missing" in refusal(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_refused_with_the_reason(name, folder, tmp_path):
+    source = changed(folder("llama"), tmp_path / "in")
+    (source / "model.safetensors").rename(source / name)
+    told = refusal(source, tmp_path / "out")
+    assert name in told and "may run any program when it is opened" in told
+
+
+def test_integers_and_other_folders_are_refused(folder, tmp_path):
+    tensors = {k: v.to(torch.int8) for k, v in stored(folder("llama")).items()}
+    source = changed(folder("llama"), tmp_path / "in", tensors)
+    assert "='I8' is not one of: F32, BF16, F16" in refusal(source, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "it holds no config.json" in refusal(tmp_path / "empty", tmp_path / "out")
+    (source / "model.safetensors").unlink()
+    assert "it holds no .safetensors file" in refusal(source, tmp_path / "out")
+    (source / "config.json").write_text("[1")
+    assert "is not a JSON object" in refusal(source, tmp_path / "out")
+
+
+def test_a_folder_that_exists_is_left_alone(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "exists: name a folder" in refusal(folder("llama"), tmp_path / "out")
+
+
+def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "_write_safetensors", full)
+    assert "No space left on device" in refusal(folder("llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, lacking",
+    [
+        ({"attention_softcap": 5.0}, "the nearest, llama, lacks model.attention_softcap=5.0"),
+        ({"parallel_block": True}, "model.parallel_block=True"),
+        ({"value_residual": True}, "model.value_residual=True"),
+        ({"feedforward": "relu2"}, "model.feedforward='relu2'"),
+        ({"windows": (None, 8)}, "model.windows=(None, 8, None)"),
+    ],
+)
+def test_a_model_that_no_family_can_say_is_not_exported(change, lacking, folder, tmp_path):
+    config = dataclasses.replace(to_model("llama"), **change)
+    with pytest.raises(UserError) as caught:
+        hf.export(tmp_path / "out", config, load(folder("llama")).params, None)
+    assert lacking in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", ["gpt2", "modern", "shakespeare"])
+def test_models_of_recipes_can_be_exported(recipe):
+    config = from_file(str(ROOT / "configs" / f"{recipe}.py")).model
+    family, keys = families.to_theirs(config)
+    assert families.canonical(families.to_model(keys)[1]) == families.canonical(config)
+    paths = {row.ours for row in family.rows}
+    names = jax.tree_util.tree_leaves_with_path(model.abstract_params(config))
+    assert {"/".join(part.key for part in path) for path, _ in names} <= paths
