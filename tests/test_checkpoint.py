@@ -271,19 +271,6 @@ def test_a_new_writer_removes_what_a_killed_save_left(
     ]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A real file system of 2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(small_disk: Path) -> None:
     def noise(seed: int) -> dict[str, jax.Array]:
         return {"x": jax.random.normal(jax.random.key(seed), (2**18,))}  # 1 MiB
