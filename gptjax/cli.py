@@ -185,37 +185,77 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = _config(arguments, overrides)
+    if (arguments.workdir is None) == (arguments.compare is None):
+        raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
+    if arguments.compare and arguments.config:
+        raise UserError("--compare evaluates each run by its own config: leave --config out")
+    from gptjax import configure
+
+    workdirs = arguments.compare or [arguments.workdir]
+    configs = (
+        [configure.of_run(workdir, overrides) for workdir in workdirs]
+        if arguments.config is None
+        else [configure.from_file(arguments.config, overrides)]
+    )
     _prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import loop
-    from gptjax.progress import Progress
-    from gptjax.sharding import make_mesh
+    from gptjax.audit import compare, report, run, table, texts
 
-    with jax.set_mesh(make_mesh(config.mesh)):
-        step, params = loop.restore(config, arguments.workdir)
-        evaluators = loop.make_evaluators(loop.settle(config), loop.load_tokenizer(config))
-        with Progress("evaluating", loop.count(evaluators), transient=True) as progress:
-            scores = loop.score(evaluators, params, progress.advance)
-    convention = next(iter(evaluators.values())).convention
-    if arguments.json:
-        told = {
-            name: dataclasses.asdict(s)
-            | {"loss": s.loss, "perplexity": s.perplexity, "bits_per_byte": s.bits_per_byte}
-            for name, s in scores.items()
-        }
-        rules = dataclasses.asdict(convention)
-        print(json.dumps({"step": step, "convention": rules, "scores": told}))
+    sets = texts.parse_sets(arguments.set)
+    how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
+    audits = [
+        run.audit(config, workdir, sets, how)
+        for config, workdir in zip(configs, workdirs, strict=True)
+    ]
+    page: Callable[..., str]
+    if arguments.compare:
+        record = compare.compare(*audits)
+        page, show = report.comparison_page, table.show_comparison
+    else:
+        record = run.record(*audits)
+        page, show = report.page, table.show
+    if jax.process_index() != 0:
         return
-    print(f"{arguments.workdir}, step {step}; held-out text; {convention}")
-    for name, s in scores.items():
-        print(f"{name}: {s}")
+    if arguments.html is not None:
+        report.write(arguments.html, page(record, *audits))
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show(record)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
+    parser.add_argument("--workdir", type=Path, help="the run's folder")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two runs' folders instead"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help="a recipe; default: the config of the run itself"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="texts to score: .txt .raw .jsonl .parquet, a token store, or "
+        "hub:DATASET[,CONFIG],SPLIT; default: the held-out text of data.sources",
+    )
+    parser.add_argument(
+        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+    )
+    parser.add_argument(
+        "--domain_key", help="jsonl key or parquet column to tell the documents' loss apart by"
+    )
+    parser.add_argument(
+        "--detokenizer",
+        default="none",
+        help="none, or wikitext: what makes prose of a pre-tokenised corpus (%(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
+    _add_distributed(parser)
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -283,11 +323,14 @@ def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = configure.from_file(arguments.config, overrides)
     found = tokenizer.load(config.data.tokenizer)
     batches = Batches(config.data, config.model.context, config.seed, arguments.split, found)
-    rows = min(arguments.rows or config.data.batch_size, config.data.batch_size)
+    all_rows = config.data.batch_size
+    rows = all_rows if arguments.rows is None else min(arguments.rows, all_rows)
     if arguments.step < 0:
         raise ConfigError(f"--step must not be negative, got {arguments.step}")
+    if rows < 1:
+        raise ConfigError(f"--rows must be above 0, got {rows}")
     for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), found)):
-        print(f"--- step {arguments.step}, row {row} of {config.data.batch_size}\n{text}")
+        print(f"--- step {arguments.step}, row {row} of {all_rows}\n{text}")
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -358,12 +401,15 @@ run resumes from its latest checkpoint, on any number of devices.
     "eval": Command(
         evaluate,
         _add_evaluate,
-        "Perplexity of a run's latest checkpoint on held-out text.",
+        "Perplexity of a run's latest checkpoint, or of two, with intervals.",
         f"""\
-Prints nats per token, perplexity and bits per byte with the convention they follow. Other texts
-and conventions are overrides:
+Prints nats per token, token and word perplexity and bits per byte, each with a 95% interval from
+a bootstrap over documents, and the convention, counts and fingerprints that they rest on. The
+convention is config.eval: context, stride, prefix, documents.
 
-  eval --workdir=runs/mine --config.eval.stride=64 --config.data.sources="('other_store',)"
+  eval --workdir=runs/mine --config.eval.stride=64
+  eval --workdir=runs/mine --set wiki=wiki.test.raw web=web.jsonl --html=report.html
+  eval --compare runs/mine runs/other --set wiki=wiki.test.raw
 
 {OVERRIDES}""",
     ),

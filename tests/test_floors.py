@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"layers", "data"},
     {"model"},
     {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},
-    {"loop", "speak", "interop"},
+    {"loop", "speak", "interop", "audit"},
     {"cli", "study", "plan", "cluster"},
 ]
 

@@ -1,0 +1,1 @@
+"""Perplexity that can be audited: named texts, intervals, and what two models differ by."""

@@ -1,0 +1,216 @@
+"""Two models on the same text: how much they differ, how sure that is, and where.
+
+Tokenizers may differ. Both cut a document's bytes into tokens, and wherever both have a cut the
+nats of each so far are known exactly. Between two such cuts lies a piece: the smallest stretch
+whose difference is a fact. No nats are shared out by guess.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gptjax.audit.measure import BLOCK_BYTES, Scored, Sums, units
+from gptjax.audit.run import Audit, identity
+from gptjax.audit.statistics import interval
+from gptjax.config import UserError
+from gptjax.tokenizer import Tokenizer
+
+PASSAGE_BYTES = 240
+PASSAGES = 20  # told of each text
+DOCUMENTS = 10  # likewise
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A text in the smallest pieces of whole characters at whose ends both models have a token's.
+
+    Attributes:
+        ends_a, ends_b: one past each piece's last token, int64 (P,).
+        nats_a, nats_b: float64 (P,).
+        offset: bytes of its document before each piece, int64 (P,).
+        document: which it lies in, int64 (P,).
+    """
+
+    ends_a: np.ndarray
+    ends_b: np.ndarray
+    nats_a: np.ndarray
+    nats_b: np.ndarray
+    offset: np.ndarray
+    document: np.ndarray
+
+    @property
+    def difference(self) -> np.ndarray:
+        """Nats of B minus nats of A: below 0 where B is better."""
+        return self.nats_b - self.nats_a
+
+
+def align(a: Scored, b: Scored) -> Pieces:
+    """The pieces of a text that two models scored.
+
+    Raises:
+        UserError: if it is not the same text.
+    """
+    if a.text_sha256 != b.text_sha256:
+        raise UserError(
+            f"the two runs score different texts as {a.text.name!r}: give one by --set, and where "
+            "tokenizers differ set eval.prefix=eot and leave eval.max_tokens at None"
+        )
+    place_a, place_b = np.cumsum(a.lengths_I), np.cumsum(b.lengths_I)
+    cuts = np.intersect1d(place_a, place_b, assume_unique=True)
+    last_a = np.searchsorted(place_a, cuts)
+    # A cut before a continuation byte is within a character.
+    following = a.targets_I[np.minimum(last_a + 1, len(place_a) - 1)]
+    whole = ~_continues(a.tokenizer)[following]
+    whole[-1] = True
+    cuts, last_a = cuts[whole], last_a[whole]
+    ends_a, ends_b = last_a + 1, np.searchsorted(place_b, cuts) + 1
+    starts_a, starts_b = np.append(0, ends_a[:-1]), np.append(0, ends_b[:-1])
+    document = np.searchsorted(a.ends_D, starts_a, side="right")
+    begins = np.append(0, place_a[a.ends_D[:-1] - 1])  # of each document, in places
+    return Pieces(
+        ends_a,
+        ends_b,
+        np.add.reduceat(a.nats_I, starts_a, dtype=np.float64),
+        np.add.reduceat(b.nats_I, starts_b, dtype=np.float64),
+        np.append(0, cuts[:-1]) - begins[document],
+        document,
+    )
+
+
+def _continues(tokenizer: Tokenizer) -> np.ndarray:
+    """Whether an id's bytes begin within a character, bool (vocab_size,)."""
+    found = np.zeros(tokenizer.vocab_size, bool)
+    for i in np.flatnonzero(tokenizer.bytes_per_token).tolist():
+        found[i] = tokenizer.decode_bytes([i])[0] & 0xC0 == 0x80
+    return found
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some pieces in a row, [start, stop)."""
+
+    start: int
+    stop: int
+    nats: float  # of B minus A
+
+
+def passages(pieces: Pieces) -> list[Passage]:
+    """The text in stretches of about PASSAGE_BYTES within a document; the largest first."""
+    starts = _stretches(pieces, PASSAGE_BYTES)
+    nats = np.add.reduceat(pieces.difference, starts)
+    stops = np.append(starts[1:], len(pieces.offset))
+    order = np.argsort(-np.abs(nats), kind="stable")
+    return [Passage(int(starts[i]), int(stops[i]), float(nats[i])) for i in order]
+
+
+def _stretches(pieces: Pieces, size: int) -> np.ndarray:
+    """Where stretches of about `size` bytes begin, which never cross a document."""
+    stretch = pieces.offset // size
+    new = (np.diff(stretch, prepend=-1) != 0) | (np.diff(pieces.document, prepend=-1) != 0)
+    return np.flatnonzero(new)
+
+
+def text_of(scored: Scored, pieces: Pieces, start: int, stop: int) -> str:
+    """The text of pieces [start, stop) of A."""
+    first = pieces.ends_a[start - 1] if start else 0
+    ids = scored.targets_I[first : pieces.ends_a[stop - 1]]
+    return scored.tokenizer.decode(ids[ids != scored.tokenizer.eot].tolist())
+
+
+def compare(a: Audit, b: Audit) -> dict[str, Any]:
+    """The difference of B to A on each text, as JSON holds it.
+
+    Raises:
+        UserError: if they did not score the same texts.
+    """
+    if a.scored.keys() != b.scored.keys():
+        raise UserError(
+            f"{a.workdir} holds out {', '.join(a.scored)} and {b.workdir} holds out "
+            f"{', '.join(b.scored)}: give both the same texts by --set NAME=PATH"
+        )
+    return {
+        "a": identity(a),
+        "b": identity(b),
+        "texts": {name: _difference(a.scored[name], b.scored[name]) for name in a.scored},
+    }
+
+
+def _difference(a: Scored, b: Scored) -> dict[str, Any]:
+    pieces = align(a, b)
+    ours = Sums(b.documents.nats - a.documents.nats, *_denominators(a.documents))
+    resampled = units(ours, lambda: _blocks(a, pieces))
+    same = a.tokenizer.fingerprint == b.tokenizer.fingerprint
+    figures = {"bits_per_byte": ("bytes", math.log(2))} | (
+        {"loss": ("tokens", 1.0)} if same else {}
+    )
+    told: dict[str, Any] = {
+        "source": a.text.source,
+        "text_sha256": a.text_sha256,
+        "documents": len(ours),
+        "bytes": int(ours.bytes.sum()),
+        "interval_by": resampled.told,
+        "same_tokenizer": same,
+    }
+    for figure, (by, unit) in figures.items():
+        total = getattr(ours, by).sum() * unit
+        ends = interval(resampled.sums.nats, getattr(resampled.sums, by) * unit)
+        told[figure] = {
+            "a": float(a.documents.nats.sum() / total),
+            "b": float(b.documents.nats.sum() / total),
+            "difference": float(ours.nats.sum() / total),
+            "interval": [None if math.isnan(e) else e for e in ends],
+        }
+    found = passages(pieces)
+    every = sum(abs(p.nats) for p in found)
+    told["documents_better"] = {
+        "a": int((ours.nats > 0).sum()),
+        "b": int((ours.nats < 0).sum()),
+    }
+    told["by_domain"] = {domain: _of_domain(ours[which]) for domain, which in a.domains().items()}
+    bits_D = ours.nats / math.log(2) / np.maximum(ours.bytes, 1)
+    told["bits_per_byte_of_documents"] = bits_D.tolist()
+    told["passages"] = [
+        {
+            "document": int(pieces.document[p.start]),
+            "byte": int(pieces.offset[p.start]),
+            "nats": p.nats,
+            "share": abs(p.nats) / every if every else 0.0,
+            "text": text_of(a, pieces, p.start, p.stop),
+        }
+        for p in found[:PASSAGES]
+    ]
+    return told
+
+
+def _of_domain(ours: Sums) -> dict[str, Any]:
+    ends = interval(ours.nats, ours.bytes * math.log(2))
+    return {
+        "documents": len(ours),
+        "difference": float(ours.nats.sum() / ours.bytes.sum() / math.log(2)),
+        "interval": [None if math.isnan(e) else e for e in ends],
+    }
+
+
+def _denominators(documents: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return documents.tokens, documents.words, documents.bytes
+
+
+def _blocks(a: Scored, pieces: Pieces) -> Sums:
+    """`measure.blocks` of the difference: a piece belongs to where it begins."""
+    first = _stretches(pieces, BLOCK_BYTES)
+    ends = np.append(first[1:], len(pieces.offset)) - 1
+    starts_a = np.append(0, pieces.ends_a[ends][:-1])
+    lengths_I = a.tokenizer.bytes_per_token[a.targets_I]
+    own = np.add.reduceat(lengths_I, starts_a, dtype=np.float64)
+    document = pieces.document[first]
+    share = own / np.maximum(np.bincount(document, own), 1)[document]
+    return Sums(
+        np.add.reduceat(pieces.difference, first),
+        np.diff(pieces.ends_a[ends], prepend=0).astype(np.float64),
+        share * a.documents.words[document],
+        share * a.documents.bytes[document],
+    )

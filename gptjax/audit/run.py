@@ -1,0 +1,135 @@
+"""Whole evaluations: a run's model over several texts, with all that a reader needs to audit it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gptjax import loop, model
+from gptjax.audit.measure import Scored, blocks, joined, score, summary, units
+from gptjax.audit.texts import Reading, Text, open_text
+from gptjax.config import Config
+from gptjax.data.sources import open_source
+from gptjax.progress import Progress
+from gptjax.sharding import make_mesh
+from gptjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One model's scores."""
+
+    workdir: str
+    step: int
+    parameters: int
+    model_sha256: str
+    tokenizer: Tokenizer
+    scored: dict[str, Scored]  # by the texts' names
+
+
+def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) -> Audit:
+    """Scores a run's latest checkpoint.
+
+    Args:
+        config: as the run's; the section eval is the convention. A mesh is made of it.
+        sets: {name: source} of `texts.open_text`; empty: the held-out text of data.sources.
+
+    Raises:
+        UserError: on whatever `texts`, `measure.score` or `loop.restore` refuse.
+    """
+    tokenizer = loop.load_tokenizer(config)
+    with ExitStack() as stack:
+        # Texts first: a mistake in them shows before a model is loaded.
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptjax-eval-")))
+        texts = [
+            open_text(name, source, tokenizer, folder / str(number), how)
+            for number, (name, source) in enumerate(sets.items())
+        ]
+        for source in config.data.sources if not sets else ():
+            texts.append(
+                Text(source, f"{source} (held out)", open_source(source, tokenizer, "val"))
+            )
+        stack.enter_context(jax.set_mesh(make_mesh(config.mesh)))
+        step, params = loop.restore(config, workdir)
+        settled, total = loop.settle(config), sum(text.store.num_tokens for text in texts)
+        with Progress(f"evaluating {workdir}", total, transient=True) as progress:
+            scored = {
+                text.name: score(settled, params, text, tokenizer, progress.advance)
+                for text in texts
+            }
+        leaves = jax.tree.leaves(params)
+        return Audit(
+            str(workdir),
+            step,
+            sum(leaf.size for leaf in leaves),
+            fingerprint(params),
+            tokenizer,
+            scored,
+        )
+
+
+def fingerprint(params: model.Params) -> str:
+    """A sha256 over every parameter's path, shape, dtype and bytes, whatever the mesh.
+
+    Parameters come to the host one at a time.
+    """
+    digest = hashlib.sha256()
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for path, leaf in sorted(leaves.items()):
+        array = np.asarray(
+            leaf
+            if leaf.is_fully_addressable
+            else multihost_utils.process_allgather(leaf, tiled=True)
+        )
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def identity(found: Audit) -> dict[str, Any]:
+    """Model, tokenizer and convention."""
+    convention = next(iter(found.scored.values())).convention
+    return {
+        "workdir": found.workdir,
+        "step": found.step,
+        "parameters": found.parameters,
+        "model_sha256": found.model_sha256,
+        "tokenizer": found.tokenizer.name,
+        "tokenizer_sha256": found.tokenizer.fingerprint,
+        "convention": asdict(convention),
+    }
+
+
+def record(found: Audit) -> dict[str, Any]:
+    """All of it as JSON holds it; "all" sums the texts where there are several."""
+    scores: dict[str, Any] = {}
+    for name, scored in found.scored.items():
+        documents, text = scored.documents, scored.text
+        scores[name] = {
+            "source": text.source,
+            "detokenizer": text.detokenizer,
+            "text_sha256": scored.text_sha256,
+            "store_sha256": text.store.fingerprint,
+            **summary(documents, units(documents, functools.partial(blocks, scored))),
+            "by_position": scored.by_position,
+            "by_domain": {
+                domain: summary(documents[which], units(documents[which]))
+                for domain, which in scored.domains().items()
+            },
+        }
+    if len(scores) > 1:
+        scores["all"] = summary(joined([s.documents for s in found.scored.values()]), None)
+    return {**identity(found), "scores": scores}

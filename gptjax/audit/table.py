@@ -1,0 +1,154 @@
+"""An evaluation or a comparison as a person reads it in the terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+MISSING = "—"
+# Figure -> its heading.
+HEADINGS = {
+    "loss": "nats/token",
+    "perplexity": "token perplexity",
+    "word_perplexity": "word perplexity",
+    "bits_per_byte": "bits/byte",
+}
+
+
+def number(value: float | None) -> str:
+    """Four digits after the point of small numbers, none of large ones."""
+    if value is None:
+        return MISSING
+    size = abs(value)
+    return f"{value:,.4f}" if size < 20 else f"{value:,.2f}" if size < 1000 else f"{value:,.0f}"
+
+
+def interval(ends: Sequence[float | None]) -> str:
+    return MISSING if None in ends else f"{number(ends[0])} – {number(ends[1])}"
+
+
+def convention(identity: dict[str, Any]) -> str:
+    """The rules of a score in a line."""
+    c = identity["convention"]
+    return (
+        f"context {c['context']}, stride {c['stride']}, prefix {c['prefix']}, documents "
+        f"{'apart' if c['apart'] else 'joined'}, end-of-text scored"
+    )
+
+
+def rows(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The texts, each followed by its domains."""
+    found = []
+    for name, score in record["scores"].items():
+        found.append((name, score))
+        found += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
+    return found
+
+
+def notes(record: dict[str, Any]) -> list[str]:
+    """How the intervals of each text were made, equal ways told once."""
+    ways: dict[str, list[str]] = {}
+    for name, score in record["scores"].items():
+        ways.setdefault(score["interval_by"], []).append(name)
+    return [f"{', '.join(names)}: interval {way}" for way, names in ways.items()]
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints what `run.record` returns."""
+    table = Table(title_justify="left")
+    for heading in ("text", "tokens\ndocuments", "words\nbytes", *HEADINGS.values()):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, s in rows(record):
+        table.add_row(
+            escape(name),
+            f"{s['tokens']:,}\n{s['documents']:,}",
+            f"{s['words']:,}\n{s['bytes']:,}",
+            *(f"{number(s[f])}\n[dim]{interval(s['interval'][f])}[/]" for f in HEADINGS),
+        )
+    positions = Table(title="nats/token by tokens seen before", title_justify="left")
+    texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
+    spans = {(p["from"], p["to"]): None for found in texts.values() for p in found}
+    positions.add_column("seen", justify="right")
+    for name in texts:
+        positions.add_column(escape(name), justify="right")
+    for first, last in sorted(spans):
+        cells = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
+        positions.add_row(
+            f"{first}" if first == last else f"{first}–{last}",
+            *(MISSING if p is None else number(p["loss"]) for p in cells),
+        )
+    console = _console()
+    console.print(_identified("model", record))
+    console.print(f"convention: {convention(record)}", markup=False)
+    console.print(table)
+    for note in notes(record):
+        console.print(note, markup=False)
+    console.print(positions)
+    for name, s in record["scores"].items():
+        if "text_sha256" in s:
+            told = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
+            if s["detokenizer"] != "none":
+                told += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
+            console.print(told, markup=False)
+
+
+def show_comparison(record: dict[str, Any]) -> None:
+    """Prints what `compare.compare` returns."""
+    console = _console()
+    for side in ("a", "b"):
+        console.print(_identified(side.upper(), record[side]))
+        console.print(f"   convention: {convention(record[side])}", markup=False)
+    table = Table()
+    for heading in ("text", "figure", "A", "B", "B - A", "interval"):
+        table.add_column(heading, justify="left" if heading in ("text", "figure") else "right")
+    for name, t in record["texts"].items():
+        for figure in ("bits_per_byte", "loss"):
+            if figure in t:
+                d = t[figure]
+                ends = interval(d["interval"])
+                table.add_row(
+                    escape(name),
+                    HEADINGS[figure],
+                    *map(number, (d["a"], d["b"], d["difference"])),
+                    ends,
+                )
+        for domain, d in t["by_domain"].items():
+            told = number(d["difference"]), interval(d["interval"])
+            table.add_row(f"  {escape(domain)}", "bits/byte", "", "", *told)
+    console.print(table)
+    for name, t in record["texts"].items():
+        better = t["documents_better"]
+        console.print(
+            f"{name}: interval {t['interval_by']}; A is better on {better['a']:,}, B on "
+            f"{better['b']:,} of {t['documents']:,} documents. Where they differ most, in nats:",
+            markup=False,
+        )
+        for p in t["passages"][:5]:
+            place = f"document {p['document']}, byte {p['byte']:,}"
+            console.print(f"{p['nats']:+9.2f}  {place}: {_short(p['text'])}", markup=False)
+
+
+def _identified(label: str, identity: dict[str, Any]) -> str:
+    return escape(
+        f"{label}: {identity['workdir']}, step {identity['step']:,}, "
+        f"{identity['parameters']:,} parameters, sha256 {identity['model_sha256'][:16]}; "
+        f"tokenizer {identity['tokenizer']}, sha256 {identity['tokenizer_sha256'][:16]}"
+    )
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _console() -> Console:
+    # Into a file or pipe the whole table goes, whatever rich believes its width to be.
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=max(160, shutil.get_terminal_size().columns))
+    return console
