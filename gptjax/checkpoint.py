@@ -40,11 +40,13 @@ STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partia
 State = TypeVar("State")
 logger = logging.getLogger(__name__)
 
-# Orbax prints the traceback of a failed write once per thread it passes through. The error
-# itself reaches the caller of `check`, `wait` or `save`; the pages of traceback say no more.
+# Orbax prints the traceback of a failed write once per thread it passes through, and asyncio once
+# for each of its tasks that nobody awaited. The error itself reaches the caller of `check`, `wait`
+# or `save`; the pages of traceback say no more.
 logging.getLogger("absl").addFilter(
     lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
 )
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 class Checkpoints:

@@ -60,11 +60,14 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
             f"{workdir} holds no run: it has no config.json; train one, or name another --workdir"
         )
     try:
-        config: Config = from_dict(json.loads(path.read_bytes()))
+        tree = json.loads(path.read_bytes())
+        if not isinstance(tree, dict):
+            raise ValueError
+        config: Config = from_dict(tree)
     except ConfigError as error:
         raise UserError(f"{path} is not of this version of gptjax: {error}") from None
     except ValueError:
-        raise UserError(f"{path} is not JSON: restore it") from None
+        raise UserError(f"{path} is damaged, it is no JSON object: restore it") from None
     mesh = dataclasses.replace(config.mesh, data=None, fsdp=1, tensor=1)
     return _override(editable(dataclasses.replace(config, mesh=mesh)), overrides)
 

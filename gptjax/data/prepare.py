@@ -83,7 +83,9 @@ def prepare(
     bounds = {"train": (0, cut), "val": (cut, total)}
     aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        # Where standard error is no terminal, even a bar that vanishes leaves an empty line.
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"tokenising into {out}", total=total)
             for split in SPLITS if val_fraction else SPLITS[:1]:
                 writer = StoreWriter(aside / split, tokenizer)

@@ -1,0 +1,623 @@
+"""Every command as a person runs it: what it prints, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import cli, configure, loop, records
+from gptjax.cli import COMMANDS, EXIT_USER_ERROR, main
+from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
+from gptjax.data import Store
+from gptjax.records import read_metrics
+from gptjax.sharding import make_mesh
+from gptjax.tokenizer import END_OF_TEXT
+from tests import tiny
+
+REPO = Path(__file__).parents[1]
+RECIPE = str(REPO / "configs" / "base.py")
+STEPS = 4
+DOCUMENTS = [" ".join(str(n * n) for n in range(i, 400, 7)) for i in range(5)]
+
+
+class Done(NamedTuple):
+    status: Any
+    out: str
+    err: str
+
+
+def gptjax(*words: str) -> Done:
+    """Runs a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status: Any = main(words)
+        except SystemExit as end:  # argparse's own way out
+            status = end.code
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def works(*words: str) -> Done:
+    done = gptjax(*words)
+    assert done.status == 0, done.err
+    return done
+
+
+def refused(message: str, *words: str) -> None:
+    """One line on standard error, status 2, and nothing else."""
+    done = gptjax(*words)
+    assert done.status == EXIT_USER_ERROR and not done.out, done
+    assert re.fullmatch("gptjax: [^\n]*\n", done.err), done.err
+    assert re.search(message, done.err), done.err
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Content of all files below a folder, by their path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "squares.txt"
+    file.write_text(f"{END_OF_TEXT}\n".join(DOCUMENTS))
+    return file
+
+
+@pytest.fixture(scope="module")
+def store(text: Path) -> Path:
+    out = text.parent / "store"
+    works("data", str(text), f"--out={out}", "--tokenizer=bytes", "--val_fraction=0.2")
+    return out
+
+
+def knobs(store: Path, **changes: object) -> list[str]:
+    steps = {"train__steps": STEPS, "train__checkpoint_every": STEPS, "train__eval_every": STEPS}
+    return [f"--config={RECIPE}", *tiny.overrides(store, **{**steps, **changes})]
+
+
+class Trained(NamedTuple):
+    workdir: Path
+    done: Done
+
+    @property
+    def last_val_loss(self) -> float:
+        return [line["val_loss"] for line in read_metrics(self.workdir) if "val_loss" in line][-1]
+
+
+def train(workdir: Path, store: Path, **changes: object) -> Trained:
+    return Trained(workdir, works("train", f"--workdir={workdir}", *knobs(store, **changes)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Trained:
+    return train(tmp_path_factory.mktemp("runs") / "run", store)
+
+
+@pytest.fixture
+def workdir(run: Trained, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return shutil.copytree(run.workdir, tmp_path / "copy")
+
+
+def flip(path: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_tells_every_flag(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    COMMANDS[name].add_arguments(parser)
+    for word in ("--help", "-h"):
+        done = works(*name.split(), word)
+        assert COMMANDS[name].summary in done.out and not done.err
+        for action in parser._actions:
+            assert action.help, f"{action.dest} has no help"
+            shown = action.option_strings or [str(action.metavar)]
+            assert all(flag in done.out for flag in shown), action
+        assert "--debug" in done.out
+        # Each shows how it is used.
+        assert re.search(rf"^  {name} ", done.out, re.MULTILINE)
+        assert max(map(len, done.out.splitlines())) <= 100
+
+
+def test_the_overview_lists_every_command() -> None:
+    for words in (["--help"], ["-h"], ["help"]):
+        done = works(*words)
+        assert all(f"{n}" in done.out and c.summary in done.out for n, c in COMMANDS.items())
+    assert gptjax() == (EXIT_USER_ERROR, done.out, "")
+
+
+def test_launch_and_its_exit_status(store: Path, tmp_path: Path) -> None:
+    def launch(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(REPO / "launch.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    done = launch("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: launch.py COMMAND" in done.stdout
+    done = launch("trian")
+    assert (done.returncode, done.stdout) == (EXIT_USER_ERROR, "")
+    assert done.stderr == f"gptjax: no command 'trian'; commands: {', '.join(COMMANDS)}\n"
+    done = launch("train", "--workdir=run", *knobs(store))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the ") and len(done.stdout) > len("the \n")
+    assert "new run" in done.stderr and f"step {STEPS}: held-out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert loop.Checkpoints(tmp_path / "run" / loop.CHECKPOINTS).latest() == STEPS
+
+
+# ---- config
+
+
+def printed(text: str) -> Config:
+    """The config that `config` has printed."""
+    tree: dict[str, Any] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.split(" = ", 1)
+            *sections, knob = name.split(".")
+            section = tree
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[knob] = ast.literal_eval(value)
+    return from_dict(tree)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("base.py", []),
+        ("gpt2.py:124m", ["--config.optim.peak_lr=6e-4", "--config.model.windows=(None,256)"]),
+        ("modern.py", ["--config.optim.clip=None", "--config.optim.ema_decay", "None"]),
+    ],
+)
+def test_config_prints_every_knob(recipe: str, overrides: list[str]) -> None:
+    path = str(REPO / "configs" / recipe)
+    found = configure.from_file(path, overrides)
+    done = works("config", f"--config={path}", *overrides)
+    assert printed(done.out) == found
+    assert "# parameters: " in done.out and "# training: " in done.out
+    done = works("config", f"--config={path}", "--json", *overrides)
+    assert from_dict(json.loads(done.out)) == found
+    if "--config.optim.clip=None" in overrides:
+        assert found.optim.clip is None and found.optim.ema_decay is None
+    if "gpt2" in recipe:
+        assert found.optim.peak_lr == 6e-4 and found.model.windows == (None, 256)
+
+
+def test_config_json_is_what_a_run_keeps(run: Trained, store: Path) -> None:
+    done = works("config", "--json", *knobs(store))
+    assert done.out == (run.workdir / records.CONFIG).read_text() + "\n"
+
+
+def test_config_diff() -> None:
+    recipes = [str(REPO / "configs" / name) for name in ("base.py", "gpt2.py:355m")]
+    done = works("config", f"--config={recipes[0]}", f"--diff={recipes[1]}", "--config.seed=3")
+    a, b = (flatten(to_dict(configure.from_file(recipe))) for recipe in recipes)
+    a["seed"] = 3
+    expected = [f"{k}: {a[k]!r} -> {b[k]!r}" for k in a if a[k] != b[k]]
+    assert done.out.splitlines() == expected and len(expected) > 5
+    assert "model.width: 128 -> 1024" in expected and "seed: 3 -> 0" in expected
+    assert works("config", f"--config={RECIPE}", f"--diff={RECIPE}").out == ""
+
+
+# ---- data
+
+
+def test_data_tells_what_it_made(text: Path, store: Path) -> None:
+    words = ["data", str(text), f"--out={store}", "--tokenizer=bytes", "--val_fraction=0.2"]
+    before = files(store)
+    done = works(*words)  # again: checked, and left as it is
+    assert files(store) == before
+    for line, split in zip(done.out.splitlines(), ("train", "val"), strict=True):
+        found = Store.open(store / split, None)
+        counts = f"{found.num_tokens:,} tokens, {len(found.document_ends):,} documents"
+        assert line.startswith(f"{store / split}: {counts}, ") and line.endswith(f"({split})")
+        assert f"{found.num_tokens - len(found.document_ends):,} bytes" in line
+        assert found.fingerprint[:12] in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_data_show_prints_the_text_of_a_batch(store: Path, split: str) -> None:
+    done = works("data", "show", *knobs(store), "--step=1", "--rows=5", f"--split={split}")
+    blocks = re.split(r"^--- step 1, row (\d) of 8\n", done.out, flags=re.MULTILINE)
+    assert blocks[0] == "" and blocks[1::2] == list("01234")
+    whole = "".join(DOCUMENTS)
+    cut = int(len(whole) * 0.8)
+    corpus, at = "", 0
+    for document in DOCUMENTS:
+        inside = slice(*(max(0, c - at) for c in ((0, cut) if split == "train" else (cut, 10**9))))
+        corpus += document[inside] + END_OF_TEXT if document[inside] else ""
+        at += len(document)
+    context = tiny.KNOBS["model.context"]
+    for block in blocks[2::2]:
+        shown = re.sub("[⟦⟧]", "", block.removesuffix("\n"))
+        assert shown in corpus
+        assert len(shown.replace(END_OF_TEXT, "|")) == 1 + context
+        assert re.match("⟦[^⟦⟧]+⟧", block)
+
+
+def test_data_show_prints_what_the_loop_reads(store: Path) -> None:
+    done = works("data", "show", *knobs(store, data__packing="document"), "--step=2")
+    config = configure.from_file(RECIPE, knobs(store, data__packing="document")[1:])
+    with jax.set_mesh(make_mesh(config.mesh)):
+        setup = loop.set_up(config)
+        batch = jax.device_get(loop.load(setup, 2))
+    blocks = re.split(r"^--- step 2, row \d of 8\n", done.out, flags=re.MULTILINE)[1:]
+    for row, block in enumerate(blocks):
+        scored = batch["weights"][row, 0] > 0
+        text = setup.tokenizer.decode(batch["targets"][row, 0][scored])
+        assert block.startswith(f"⟦{setup.tokenizer.decode(batch['tokens'][row, 0, :1])}⟧{text}")
+    assert len(blocks) == 8
+
+
+# ---- train, eval, generate
+
+
+def test_training_ends_with_scores_and_a_sample(run: Trained) -> None:
+    assert f"step {STEPS}: held-out" in run.done.err and "perplexity" in run.done.err
+    assert re.search(rf"^step {STEPS} +loss \d", run.done.err, re.MULTILINE)
+    assert run.done.out.startswith(str(tiny.KNOBS["sample.prompt"]))
+
+
+def test_training_again_says_that_it_is_done(workdir: Path, store: Path) -> None:
+    before = files(workdir)
+    done = works("train", f"--workdir={workdir}", *knobs(store))
+    assert f"{workdir} is done: {STEPS} of {STEPS} steps" in done.err
+    assert f"generate --workdir={workdir}" in done.out
+    after = files(workdir)
+    kept = [name for name in before if name != records.ENVIRONMENT]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+def test_eval_gives_the_number_that_training_logged(run: Trained, store: Path) -> None:
+    done = works("eval", f"--workdir={run.workdir}", "--json")
+    found = json.loads(done.out)
+    assert found["step"] == STEPS
+    (score,) = found["scores"].values()
+    assert score["loss"] == run.last_val_loss  # bitwise
+    assert score["tokens"] == Store.open(store / "val", None).num_tokens
+    assert found["convention"]["context"] == found["convention"]["stride"] == 16
+    # In the words of a person, and by another convention, which is an override.
+    done = works("eval", f"--workdir={run.workdir}", "--config.eval.stride=5")
+    assert "context 16, stride 5, prefix eot, documents joined" in done.out
+    assert f"step {STEPS}" in done.out and f"{score['tokens']:,}" in done.out
+    done = works("eval", f"--workdir={run.workdir}", "--config.eval.stride=5", "--json")
+    (other,) = json.loads(done.out)["scores"].values()
+    assert other["tokens"] == score["tokens"]
+    assert other["loss"] != pytest.approx(score["loss"], rel=1e-6)
+
+
+def test_eval_of_several_texts_gives_their_sum(run: Trained, store: Path, text: Path) -> None:
+    other = text.parent / "other"
+    words = ["data", str(text), f"--out={other}", "--tokenizer=bytes", "--val_fraction=0.5"]
+    works(*words)
+    sources = f"--config.data.sources=('{store}','{other}')"
+    found = json.loads(works("eval", f"--workdir={run.workdir}", "--json", sources).out)["scores"]
+    one, two, whole = (found[name] for name in (str(store), str(other), "all"))
+    assert one["loss"] == run.last_val_loss
+    for part in ("nats", "tokens", "bytes"):
+        assert whole[part] == one[part] + two[part]
+
+
+def test_generation_is_seeded(run: Trained) -> None:
+    def text(*words: str) -> str:
+        done = works("generate", f"--workdir={run.workdir}", "--prompt=1 4 9", *words)
+        assert done.out.startswith("1 4 9")
+        return done.out
+
+    first = text()
+    assert text() == first == text("--seed=0")
+    assert text("--seed=1") != first
+    # A run ends with what `generate` says with its own config.
+    assert works("generate", f"--workdir={run.workdir}").out == run.done.out
+    greedy = [text(f"--seed={seed}", "--config.sample.temperature=0") for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_sharded_run_is_used_on_another_mesh(tmp_path: Path, run: Trained, store: Path) -> None:
+    sharded = train(tmp_path / "run", store, mesh__fsdp=2, mesh__tensor=2)
+    kept = json.loads((sharded.workdir / records.CONFIG).read_text())
+    assert kept["mesh"] == {"data": None, "fsdp": 2, "tensor": 2}
+    assert configure.of_run(sharded.workdir).mesh == configure.of_run(run.workdir).mesh
+    done = works("eval", f"--workdir={sharded.workdir}", "--json")
+    (score,) = json.loads(done.out)["scores"].values()
+    assert score["loss"] == pytest.approx(sharded.last_val_loss, rel=1e-6)
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    (score,) = json.loads(works("eval", f"--workdir={sharded.workdir}", "--json", *mesh).out)[
+        "scores"
+    ].values()
+    assert score["loss"] == sharded.last_val_loss  # on the mesh of the run bitwise
+    assert works("generate", f"--workdir={sharded.workdir}").out == sharded.done.out
+
+
+# ---- mistakes in a config
+
+MISTAKES: list[tuple[str, Sequence[str]]] = [
+    (
+        r"unknown config key 'optim.peek_lr' \(did you mean 'optim.peak_lr'\?\); valid keys: b1, ",
+        ["--config.optim.peek_lr=1"],
+    ),
+    (r"'model' is a section of the config; its keys: ", ["--config.model=gpt"]),
+    ("--config.model.layers=two: invalid literal", ["--config.model.layers=two"]),
+    ("--config.model.layers=2.5: invalid literal", ["--config.model.layers", "2.5"]),
+    ("model.layers must be int, got None", ["--config.model.layers", "None"]),
+    ("Missing value for flag --config.seed", ["--config.seed"]),
+    ("--config.seed=1=None: invalid literal", ["--config.seed=1=None", "None"]),
+    (r"model.windows\[0\] must be int or None, got '\(None,x\)'", ["--config.model.windows=(None,x)"]),
+    ("model.width=18 is not divisible by model.heads=4", ["--config.model.width=18"]),
+    ("data.batch_size=8 is not divisible by train.acc", ["--config.train.accumulation=3"]),
+    ("model.position='ropee' is not one of: .*rope.*did you mean", ["--config.model.position=ropee"]),
+    ("model.attention='flash' is not one of: plain, block", ["--config.model.attention=flash"]),
+    ("model.remat='some' is not one of: none, dots", ["--config.model.remat=some"]),
+    ("optim.optimizer='adam' is not one of: adamw", ["--config.optim.optimizer=adam"]),
+    ("optim.schedule='wsc' is not one of: constant", ["--config.optim.schedule=wsc"]),
+    ("eval.prefix='bos' is not one of: eot, none", ["--config.eval.prefix=bos"]),
+    ("data.packing='padded' is not one of: stream", ["--config.data.packing=padded"]),
+    ("data.tokenizer='gpt3' is not one of: .*gpt2", ["--config.data.tokenizer=gpt3"]),
+    ("eval.context=17 is beyond the 16 learned positions", ["--config.eval.context=17"]),
+    ("unexpected argument 'fast'", ["fast"]),
+    ("unexpected argument 'None'", ["None"]),
+    ("Unknown command line flag 'sed'", ["--sed=1"]),
+    ("data.sources: 'nowhere' is neither a token store", ["--config.data.sources=('nowhere',)"]),
+    ("'bytes' has 257 tokens, more than model.vocab_size=256", ["--config.model.vocab_size=256"]),
+    (
+        "was tokenised with 'bytes', but the tokenizer here is 'gpt2'",
+        ["--config.data.tokenizer=gpt2", "--config.model.vocab_size=50264"],
+    ),
+    ("mesh data=3 x fsdp=1 x tensor=1 wants 3 devices, but 8 are here", ["--config.mesh.data=3"]),
+    ("model.heads=4 does not divide over mesh axes tensor = 8", ["--config.mesh.tensor=8"]),
+    ("data.batch_size / train.accumulation=6 does not divide", ["--config.data.batch_size=6"]),
+    ("sample.prompt has 17 tokens, more than model.context=16", [f"--config.sample.prompt={'x' * 17}"]),
+    ("sample.stop='ab' is 2 tokens of 'bytes'", ["--config.sample.stop=ab"]),
+    ("less than one row of context", ["--config.model.context=4096", "--config.eval.context=16"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "overrides"), MISTAKES, ids=[" ".join(w) for _, w in MISTAKES])
+def test_a_mistake_is_told_before_anything_is_written(
+    message: str, overrides: Sequence[str], store: Path, tmp_path: Path
+) -> None:
+    before = files(store)
+    refused(message, "train", f"--workdir={tmp_path / 'run'}", *knobs(store), *overrides)
+    assert not (tmp_path / "run").exists() and files(store) == before
+
+
+def test_a_config_file_that_does_not_work(tmp_path: Path) -> None:
+    refused("no config file nowhere.py", "train", "--config=nowhere.py")
+    file = tmp_path / "recipe.py"
+    for content, message in (
+        ("def get_config(:", "cannot be read: invalid syntax"),
+        ("1 / 0", "cannot be read: division by zero"),
+        ("get_config = None", "cannot be read: TypeError: 'NoneType' object is not callable"),
+        ("def get_config(): return 3", "must return a ConfigDict"),
+    ):
+        file.write_text(content)
+        refused(message, "config", f"--config={file}")
+    refused("no size '125m'; sizes: 124m", "config", f"--config={REPO / 'configs/gpt2.py'}:125m")
+
+
+# ---- mistakes in the data
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words", "message"),
+    [
+        ("a.txt", None, [], "a.txt is no file"),
+        ("a.txt", b"", [], "a.txt holds no text"),
+        ("a.txt", b"abc\xff", [], "is not UTF-8: byte 3"),
+        ("a.csv", b"abc", [], "'.csv' is not one of: .txt, .raw, .jsonl, .parquet"),
+        ("a.txt", b"abc", ["--val_fraction=1"], r"val_fraction must lie in \[0, 1\), got 1.0"),
+        ("a.txt", b"abc", ["--val_fraction=0.9"], "a text of 3 characters leaves none for 'train'"),
+        ("a.txt", b"abc", ["--tokenizer=byte"], r"'byte' is not one of: .*did you mean 'bytes'"),
+        ("a.txt", b"abc", ["--config.seed=1"], "unexpected argument '--config.seed=1'"),
+        ("a.jsonl", b'{"body": "x"}', [], r"no key 'text': .* \(body\)"),
+        ("a.jsonl", b"{", [], "line 1 is not JSON"),
+        ("a.parquet", b"abc", [], "cannot be read as parquet"),
+    ],
+)
+def test_a_text_that_cannot_be_used(
+    tmp_path: Path, name: str, content: bytes | None, words: list[str], message: str
+) -> None:
+    file, out = tmp_path / name, tmp_path / "out"
+    if content is not None:
+        file.write_bytes(content)
+    words = [f"--out={out}", "--tokenizer=bytes", *words]
+    refused(message, "data", str(file), *words)
+    assert list(tmp_path.iterdir()) == ([] if content is None else [file])
+
+
+def test_a_store_is_not_replaced(tmp_path: Path, store: Path) -> None:
+    file = tmp_path / "other.txt"
+    file.write_text("another text")
+    before = files(store)
+    words = ["data", str(file), f"--out={store}", "--tokenizer=bytes"]
+    refused("holds a store of another text or val_fraction", *words)
+    refused("was tokenised with 'bytes'", *words[:3], "--tokenizer=gpt2")
+    assert files(store) == before
+
+
+def test_a_damaged_store_is_refused(tmp_path: Path, store: Path, run: Trained) -> None:
+    damaged = shutil.copytree(store, tmp_path / "store")
+    shard = damaged / "train" / "tokens-00000.bin"
+    whole = shard.read_bytes()
+
+    def all_refuse(message: str) -> None:
+        refused(message, "train", f"--workdir={tmp_path / 'run'}", *knobs(damaged))
+        refused(message, "data", "show", *knobs(damaged))
+
+    flip(shard)
+    all_refuse(r"tokens-00000.bin was altered \(wrong sha256\): delete the store and prepare")
+    shard.write_bytes(whole[:-2])
+    all_refuse("holds .* bytes where .* were written: the file is truncated or altered")
+    shard.write_bytes(whole)
+    flip(damaged / "val" / "tokens-00000.bin")
+    eval_words = ["eval", f"--workdir={run.workdir}", f"--config.data.sources=('{damaged}',)"]
+    refused("tokens-00000.bin was altered", *eval_words)
+    (damaged / "train" / "manifest.json").write_text("{")
+    all_refuse("manifest.json is damaged or of another version")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    ids = np.arange(4000, dtype="<u2") % 257
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+    works("data", "show", *knobs(tmp_path))
+    ids[1234] = 257
+    ids.tofile(tmp_path / "train.bin")
+    message = "train.bin holds token id 257, outside the vocabulary of 257"
+    refused(message, "train", f"--workdir={tmp_path / 'run'}", *knobs(tmp_path))
+    refused(message, "data", "show", *knobs(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_data_show_refuses(store: Path) -> None:
+    words = ["data", "show", *knobs(store)]
+    refused("--step must not be negative, got -1", *words, "--step=-1")
+    refused("no split 'test': choose one of train, val", *words, "--split=test")
+    refused("unknown config key 'sed'", *words, "--config.sed=1")
+    refused("--rows must be above 0, got -1", *words, "--rows=-1")
+
+
+# ---- mistakes with a run
+
+
+def test_a_folder_without_a_run(tmp_path: Path, workdir: Path) -> None:
+    for command in ("eval", "generate"):
+        refused("holds no run: it has no config.json", command, f"--workdir={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
+    shutil.rmtree(workdir / loop.CHECKPOINTS)
+    for command in ("eval", "generate"):
+        refused("holds no complete checkpoint: train it first", command, f"--workdir={workdir}")
+    for content, message in (
+        ("{", "no JSON"),
+        ("{}", "missing config keys: seed"),
+        ("null", "no JSON"),
+    ):
+        (workdir / records.CONFIG).write_text(content)
+        refused(f"config.json .*{message}", "eval", f"--workdir={workdir}")
+
+
+def test_another_model_or_config_in_the_same_folder(run: Trained, store: Path) -> None:
+    before = files(run.workdir)
+    here = f"--workdir={run.workdir}"
+    message = r"checkpoint of another architecture: params\.\S+ is float32\[2,.* in this run"
+    for command in ("eval", "generate"):
+        refused(message, command, here, "--config.model.layers=3")
+        refused(
+            "was tokenised|'gpt2' has 50257 tokens", command, here, "--config.data.tokenizer=gpt2"
+        )
+    refused("optim.peak_lr was 0.001, is 0.1", "train", here, *knobs(store, optim__peak_lr=0.1))
+    refused("model.layers was 2, is 3", "train", here, *knobs(store, model__layers=3))
+    assert files(run.workdir) == before
+
+
+def test_a_damaged_checkpoint_is_refused(workdir: Path) -> None:
+    state = workdir / loop.CHECKPOINTS / f"{STEPS:08d}" / "state"
+    flip(max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
+    for command in ("eval", "generate"):
+        refused("is damaged: .* Delete that folder", command, f"--workdir={workdir}")
+
+
+def test_what_generation_refuses(run: Trained) -> None:
+    words = ["generate", f"--workdir={run.workdir}"]
+    refused(
+        "sample.prompt has 17 tokens, more than model.context=16", *words, f"--prompt={'x' * 17}"
+    )
+    refused("sample.stop='ab' is 2 tokens", *words, "--config.sample.stop=ab")
+    refused("sample.temperature must not be negative", *words, "--config.sample.temperature=-1")
+    assert gptjax("generate").status == EXIT_USER_ERROR
+    assert gptjax(*words, "--seed=x").status == EXIT_USER_ERROR
+
+
+def test_a_disk_that_fills_while_saving(
+    small_disk: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(records, "_git", lambda *words: None)  # whose diff may be large
+    many = {"train__steps": 30, "train__checkpoint_every": 1, "train__keep_checkpoints": 30}
+    words = ["train", f"--workdir={small_disk}", *knobs(store, train__eval_every=30, **many)]
+    done = gptjax(*words)
+    assert (done.status, done.out) == (EXIT_USER_ERROR, "")
+    last = done.err.splitlines()[-1]
+    told = re.fullmatch(
+        r"gptjax: could not write the checkpoint of step \d+ to .*: No space left on device\. "
+        r"Free some space .* resumes from step (\d+)", last
+    )  # fmt: skip
+    gc.collect()  # which is when asyncio reports what nobody awaited
+    assert told and "Traceback" not in done.err + caplog.text, done.err + caplog.text
+    # Nothing is lost: what was saved is whole.
+    done = works("eval", f"--workdir={small_disk}", "--json", "--config.eval.max_tokens=64")
+    assert json.loads(done.out)["step"] == int(told[1]) > 0
+
+
+# ---- the frame
+
+
+def test_a_word_that_is_no_command() -> None:
+    refused("no command 'evaluate'; commands: train, eval", "evaluate", "--workdir=x")
+
+
+def test_debug_shows_where(store: Path, tmp_path: Path) -> None:
+    words = ["train", f"--workdir={tmp_path / 'run'}", *knobs(store), "--config.mesh.data=3"]
+    with pytest.raises(ConfigError, match="wants 3 devices"):
+        main([*words, "--debug"])
+
+
+def test_what_is_no_mistake_of_the_user_s_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(error: BaseException) -> None:
+        def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "config", COMMANDS["config"]._replace(run=run))
+
+    command(ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError):
+        main(["config"])
+    for error, status, message in (
+        (UserError("do that"), EXIT_USER_ERROR, "gptjax: do that\n"),
+        (KeyboardInterrupt(), 130, "gptjax: interrupted\n"),
+        (loop.Stopped(), cli.EXIT_STOPPED, ""),
+        (PermissionError(13, "Permission denied", "x"), 2, "gptjax: x: Permission denied\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3G"), 2, "gptjax: out of memory on a device: lower "),
+    ):
+        command(error)
+        done = gptjax("config")
+        assert (done.status, done.out) == (status, "")
+        assert done.err.startswith(message) and done.err.count("\n") == bool(message)
+
+
+def test_distributed_wants_an_address(run: Trained) -> None:
+    words = ["eval", f"--workdir={run.workdir}", "--distributed=localhost:1234,2"]
+    refused("--distributed=localhost:1234,2 is neither 'auto' nor HOST:PORT", *words)
