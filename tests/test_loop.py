@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +223,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_pair(store: Path, workdir: Path, **knobs: Any) -> list[subprocess.Popen[str]]:
-    """Two processes of two devices each that train together."""
+@contextmanager
+def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes of two devices each that train together; none outlives the context."""
     port = free_port()
-    return [
+    pair = [
         subprocess.Popen(
             [
                 *(sys.executable, "launch.py", "train", f"--config={tiny.RECIPE}"),
@@ -238,13 +241,18 @@ def start_pair(store: Path, workdir: Path, **knobs: Any) -> list[subprocess.Pope
         )
         for i in range(2)
     ]
+    try:
+        yield pair
+    finally:
+        for p in pair:
+            p.kill()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(store: Path, tmp_path: Path) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
-    pair = start_pair(store, tmp_path / "pair", train__steps=10, **mesh)
-    outputs = [p.communicate(timeout=200)[1] for p in pair]
+    with pair_of(store, tmp_path / "pair", train__steps=10, **mesh) as pair:
+        outputs = [p.communicate(timeout=200)[1] for p in pair]
     assert [p.returncode for p in pair] == [0, 0], outputs
     one = run(store, tmp_path / "one", devices=4, train__steps=10, **mesh)
     assert one.returncode == 0, one.stderr
@@ -263,16 +271,16 @@ def test_two_processes_train_as_one(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_the_same_step(store: Path, tmp_path: Path) -> None:
-    pair = start_pair(store, tmp_path, train__steps=100_000, train__eval_every=100_000,
-                      train__checkpoint_every=100_000)  # fmt: skip
+    never = {"train__steps": 100_000, "train__eval_every": 100_000}
     metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 20:
-        assert time.monotonic() < deadline
-        assert all(p.poll() is None for p in pair), [p.communicate()[1] for p in pair]
-        time.sleep(0.1)
-    pair[1].send_signal(signal.SIGTERM)
-    outputs = [p.communicate(timeout=120)[1] for p in pair]
+    with pair_of(store, tmp_path, train__checkpoint_every=100_000, **never) as pair:
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.read_text().count("\n") < 20:
+            assert time.monotonic() < deadline
+            assert all(p.poll() is None for p in pair), [p.communicate()[1] for p in pair]
+            time.sleep(0.1)
+        pair[1].send_signal(signal.SIGTERM)
+        outputs = [p.communicate(timeout=120)[1] for p in pair]
     assert [p.returncode for p in pair] == [75, 75], outputs
     assert "saved: run the same command" in outputs[0]
     assert Checkpoints(tmp_path / loop.CHECKPOINTS).steps()
