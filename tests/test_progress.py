@@ -1,0 +1,63 @@
+"""What a person sees: a bar on a terminal, plain lines elsewhere, from one process alone."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import pytest
+from rich.console import Console
+
+from gptjax import progress
+from gptjax.progress import Progress, readable, say
+
+
+@pytest.fixture(params=[True, False], ids=["terminal", "file"])
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    console = Console(file=io.StringIO(), force_terminal=request.param, width=100, highlight=False)
+    monkeypatch.setattr(progress, "console", console)
+    return request.param
+
+
+def seen() -> str:
+    file = progress.console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_a_bar_or_lines(terminal: bool) -> None:
+    with Progress("training", 30, done=7) as bar:
+        bar.status("loss 1.25")
+        bar.advance(2)
+        bar.line("step 9 has loss 1.25")
+        with bar.task("evaluating", 5) as advance:
+            advance(4)
+        say("saved")
+    if terminal:
+        for text in ("training", "9/30", "loss 1.25", "saved"):
+            assert text in seen()
+        assert "step 9" not in seen()
+    else:
+        assert seen() == "step 9 has loss 1.25\nsaved\n"
+
+
+def test_a_line_is_said_as_it_is(terminal: bool) -> None:
+    line = "model.windows[0] is [bold]" + " word" * 40
+    say(line)
+    assert seen() == f"{line}\n"
+
+
+def test_one_process_speaks(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Progress("training", 30) as bar:
+        bar.status("loss 1.25")
+        bar.advance(30)
+        bar.line("step 30")
+        say("saved")
+    assert seen() == ""
+
+
+def test_the_numbers_of_a_step() -> None:
+    assert readable({"loss": 1.23456, "z": 3.0}) == "loss 1.2346"
+    values = {"loss": 1.0, "tokens_per_second": 12345.6, "mfu": 0.4567}
+    assert readable(values) == "loss 1.0000  12,346 tokens/s  MFU 45.7%"

@@ -1,0 +1,152 @@
+"""Generation in the terminal: the same text however it is shown, and whole characters."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import decode, model, speak, tokenizer
+from gptjax.config import Config, ConfigError, Mesh
+from gptjax.decode import Text
+from gptjax.sharding import make_mesh
+from gptjax.speak import _Writer
+from tests import tiny
+
+BYTES = tokenizer.load("bytes")
+CHINESE = "床前明月光，疑是地上霜。é😀"
+
+
+def configure(**sample: Any) -> Config:
+    config = tiny.config(Path("unused"), model__context=64, model__attention="plain")
+    sample = {"max_new_tokens": 24, "top_p": None, "temperature": 1.0, **sample}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **sample))
+
+
+PARAMS = jax.device_get(model.init(configure().model, 0))
+
+
+def generate(**sample: Any) -> tuple[list[str], str, str]:
+    """The texts, and what was printed on standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        jax.set_mesh(make_mesh(Mesh(8, 1, 1))),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        texts = speak.generate(configure(**sample), PARAMS, BYTES)
+    return texts, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_a_text_is_the_same_however_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    config = configure()
+    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+        (whole,) = decode.generate(
+            config.model,
+            PARAMS,
+            [BYTES.encode(config.sample.prompt)],
+            config.sample,
+            seed=config.seed,
+            vocab_size=BYTES.vocab_size,
+            end_of_text=BYTES.eot,
+        )
+    assert len(whole.ids) == 24
+    # Bytes of an untrained model are no UTF-8; only a character that is not over stays away.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = decoder.decode(BYTES.decode_bytes(whole.ids))
+    monkeypatch.setattr(speak, "CHUNK", chunk)
+    assert generate() == ([text], f"the {text}\n", "")
+
+
+def test_several_texts_are_shown_one_after_another() -> None:
+    ((alone,), _, _) = generate()
+    texts, out, _ = generate(batch_size=3)
+    assert texts[0] == alone and len(set(texts)) == 3
+    assert out == "".join(f"--- text {i}\nthe {text}\n" for i, text in enumerate(texts))
+
+
+def test_a_text_ends_before_its_stop() -> None:
+    ((whole,), _, _) = generate()
+    stop = next(c for c in whole[1:] if c.isascii() and c.isprintable())
+    ((text,), out, _) = generate(stop=stop)
+    assert text == whole[: whole.index(stop)]
+    assert out == f"the {text}\n"
+
+
+def test_a_full_context_is_told() -> None:
+    ((_,), _, err) = generate(
+        max_new_tokens=60, temperature=0.0
+    )  # which fill it to the last token, as asked
+    assert err == ""
+    ((_,), _, err) = generate(max_new_tokens=61, temperature=0.0)
+    assert err == "(the context of 64 tokens is full)\n"
+
+
+def test_what_cannot_be_generated() -> None:
+    speak.check(configure(stop="\n", prompt="x" * 64), BYTES)
+    for sample, message in (
+        ({"stop": "é"}, "sample.stop='é' is 2 tokens of 'bytes': give a text of one"),
+        ({"stop": ""}, "sample.stop='' is 0 tokens of 'bytes'"),
+        ({"prompt": "x" * 65}, "sample.prompt has 65 tokens, more than model.context=64"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            speak.check(configure(**sample), BYTES)
+        out = io.StringIO()
+        with pytest.raises(ConfigError, match=message), redirect_stdout(out):
+            speak.generate(configure(**sample), PARAMS, BYTES)
+        assert not out.getvalue()
+
+
+# ---- characters
+
+
+@given(text=st.text(max_size=12) | st.just(CHINESE), sizes=st.lists(st.integers(0, 5), max_size=9))
+def test_characters_come_whole(text: str, sizes: list[int]) -> None:
+    ids, writer, pieces = BYTES.encode(text), _Writer(BYTES), []
+    ends = np.cumsum(sizes).tolist()
+    for start, end in zip([0, *ends], [*ends, len(ids)], strict=True):
+        pieces.append(writer.add(ids[start : max(start, end)]))
+        told = BYTES.decode_bytes(ids[: max(start, end)])
+        # All characters that are over, and nothing of the next.
+        assert "".join(pieces) == writer.text == told.decode(errors="ignore")
+    assert writer.text == text
+
+
+def test_bytes_that_are_no_text_show_as_such() -> None:
+    writer = _Writer(BYTES)
+    assert writer.add([0xE5]) == ""  # it could begin a character
+    assert writer.add([0x41]) == "\ufffdA"  # it did not
+    assert writer.add([0xFF]) == "\ufffd"
+    assert writer.add([0xE5, 0xBA]) == ""
+    assert writer.text == "\ufffdA\ufffd"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_text_appears_while_it_is_made(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
+    ids, out = BYTES.encode(CHINESE), io.StringIO()
+
+    def stream(*_: Any, **options: Any) -> Iterator[list[Text]]:
+        for at in range(0, len(ids), options["chunk"]):
+            shown = BYTES.decode_bytes(ids[:at]).decode(errors="ignore")
+            assert out.getvalue() == ("" if process else f"the {shown}")
+            yield [Text(ids[at : at + options["chunk"]], None)]
+
+    monkeypatch.setattr(decode, "stream", stream)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    with redirect_stdout(out):
+        assert speak.generate(configure(), PARAMS, BYTES) == [CHINESE]
+    # Of several processes one writes; all have the text.
+    assert out.getvalue() == ("" if process else f"the {CHINESE}\n")
