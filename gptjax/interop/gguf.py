@@ -89,6 +89,8 @@ def import_(source: Path, out: Path) -> Model:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         write_tokenizer(fields, Path(vocabulary))
         tensors = Tensors(reader, fields)
+        # The reader keeps an object for each token of the vocabulary: as much as small weights.
+        reader.fields.clear()
         family, config = to_model(tensors.config)
         params = hf.read_params(tensors, family, config)
         hf.export(out, config, params, vocabulary)

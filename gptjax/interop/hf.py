@@ -5,8 +5,7 @@
     FOLDER/tokenizer.json, ...    the tokenizer: FOLDER is its name as `data.tokenizer`
 
 Tensors are read slice by slice into parameters born sharded, one layer of one tensor at a time,
-so that a process never holds more than its share and one tensor. safetensors' "pread" backend
-keeps the file's pages out of the process.
+so that a process never holds more than its share and one tensor.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 Index = tuple[slice, ...]
+CHUNK = 1 << 20  # values read at a time
 
 
 class Source(Protocol):
@@ -92,7 +92,7 @@ def export(
             (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n")
             if tokenizer_name is not None:
                 write_tokenizer(tokenizer_name, folder)
-        tensors = _tensors(family, config, params, dtype)
+        tensors = _tensors(family, config, params)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
 
 
@@ -157,7 +157,8 @@ class Safetensors:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         path, theirs = self._files[name]
-        # Opened anew each time, so that nothing of the file stays in memory.
+        # Mapped anew each time, so that no pages of the file stay in memory. (The backend "pread"
+        # of safetensors 0.8 reads the whole tensor for a slice of it.)
         with _opened(path) as file:
             return file.get_slice(theirs)[index]
 
@@ -194,7 +195,7 @@ def _opened(path: Path) -> Iterator[Any]:
     import safetensors
 
     try:
-        with safetensors.safe_open(path, "np", backend="pread") as file:
+        with safetensors.safe_open(path, "np") as file:
             yield file
     except safetensors.SafetensorError as error:
         raise UserError(f"{path.name} is truncated or damaged ({error}): fetch it again") from None
@@ -294,28 +295,34 @@ def _place(spec: Spec, load: Callable[[Index | None], np.ndarray]) -> jax.Array:
 
 def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None) -> np.ndarray:
     """Our slice `index` of their tensor, float32: the letters of a group but its first are whole."""
-    sizes = _sizes(spec)
+    sizes, groups = _sizes(spec), row.layout.split()
     index = (slice(None),) * len(spec.shape) if index is None else index
     ranges = {dim: part.indices(sizes[dim])[:2] for dim, part in zip(spec.dims, index, strict=True)}
-    groups, theirs = row.layout.split(), []
-    for group in groups:
-        start, stop = ranges[group[0]]
-        inner = math.prod(sizes[letter] for letter in group[1:])
-        theirs.append(slice(start * inner, stop * inner))
-    offset = row.part[0] * math.prod(sizes[letter] for letter in groups[-1])
-    theirs[-1] = slice(theirs[-1].start + offset, theirs[-1].stop + offset)
-    array = source.read(name, tuple(theirs))
+    inner = [math.prod(sizes[letter] for letter in group[1:]) for group in groups]
+    offset = [0] * (len(groups) - 1) + [row.part[0] * inner[-1] * sizes[groups[-1][0]]]
+
+    def theirs(group: int, start: int, stop: int) -> slice:
+        return slice(start * inner[group] + offset[group], stop * inner[group] + offset[group])
+
     letters = "".join(groups)
-    array = array.reshape([ranges[dim][1] - ranges[dim][0] for dim in letters])
-    array = array.transpose([letters.index(dim) for dim in spec.dims])
-    return np.ascontiguousarray(array, np.float32)
+    shard = np.empty([ranges[dim][1] - ranges[dim][0] for dim in spec.dims], np.float32)
+    in_their_order = shard.transpose([spec.dims.index(dim) for dim in letters])
+    rest = [theirs(i, *ranges[group[0]]) for i, group in enumerate(groups)][1:]
+    first, last = ranges[letters[0]]
+    # A few rows at a time, so that no second copy of a large tensor is made on the way.
+    step = max(1, CHUNK * (last - first) // max(1, shard.size))
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        part = in_their_order[start - first : stop - first]
+        part[...] = source.read(name, (theirs(0, start, stop), *rest)).reshape(part.shape)
+    return shard
 
 
 # --- writing --------------------------------------------------------------------------------
 
 
 def _tensors(
-    family: Family, config: Model, params: gpt.Params, dtype: str
+    family: Family, config: Model, params: gpt.Params
 ) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """Name -> shape and how to make it, in the order of the layers."""
     specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
@@ -331,7 +338,7 @@ def _tensors(
 
     def make(layer: int, parts: list[Row]) -> np.ndarray:
         made = [_theirs(arrays[r.ours], r, specs[r.ours], layer) for r in parts]
-        return np.concatenate(made, axis=-1).astype(NUMPY[dtype])
+        return made[0] if len(made) == 1 else np.concatenate(made, axis=-1)
 
     return {
         name: (_their_shape(parts[0], specs[parts[0].ours]), functools.partial(make, layer, parts))
@@ -345,7 +352,9 @@ def _theirs(array: jax.Array, row: Row, spec: Spec, layer: int) -> np.ndarray:
     else:
         dims = spec.dims
     groups, sizes = row.layout.split(), _sizes(spec)
-    whole = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    whole = np.asarray(array)
     whole = whole.transpose([dims.index(dim) for dim in "".join(groups)])
     return whole.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
 
@@ -371,5 +380,10 @@ def _write_safetensors(
             file.write(struct.pack("<Q", len(text)) + text)
         for _, make in tensors.values():
             array = make()
-            if file is not None:
-                file.write(array.tobytes())
+            if file is None:
+                continue
+            # Rows at a time: cast, and laid out, in a copy of them alone.
+            step = max(1, CHUNK * len(array) // array.size)
+            for start in range(0, len(array), step):
+                rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
+                file.write(rows.view(np.uint8).data)  # bfloat16 has no buffer of its own
