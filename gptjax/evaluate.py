@@ -29,8 +29,12 @@ from gptjax.layers.position import POSITION
 from gptjax.losses import token_nll
 from gptjax.tokenizer import Tokenizer
 
-# Whether end-of-text is put before the first token, which is then scored like any other.
-PREFIX: dict[str, bool] = {"eot": True, "none": False}
+# What is put before the first token, which is then scored like any other; without it, it is not.
+PREFIX: dict[str, Callable[[Tokenizer], int | None]] = {
+    "eot": lambda tokenizer: tokenizer.eot,
+    "bos": lambda tokenizer: tokenizer.bos,
+    "none": lambda tokenizer: None,
+}
 # Whether attention stays within a document.
 DOCUMENTS: dict[str, bool] = {"joined": False, "apart": True}
 
@@ -125,8 +129,12 @@ class Evaluator:
             _within_positions(context, config.model)
         self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
         self._store, self._tokenizer = store, tokenizer
-        self._prefix = choose(PREFIX, e.prefix, "eval.prefix")
-        self._offset = 0 if self._prefix else 1
+        self._prefix = choose(PREFIX, e.prefix, "eval.prefix")(tokenizer)
+        if e.prefix == "bos" and self._prefix is None:
+            raise ConfigError(
+                f"eval.prefix=bos: tokenizer {tokenizer.name!r} has no such token; set it to eot"
+            )
+        self._offset = int(self._prefix is None)
         available = store.num_tokens - self._offset
         if available < 1:
             raise UserError(f"{store.path} holds a single token: nothing to score without a prefix")
@@ -215,8 +223,10 @@ class Evaluator:
             targets[row, : len(found)] = found
             if start:
                 inputs[row, 0] = self.targets(start - 1, start)[0]
-            elif not self._prefix:
+            elif self._prefix is None:
                 inputs[row, 0] = self._store.tokens(0, 1)[0]
+            else:
+                inputs[row, 0] = self._prefix
             inputs[row, 1 : len(found)] = found[:-1]
         batch = {"tokens": inputs, "targets": targets}
         if self.convention.apart:
