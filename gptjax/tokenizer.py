@@ -202,8 +202,8 @@ def byte_alphabet() -> dict[int, str]:
 class _ByteLevel:
     """A tokenizer.json behind tiktoken's methods.
 
-    A normaliser (Qwen's NFC) is left out: it changes texts, so that they could not be decoded
-    and their bytes not be counted. Text that is in NFC already has the same ids.
+    Qwen's normaliser, NFC, is left out: it changes texts, so that they could not be had back and
+    their bytes not be counted. Text that is in NFC already has the same ids.
     """
 
     def __init__(self, text: str) -> None:
@@ -212,6 +212,8 @@ class _ByteLevel:
         tree = json.loads(text)
         if tree["model"]["type"] != "BPE" or tree["model"].get("byte_fallback"):
             raise ValueError("it is no byte-level BPE")
+        if (tree.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
+            raise ValueError(f"its normaliser {tree['normalizer']['type']} changes texts")
         added = tree["added_tokens"]
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree | {"normalizer": None}))
         self._tokenizer.no_padding()
