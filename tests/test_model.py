@@ -15,21 +15,21 @@ from jax.sharding import NamedSharding
 
 from gptjax import accounting, sharding
 from gptjax import model as gpt
-from gptjax.config import ConfigError, Mesh, Model
+from gptjax.config import ATTENTION_BIAS, ConfigError, Mesh, Model
 from gptjax.layers import attention
 from gptjax.layers.attention import ATTENTION, splash
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
 from gptjax.layers.parameter import INIT
-from gptjax.layers.position import POSITION
+from gptjax.layers.position import POSITION, ROPE_SCALING
 from gptjax.model import PLACEMENT, REMAT
 
 B, T, V = 4, 6, 40
 MODEL = Model(
     vocab_size=V, context=T, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
     feedforward="gelu", ff_dim=24, position="learned", rope_base=100.0, norm="layernorm",
-    rope_scaling="none", rope_factor=1.0, rope_original_context=None,
-    rope_rotations=(1.0, 32.0), attention_bias="same",
+    rope_scaling="none", rope_factor=2.0, rope_original_context=4, rope_rotations=(0.1, 0.5),
+    attention_bias="same",
     norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
     windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
     tied=True, dropout=0.0, init="gpt2", attention="plain", scan_layers=False, remat="none",
@@ -47,6 +47,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "remat": tuple(REMAT),
     "kv_heads": (None, 2, 1),
     "windows": ((None,), (2,), (None, 3)),
+    "attention_bias": tuple(ATTENTION_BIAS),
+    # How "dynamic" turns a token depends on the length of its row, so that a cache, which
+    # keeps keys as they were turned, is another function there.
+    "rope_scaling": tuple(name for name in ROPE_SCALING if name != "dynamic"),
     "attention_softcap": (None, 2.0),
     "logit_softcap": (None, 3.0),
     **dict.fromkeys(
@@ -65,8 +69,9 @@ def all_pairs(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     """Combinations in which every pair of values of two choices occurs, by a greedy rule.
 
     Each combination starts from a pair that is still missing and takes, choice by choice,
-    the value that completes most missing pairs.
+    the value that completes most missing pairs; the longest lists come first.
     """
+    choices = dict(sorted(choices.items(), key=lambda item: -len(item[1])))
     missing = dict.fromkeys(
         ((a, x), (b, y))
         for a, b in itertools.combinations(choices, 2)
@@ -93,10 +98,13 @@ COMBINATIONS = all_pairs(CHOICES)
 
 
 def test_the_combinations_cover_all_pairs():
-    wanted = sum(len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2))
-    assert len(set().union(*map(pairs, COMBINATIONS))) == wanted
-    # The two longest lists alone need 25.
-    assert len(COMBINATIONS) <= 35
+    met = {frozenset(pair) for combination in COMBINATIONS for pair in pairs(combination)}
+    for a, b in itertools.combinations(CHOICES, 2):
+        for x, y in itertools.product(CHOICES[a], CHOICES[b]):
+            assert frozenset({(a, x), (b, y)}) in met
+    # The two longest lists alone need so many.
+    longest, second = sorted(map(len, CHOICES.values()))[-1:-3:-1]
+    assert longest * second <= len(COMBINATIONS) <= longest * second + 10
 
 
 def model(**changes: Any) -> Model:
@@ -277,6 +285,11 @@ def test_a_kernel_in_the_model(name, monkeypatch):
         rows = rows_on_mesh(mesh, (tokens_BT, weights))
         sharded = run(config, on_mesh(config, params, mesh), *rows)
     close(sharded, want)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_parameters_do_not_depend_on_the_kernel(name):
+    assert gpt.abstract_params(model(attention=name)) == gpt.abstract_params(MODEL)
 
 
 # Decoding.

@@ -111,7 +111,8 @@ def plain(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
     weights = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, out_sharding=out("BTKGH"))
-    return o_BTKGH.reshape(B, T, N, H)
+    # With one key-value head jax would forget that the heads may be split.
+    return jnp.reshape(o_BTKGH, (B, T, N, H), out_sharding=out("BTNH"))
 
 
 BLOCK = 64  # queries a step of `block`
