@@ -18,6 +18,9 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL)
 DEFAULT_RECIPE = "configs/shakespeare.py"
 
+WORKDIR = "a run's folder, or a pretrained model's (a Hugging Face folder)"
+RECIPE = "a recipe; default: the run's own config, or configs/base.py's settings"
+
 OVERRIDES = """\
 Any knob of the config can be set by its path: --config.optim.peak_lr=6e-4
 --config.model.windows="(None,256)" --config.optim.clip=None. `config` lists them all;
@@ -128,20 +131,16 @@ def _prepare_jax(distributed: str | None) -> None:
 
 
 def _config(arguments: argparse.Namespace, overrides: list[str]) -> Config:
-    """The config of --config, or of the run in --workdir."""
-    from gptjax import configure
+    """The config of --config, or of the model in --workdir."""
+    from gptjax import trained
 
-    if arguments.config is None:
-        return configure.of_run(arguments.workdir, overrides)
-    return configure.from_file(arguments.config, overrides)
+    return trained.config_of(arguments.workdir, arguments.config, overrides)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    """What every command has that works on a run."""
-    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", help="a recipe; default: the config of the run itself"
-    )
+    """What every command has that works on a model."""
+    parser.add_argument("--workdir", type=Path, required=True, help=WORKDIR)
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
     _add_distributed(parser)
 
 
@@ -163,6 +162,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder; default: runs/ and the recipe's name"
     )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="DIR",
+        help="fine-tune this pretrained model: its parameters, architecture and tokenizer",
+    )
     _add_distributed(parser)
 
 
@@ -170,14 +176,16 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import configure, loop, speak
+    from gptjax import configure, loop, speak, trained
     from gptjax.sharding import make_mesh
 
-    config = configure.from_file(arguments.config, overrides)
+    config, begin = configure.from_file(arguments.config, overrides), None
+    if arguments.start is not None:
+        config, begin = trained.start_from(config, arguments.start)
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check(config, loop.load_tokenizer(config))
-        params = loop.train(config, workdir)
+        params = loop.train(config, workdir, begin)
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
         else:
@@ -189,14 +197,10 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
     if arguments.compare and arguments.config:
         raise UserError("--compare evaluates each run by its own config: leave --config out")
-    from gptjax import configure
+    from gptjax import trained
 
     workdirs = arguments.compare or [arguments.workdir]
-    configs = (
-        [configure.of_run(workdir, overrides) for workdir in workdirs]
-        if arguments.config is None
-        else [configure.from_file(arguments.config, overrides)]
-    )
+    configs = [trained.config_of(w, arguments.config, overrides) for w in workdirs]
     _prepare_jax(arguments.distributed)
     import jax
 
@@ -226,13 +230,11 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="the run's folder")
+    parser.add_argument("--workdir", type=Path, help=WORKDIR)
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two runs' folders instead"
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two models' folders instead"
     )
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", help="a recipe; default: the config of the run itself"
-    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
     parser.add_argument(
         "--set",
         nargs="+",
@@ -263,7 +265,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import loop, speak
+    from gptjax import loop, speak, trained
     from gptjax.sharding import make_mesh
 
     if arguments.prompt is not None:
@@ -272,7 +274,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.seed is not None:
         config = dataclasses.replace(config, seed=arguments.seed)
     with jax.set_mesh(make_mesh(config.mesh)):
-        _, params = loop.restore(config, arguments.workdir)
+        _, params = trained.restore(config, arguments.workdir)
         speak.generate(loop.settle(config), params, loop.load_tokenizer(config))
 
 
@@ -280,6 +282,93 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument("--prompt", help="the text to go on from; default: sample.prompt")
     parser.add_argument("--seed", type=int, help="of the sampling; default: the run's seed")
+
+
+def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import loop, speak, trained
+    from gptjax.sharding import make_mesh
+
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    with jax.set_mesh(make_mesh(config.mesh)):
+        _, params = trained.restore(config, arguments.workdir)
+        settled, tokenizer = loop.settle(config), loop.load_tokenizer(config)
+        for question in arguments.questions:
+            print(f"> {question}")
+            dialogue = [*system, {"role": "user", "content": question}]
+            speak.answer(settled, params, tokenizer, dialogue)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--system", help="what stands before the dialogue; default: the template's")
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    _add_chat(parser)
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="each is asked afresh")
+
+
+def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import loop, speak, trained
+    from gptjax.sharding import make_mesh
+
+    with jax.set_mesh(make_mesh(config.mesh)):
+        _, params = trained.restore(config, arguments.workdir)
+        speak.chat(loop.settle(config), params, loop.load_tokenizer(config), arguments.system)
+
+
+def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _no_more(overrides)
+    _prepare_jax(None)
+    from gptjax.accounting import parameters
+    from gptjax.interop import pretrained
+
+    model = pretrained.import_(arguments.source, arguments.out)
+    count = parameters(model)["total"]
+    print(
+        f"{arguments.out}: {count:,} parameters, {model.layers} layers of width {model.width}, "
+        f"context {model.context}, vocabulary {model.vocab_size:,}"
+    )
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+
+
+def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    _prepare_jax(None)
+    import jax
+
+    from gptjax import loop, trained
+    from gptjax.interop import hf
+    from gptjax.sharding import make_mesh
+
+    with jax.set_mesh(make_mesh(config.mesh)):
+        step, params = trained.restore(config, arguments.workdir)
+        tokenizer = loop.load_tokenizer(config)
+        hf.export(arguments.out, config.model, params, tokenizer.name, arguments.dtype)
+    print(f"{arguments.out}: step {step} of {arguments.workdir}, as {arguments.dtype}")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the tensors (%(default)s, which keeps every bit)",
+    )
 
 
 def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -422,6 +511,51 @@ Samples from a run's latest checkpoint, seeded; sample.* sets temperature (0 is 
 top_p, repetition_penalty, max_new_tokens, batch_size and stop.
 
   generate --workdir=runs/mine --prompt="KING. " --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "ask": Command(
+        ask,
+        _add_ask,
+        "Put questions to a model that was taught to hold a dialogue.",
+        f"""\
+Each question is a dialogue of its own, in the model's own chat template.
+
+  ask --workdir=models/smollm2 --config.sample.temperature=0 "What is the capital of France?"
+
+{OVERRIDES}""",
+    ),
+    "chat": Command(
+        chat,
+        _add_chat,
+        "Hold a dialogue of several turns.",
+        f"""\
+Reads a line from standard input for each turn; an empty one or its end (Ctrl-D) ends the
+dialogue. When the context is full the oldest turns are forgotten, and that is said.
+
+  chat --workdir=models/smollm2 --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "import": Command(
+        import_,
+        _add_import,
+        "Bring in a pretrained model: a Hugging Face folder or a GGUF file.",
+        """\
+Reads config.json, safetensors and tokenizer of the GPT-2 and Llama families, or a .gguf file
+(dequantised; needs the extra `gguf`), checks every tensor, and writes a Hugging Face folder that
+eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refused: loading one runs
+its code.
+
+  import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
+""",
+    ),
+    "export": Command(
+        export,
+        _add_export,
+        "Write a model as a Hugging Face folder, which `transformers` loads.",
+        f"""\
+  export --workdir=runs/mine --out=models/mine
 
 {OVERRIDES}""",
     ),

@@ -48,6 +48,11 @@ def from_file(recipe: str, overrides: Sequence[str] = ()) -> Config:
     return _override(found, overrides)
 
 
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` changed by "--config.optim.peak_lr=6e-4"."""
+    return _override(editable(config), overrides)
+
+
 def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     """The config that a run was made with, changed by `overrides`.
 
@@ -69,7 +74,7 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError:
         raise UserError(f"{path} is damaged, it is no JSON object: restore it") from None
     mesh = dataclasses.replace(config.mesh, data=None, fsdp=1, tensor=1)
-    return _override(editable(dataclasses.replace(config, mesh=mesh)), overrides)
+    return override(dataclasses.replace(config, mesh=mesh), overrides)
 
 
 def editable(section: Any) -> ConfigDict:

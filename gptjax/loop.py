@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -55,6 +55,13 @@ class Setup:
         """Of the tokenizer and each source: what the config only names."""
         data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
         return {"tokenizer": self.tokenizer.fingerprint} | data
+
+
+class Start(NamedTuple):
+    """Parameters to begin with in place of random ones."""
+
+    load: Callable[[], model.Params]
+    fingerprint: str
 
 
 def settle(config: Config) -> Config:
@@ -99,10 +106,11 @@ def set_up(config: Config) -> Setup:
     return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
 
 
-def train(config: Config, workdir: Path) -> model.Params | None:
+def train(config: Config, workdir: Path, begin: Start | None = None) -> model.Params | None:
     """Trains to `train.steps`, from the latest checkpoint in `workdir` where there is one.
 
-    A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`).
+    A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`). A new run begins with the
+    parameters of `begin`, or with those that the seed gives.
 
     Returns:
         The parameters to evaluate and generate with; None where the run was done before.
@@ -112,23 +120,25 @@ def train(config: Config, workdir: Path) -> model.Params | None:
         UserError: on whatever the user can mend: config, data, disk, divergence.
     """
     setup, record = set_up(config), to_dict(config)
-    config = setup.config
+    config, fingerprints = setup.config, setup.fingerprints
+    if begin is not None:
+        fingerprints["initial"] = begin.fingerprint
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / CHECKPOINTS, config.train.keep_checkpoints)
         )
         step = checkpoints.latest()
-        run = stack.enter_context(open_run(workdir, record, setup.fingerprints, step))
+        run = stack.enter_context(open_run(workdir, record, fingerprints, step))
         if step == config.train.steps:
             say(f"{workdir} is done: {step} of {step} steps")
             return None
         if step is None:
-            train_state = state.create(config)
+            train_state = state.create(config, None if begin is None else begin.load())
         else:
             train_state = checkpoints.restore(step, state.abstract(config))
         where = "new run" if step is None else f"resumed at step {step}"
         say(f"{workdir}: {where}, {describe(config)}")
-        meta = {"config": record, "fingerprints": setup.fingerprints}
+        meta = {"config": record, "fingerprints": fingerprints}
         return _run(setup, train_state, step or 0, run, checkpoints, meta)
 
 
@@ -166,22 +176,6 @@ def _run(
                 say(f"stopped at step {done}, saved: run the same command to go on")
                 raise Stopped
     return state.evaluation_params(train_state)
-
-
-def restore(config: Config, workdir: Path) -> tuple[int, model.Params]:
-    """The latest step of a run and its parameters to evaluate and generate with.
-
-    Raises:
-        UserError: if there is no complete checkpoint, or it is damaged or of another model.
-    """
-    check(config)
-    config = settle(config)
-    sharding.check_model_divisible(config.model, jax.sharding.get_mesh())
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{workdir} holds no complete checkpoint: train it first")
-        return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
 
 
 def load(setup: Setup, step: int) -> state.Batch:

@@ -8,7 +8,8 @@ import dataclasses
 import jax
 
 from gptjax import decode, model
-from gptjax.config import Config, ConfigError
+from gptjax.config import Config, ConfigError, UserError
+from gptjax.interop.chat import encode as encode_dialogue
 from gptjax.progress import say
 from gptjax.tokenizer import Tokenizer
 
@@ -28,40 +29,105 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
         ConfigError: as `check`.
     """
     check(config, tokenizer)
-    sample = config.sample
-    prompts = [tokenizer.encode(sample.prompt)] * sample.batch_size
-    stops = () if sample.stop is None else (_one_token(sample.stop, tokenizer),)
+    sample, one = config.sample, config.sample.batch_size == 1
+    ids = tokenizer.encode(sample.prompt)
+    if tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    stops = set() if sample.stop is None else {_one_token(sample.stop, tokenizer)}
+    if one:
+        _print(sample.prompt, end="")
+    texts = _write(config, params, tokenizer, [ids] * sample.batch_size, stops, live=one)
+    for row, text in enumerate(texts) if not one else ():
+        _print(f"--- text {row}\n{sample.prompt}{text}")
+    return texts
+
+
+def answer(
+    config: Config, params: model.Params, tokenizer: Tokenizer, dialogue: list[dict[str, str]]
+) -> str:
+    """Prints and returns the model's answer to a dialogue, in its own chat template.
+
+    Args:
+        dialogue: [{"role": "user", "content": "What is the capital of France?"}, ...].
+
+    Raises:
+        UserError: if the model has no chat template, or the dialogue fills the context.
+    """
+    ids = encode_dialogue(tokenizer, dialogue)
+    if len(ids) >= config.model.context:
+        raise UserError(
+            f"the dialogue has {len(ids)} tokens, which leaves no room for an answer in "
+            f"model.context={config.model.context}: shorten it"
+        )
+    # A turn ends with a token of its own, which `stops` has beside end-of-text.
+    return _write(config, params, tokenizer, [ids], set(tokenizer.stops), live=True)[0].strip()
+
+
+def chat(
+    config: Config, params: model.Params, tokenizer: Tokenizer, system: str | None = None
+) -> None:
+    """A dialogue with whoever types into standard input, until an empty line or its end.
+
+    When the dialogue with an answer no longer fits into the context, the oldest turns go.
+    """
+    first = [] if system is None else [{"role": "system", "content": system}]
+    turns: list[dict[str, str]] = []
+    room = config.model.context - min(config.sample.max_new_tokens, config.model.context // 2)
+    encode_dialogue(tokenizer, [*first, {"role": "user", "content": "?"}])  # has it a template?
+    while said := _hear():
+        turns.append({"role": "user", "content": said})
+        while len(turns) > 1 and len(encode_dialogue(tokenizer, first + turns)) > room:
+            del turns[:2]
+            say("(the context is full: the oldest turns are forgotten)")
+        reply = answer(config, params, tokenizer, first + turns)
+        turns.append({"role": "assistant", "content": reply})
+
+
+def _hear() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _write(
+    config: Config,
+    params: model.Params,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    stops: set[int],
+    live: bool,
+) -> list[str]:
+    """The continuation of each prompt; `live` prints the first while it is made."""
     writers = [_Writer(tokenizer) for _ in prompts]
-    # One process of a cluster writes; the others compute along, in the same chunks.
-    show, alone = jax.process_index() == 0, len(prompts) == 1
-    live = show and alone
     ended: list[str | None] = [None] * len(prompts)
-    if live:
-        print(sample.prompt, end="", flush=True)
     for news in decode.stream(
         config.model,
         params,
         prompts,
-        sample,
+        config.sample,
         seed=config.seed,
         vocab_size=tokenizer.vocab_size,
         end_of_text=tokenizer.eot,
         stop_ids=stops,
-        chunk=CHUNK if alone else sample.max_new_tokens,
+        # Alike on all processes of a cluster: they compute along though only one prints.
+        chunk=CHUNK if live else config.sample.max_new_tokens,
     ):
         for row, (writer, new) in enumerate(zip(writers, news, strict=True)):
             text = writer.add(new.ids)
             ended[row] = new.ended
-            if live:
-                print(text, end="", flush=True)
+            if live and row == 0:
+                _print(text, end="")
     if live:
-        print(flush=True)
-    elif show:
-        for row, writer in enumerate(writers):
-            print(f"--- text {row}\n{sample.prompt}{writer.text}", flush=True)
+        _print("")
     if "context" in ended:
         say(f"(the context of {config.model.context} tokens is full)")
     return [writer.text for writer in writers]
+
+
+def _print(text: str, end: str = "\n") -> None:
+    if jax.process_index() == 0:
+        print(text, end=end, flush=True)
 
 
 def check(config: Config, tokenizer: Tokenizer) -> None:

@@ -45,9 +45,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optim.make_optimizer(config.optim, config.train.steps, dims)
 
 
-def create(config: Config) -> TrainState:
-    """The state before the first step; where a mesh is set it is born sharded."""
-    params = model.init(config.model, config.seed)
+def create(config: Config, params: model.Params | None = None) -> TrainState:
+    """The state before the first step; where a mesh is set it is born sharded.
+
+    Args:
+        config: of the run.
+        params: to begin with, which the state then owns; None draws them from the seed.
+    """
+    params = model.init(config.model, config.seed) if params is None else params
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"layers", "data"},
     {"model"},
     {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},
-    {"loop", "speak", "interop", "audit"},
+    {"loop", "speak", "trained", "interop", "audit"},
     {"cli", "study", "plan", "cluster"},
 ]
 

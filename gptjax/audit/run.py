@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import loop, model
+from gptjax import loop, model, trained
 from gptjax.audit.measure import Scored, blocks, joined, score, summary, units
 from gptjax.audit.texts import Reading, Text, open_text
 from gptjax.config import Config
@@ -45,7 +45,7 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
         sets: {name: source} of `texts.open_text`; empty: the held-out text of data.sources.
 
     Raises:
-        UserError: on whatever `texts`, `measure.score` or `loop.restore` refuse.
+        UserError: on whatever `texts`, `measure.score` or `trained.restore` refuse.
     """
     tokenizer = loop.load_tokenizer(config)
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
                 Text(source, f"{source} (held out)", open_source(source, tokenizer, "val"))
             )
         stack.enter_context(jax.set_mesh(make_mesh(config.mesh)))
-        step, params = loop.restore(config, workdir)
+        step, params = trained.restore(config, workdir)
         settled, total = loop.settle(config), sum(text.store.num_tokens for text in texts)
         with Progress(f"evaluating {workdir}", total, transient=True) as progress:
             scored = {

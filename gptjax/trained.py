@@ -1,0 +1,85 @@
+"""A trained model in a folder: a run of ours, or a pretrained model (a Hugging Face folder).
+
+Whatever works on a model works on either, by the folder's path alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from gptjax import configure, loop, sharding, state
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, UserError
+from gptjax.interop import hf, pretrained
+from gptjax.model import Params
+
+# A pretrained model has no settings of ours for evaluation and sampling: these are taken.
+SETTINGS = "configs/base.py"
+LONGEST = 2048  # of a pretrained model's context so much is used unless an override says else
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether `folder` is a Hugging Face folder, not a run of ours."""
+    return (folder / "config.json").is_file() and "model_type" in hf.read_config(folder)
+
+
+def config_of(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The config to use a model by.
+
+    Args:
+        folder: a run or a pretrained model.
+        recipe: FILE[:ARG] for the settings; None: the run's own, or `SETTINGS`.
+        overrides: "--config.eval.stride=64".
+
+    Raises:
+        UserError: if it is neither, or the config cannot be read.
+    """
+    if is_pretrained(folder):
+        settings = configure.from_file(recipe or SETTINGS)
+        wide = dataclasses.replace(settings.model, context=LONGEST)
+        config = pretrained.adopt(dataclasses.replace(settings, model=wide), folder)
+        return configure.override(config, overrides)
+    if recipe is not None:
+        return configure.from_file(recipe, overrides)
+    return configure.of_run(folder, overrides)
+
+
+def restore(config: Config, folder: Path) -> tuple[int, Params]:
+    """The step of a model (0 of a pretrained one) and its parameters, on the current mesh.
+
+    Raises:
+        UserError: if there is no complete checkpoint, or it is damaged or of another model.
+    """
+    loop.check(config)
+    config = loop.settle(config)
+    sharding.check_model_divisible(config.model, jax.sharding.get_mesh())
+    if is_pretrained(folder):
+        return 0, pretrained.load(folder).params
+    with Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{folder} holds no complete checkpoint: train it first")
+        return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
+
+
+def start_from(config: Config, folder: Path) -> tuple[Config, loop.Start]:
+    """`config` with a pretrained model's architecture and tokenizer, and its parameters.
+
+    Raises:
+        UserError: if `folder` is no pretrained model.
+    """
+    if not is_pretrained(folder):
+        raise UserError(
+            f"{folder} is no pretrained model: make one with `import`, or `export` a run"
+        )
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    start = loop.Start(lambda: pretrained.load(folder).params, digest.hexdigest())
+    return pretrained.adopt(config, folder), start
