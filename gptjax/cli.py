@@ -181,7 +181,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     config, begin = configure.from_file(arguments.config, overrides), None
     if arguments.start is not None:
-        config, begin = trained.start_from(config, arguments.start)
+        config, begin = trained.start_from(config, arguments.start, overrides)
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check(config, loop.load_tokenizer(config))

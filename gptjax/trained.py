@@ -67,8 +67,10 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
         return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
 
 
-def start_from(config: Config, folder: Path) -> tuple[Config, loop.Start]:
+def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[Config, loop.Start]:
     """`config` with a pretrained model's architecture and tokenizer, and its parameters.
+
+    What `overrides` set outright is set all the same.
 
     Raises:
         UserError: if `folder` is no pretrained model.
@@ -82,4 +84,4 @@ def start_from(config: Config, folder: Path) -> tuple[Config, loop.Start]:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     start = loop.Start(lambda: pretrained.load(folder).params, digest.hexdigest())
-    return pretrained.adopt(config, folder), start
+    return configure.override(pretrained.adopt(config, folder), overrides), start
