@@ -59,7 +59,12 @@ CASES: dict[str, tuple[str, dict]] = {
     "llama-llama3": (
         "Llama", LLAMA | {"rope_parameters": {"rope_type": "llama3"} | STRETCHED | TURNS},
     ),
-    "llama-yarn": ("Llama", LLAMA | {"rope_parameters": {"rope_type": "yarn"} | STRETCHED}),
+    "llama-yarn": (
+        "Llama",
+        LLAMA
+        | {"head_dim": 16}
+        | {"rope_parameters": {"rope_type": "yarn", "beta_slow": 0.05, "beta_fast": 0.6} | STRETCHED},
+    ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
