@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.audit.measure import BLOCK_BYTES, Scored, Sums, units
+from gptjax.audit.measure import BLOCK_BYTES, Scored, Sums, stretches, units
 from gptjax.audit.run import Audit, identity
 from gptjax.audit.statistics import interval
 from gptjax.config import UserError
@@ -21,7 +21,6 @@ from gptjax.tokenizer import Tokenizer
 
 PASSAGE_BYTES = 240
 PASSAGES = 20  # told of each text
-DOCUMENTS = 10  # likewise
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,11 @@ class Passage:
 
 def passages(pieces: Pieces) -> list[Passage]:
     """The text in stretches of about PASSAGE_BYTES within a document; the largest first."""
-    starts = _stretches(pieces, PASSAGE_BYTES)
+    starts = stretches(pieces.offset, pieces.document, PASSAGE_BYTES)
     nats = np.add.reduceat(pieces.difference, starts)
     stops = np.append(starts[1:], len(pieces.offset))
     order = np.argsort(-np.abs(nats), kind="stable")
     return [Passage(int(starts[i]), int(stops[i]), float(nats[i])) for i in order]
-
-
-def _stretches(pieces: Pieces, size: int) -> np.ndarray:
-    """Where stretches of about `size` bytes begin, which never cross a document."""
-    stretch = pieces.offset // size
-    new = (np.diff(stretch, prepend=-1) != 0) | (np.diff(pieces.document, prepend=-1) != 0)
-    return np.flatnonzero(new)
 
 
 def text_of(scored: Scored, pieces: Pieces, start: int, stop: int) -> str:
@@ -201,7 +193,7 @@ def _denominators(documents: Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _blocks(a: Scored, pieces: Pieces) -> Sums:
     """`measure.blocks` of the difference: a piece belongs to where it begins."""
-    first = _stretches(pieces, BLOCK_BYTES)
+    first = stretches(pieces.offset, pieces.document, BLOCK_BYTES)
     ends = np.append(first[1:], len(pieces.offset)) - 1
     starts_a = np.append(0, pieces.ends_a[ends][:-1])
     lengths_I = a.tokenizer.bytes_per_token[a.targets_I]

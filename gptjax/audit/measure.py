@@ -104,7 +104,11 @@ def score(
             "eval.max_tokens cuts a document whose words and bytes were counted before the "
             "de-tokeniser: score the whole text, or cut the file"
         )
-    nats_I = evaluator.token_nats(params, advance)
+    return account(evaluator, text, tokenizer, evaluator.token_nats(params, advance))
+
+
+def account(evaluator: Evaluator, text: Text, tokenizer: Tokenizer, nats_I: np.ndarray) -> Scored:
+    """What the nats of each scored token amount to."""
     targets_I, ends_D = evaluator.targets(0, evaluator.tokens), evaluator.document_ends
     starts_D = np.append(0, ends_D[:-1])
     words, bytes_, digest = _survey(targets_I, ends_D, tokenizer)
@@ -178,10 +182,11 @@ def blocks(scored: Scored) -> Sums:
     lengths_I = scored.lengths_I
     offset_I = np.cumsum(lengths_I) - lengths_I
     offset_I -= np.repeat(offset_I[scored.starts_D], np.diff(scored.ends_D, prepend=0))
-    first = np.flatnonzero(np.diff(offset_I // BLOCK_BYTES, prepend=-1))
+    document_I = np.repeat(np.arange(len(scored.ends_D)), np.diff(scored.ends_D, prepend=0))
+    first = stretches(offset_I, document_I, BLOCK_BYTES)
     bytes_I = scored.tokenizer.bytes_per_token[scored.targets_I]
     own = np.add.reduceat(bytes_I, first, dtype=np.float64)
-    document = np.searchsorted(scored.ends_D, first, side="right")
+    document = document_I[first]
     share = own / np.maximum(np.bincount(document, own), 1)[document]
     return Sums(
         np.add.reduceat(scored.nats_I, first, dtype=np.float64),
@@ -191,14 +196,25 @@ def blocks(scored: Scored) -> Sums:
     )
 
 
+def stretches(offset: np.ndarray, document: np.ndarray, size: int) -> np.ndarray:
+    """Where stretches of about `size` bytes begin, which never cross a document.
+
+    Args:
+        offset: bytes of its document before each token or piece.
+        document: which it lies in.
+    """
+    new = (np.diff(offset // size, prepend=-1) != 0) | (np.diff(document, prepend=-1) != 0)
+    return np.flatnonzero(new)
+
+
 def joined(parts: Sequence[Sums]) -> Sums:
     """The units of several texts as those of one."""
     names = ("nats", "tokens", "words", "bytes")
     return Sums(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _exp(value: float) -> float | None:
+    return math.exp(value) if value < 700 else None  # beyond a float
 
 
 def _bits(value: float) -> float:
@@ -207,7 +223,7 @@ def _bits(value: float) -> float:
 
 # Figure -> what the nats are divided by, and what is made of the quotient (which must grow with
 # it, so that an interval's ends can be mapped). The last three are lm-evaluation-harness'.
-FIGURES: dict[str, tuple[str, Callable[[float], float]]] = {
+FIGURES: dict[str, tuple[str, Callable[[float], float | None]]] = {
     "loss": ("tokens", float),
     "perplexity": ("tokens", _exp),
     "word_perplexity": ("words", _exp),
@@ -242,7 +258,7 @@ def units(documents: Sums, of_blocks: Callable[[], Sums] | None = None) -> Units
 
 
 def summary(documents: Sums, resampled: Units | None) -> dict[str, Any]:
-    """Counts, and each figure with its interval (None where there is none).
+    """Counts, and each figure with its interval; None where there is none, or it is too large.
 
     Args:
         resampled: None for a sum over several texts: these are no sample of one kind of text.

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.audit import plots
-from gptjax.audit.compare import Pieces, align, passages, text_of
+from gptjax.audit.compare import PASSAGES, Pieces, align, passages, text_of
 from gptjax.audit.measure import Scored
 from gptjax.audit.run import Audit
 from gptjax.audit.table import HEADINGS, convention, interval, notes, number, rows
 from gptjax.config import UserError
 
 SHOWN_TOKENS = 2000  # of each text, coloured
-PASSAGES = 20
 LEVELS = 10  # shades; a shade is a nat
 
 STYLE = """

@@ -7,6 +7,7 @@ by tokens, words or bytes.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ REPLICATES = 4000
 SEED = 0  # a fixed one, so that the same numbers give the same interval
 # With fewer effective units the interval covers the truth too rarely, and none is given.
 MIN_UNITS = 10
-_DRAWS = 1 << 22  # counts held at once
+# Of more, random ones are joined: units still, which are as independent and fewer to draw.
+MAX_UNITS = 1000
 
 
 class Interval(NamedTuple):
@@ -52,13 +54,16 @@ def interval(numerator_U: np.ndarray, denominator_U: np.ndarray) -> Interval:
     x_U, y_U = np.asarray(numerator_U, np.float64), np.asarray(denominator_U, np.float64)
     if effective_units(y_U) < MIN_UNITS:
         return Interval(np.nan, np.nan)
+    x_U, y_U = _joined(x_U), _joined(y_U)
+    units = len(x_U)
     ratio = x_U.sum() / y_U.sum()
     e_U = x_U - ratio * y_U
     error = np.sqrt((e_U**2).sum()) / y_U.sum()
     if not error:
         return Interval(ratio, ratio)
-    sums_RM = _resampled(np.stack([x_U, y_U, e_U**2, e_U * y_U, y_U**2], axis=1))
-    x_R, y_R, ee_R, ey_R, yy_R = sums_RM[sums_RM[:, 1] > 0].T
+    sums_RM = _counts(units) @ np.stack([x_U, y_U, e_U**2, e_U * y_U, y_U**2], axis=1)
+    sums_RM = sums_RM[sums_RM[:, 1] > 0]
+    x_R, y_R, ee_R, ey_R, yy_R = sums_RM.T
     shift_R = x_R / y_R - ratio
     # Of a replicate's own residuals x - r* y = e - (r* - r) y, the sum of squares.
     squares_R = ee_R - 2 * shift_R * ey_R + shift_R**2 * yy_R
@@ -72,14 +77,16 @@ def interval(numerator_U: np.ndarray, denominator_U: np.ndarray) -> Interval:
     return Interval(float(ratio - high * error), float(ratio - low * error))
 
 
-def _resampled(values_UM: np.ndarray) -> np.ndarray:
-    """The sums (R, M) of as many rows as there are, drawn with replacement, R times."""
-    units = len(values_UM)
+def _joined(values_U: np.ndarray) -> np.ndarray:
+    """At most MAX_UNITS sums of random units, the same at every call."""
+    if len(values_U) <= MAX_UNITS:
+        return values_U
+    place_U = np.random.default_rng(SEED).permutation(len(values_U)) % MAX_UNITS
+    return np.bincount(place_U, values_U)
+
+
+@functools.lru_cache(maxsize=1)
+def _counts(units: int) -> np.ndarray:
+    """How often each replicate draws each unit, float64 (R, U)."""
     generator = np.random.default_rng(SEED)
-    at_once = max(1, _DRAWS // units)
-    sums = [
-        generator.multinomial(units, np.full(units, 1 / units), min(at_once, REPLICATES - done))
-        @ values_UM
-        for done in range(0, REPLICATES, at_once)
-    ]
-    return np.concatenate(sums)
+    return generator.multinomial(units, np.full(units, 1 / units), REPLICATES).astype(np.float64)

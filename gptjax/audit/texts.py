@@ -173,9 +173,10 @@ def _file(path: Path, how: Reading) -> Iterator[Part]:
 
 
 def _hub(source: str, how: Reading) -> Iterator[Part]:
-    name, *config, split = source.removeprefix(HUB).split(",")
-    if not (name and split) or len(config) > 1:
+    words = source.removeprefix(HUB).split(",")
+    if len(words) not in (2, 3) or not all(words):
         raise UserError(f"{source} is not hub:DATASET[,CONFIG],SPLIT")
+    *names, split = words
     try:
         import datasets
     except ImportError:
@@ -183,9 +184,7 @@ def _hub(source: str, how: Reading) -> Iterator[Part]:
             f"{source} needs the datasets library: pip install 'gptjax[hub]', or give a file"
         ) from None
     try:
-        for number, row in enumerate(
-            datasets.load_dataset(name, *config, split=split, streaming=True)
-        ):
+        for number, row in enumerate(datasets.load_dataset(*names, split=split, streaming=True)):
             missing = [k for k in (how.text_key, how.domain_key) if k is not None and k not in row]
             if missing:
                 raise UserError(f"{source} has no key '{missing[0]}'; its keys: {', '.join(row)}")
