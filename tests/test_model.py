@@ -375,6 +375,21 @@ def test_value_residual_with_shares_one_and_zero_is_none():
     assert abs(gpt.apply(config, params, TOKENS) - own).max() > 0.01
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_value_residual_is_that_of_the_first_layer(scan_layers):
+    """The last of three layers takes the first's values alone, and the second writes nothing."""
+    config = model(value_residual=True, layers=3, scan_layers=scan_layers)
+    params = random_params(config)
+    params["blocks"]["attention"] |= {
+        "value_own": jnp.float32([1, 1, 0]),
+        "value_first": jnp.float32([0, 0, 1]),
+        "out": params["blocks"]["attention"]["out"].at[:2].set(0),
+    }
+    f = lambda params: (gpt.apply(config, params, TOKENS) * WEIGHTS).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(f))(params)["blocks"]["attention"]["value"]
+    assert [bool(layer.any()) for layer in gradient] == [True, False, False]
+
+
 def test_the_softcap_bounds_logits():
     params = random_params(model())
     raw = 20 * np.asarray(gpt.apply(model(), params, TOKENS))
