@@ -258,13 +258,15 @@ def stream(
         chunk: tokens a row between two yields, at most.
 
     Raises:
-        UserError: on a prompt longer than the context or with an id outside the vocabulary.
+        UserError: on a prompt longer than the context or with an id outside the vocabulary,
+            or a text longer than dynamic RoPE scaling can be cached for.
     """
     texts = [list(prompt) or [end_of_text] for prompt in prompts]
     _check(texts, config.context, vocab_size)
     stops, most = sorted({end_of_text, *stop_ids}), sample.max_new_tokens
     longest = max(map(len, texts))
     size = min(config.context, _round_up(longest + most))
+    _keeps_its_angles(config, min(config.context, longest + most))
     surplus = sharding.round_up(len(texts), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     tokens_BS = np.zeros((len(n_B), size), np.int32)
@@ -325,6 +327,17 @@ def _check(texts: list[list[int]], context: int, vocab_size: int) -> None:
                 f"prompt {row} has a token id outside [0, {vocab_size}): encode it with the "
                 "tokenizer that the model was trained with"
             )
+
+
+def _keeps_its_angles(config: Model, length: int) -> None:
+    # Dynamic scaling turns all earlier keys anew once a text is longer than that.
+    dynamic = config.position == "rope" and config.rope_scaling == "dynamic"
+    original = config.rope_original_context
+    if dynamic and original is not None and length > original:
+        raise UserError(
+            f"a text of {length} tokens is beyond model.rope_original_context={original}, where "
+            "model.rope_scaling='dynamic' changes the keys that are cached: make it shorter"
+        )
 
 
 def _round_up(tokens: int) -> int:

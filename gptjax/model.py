@@ -347,9 +347,10 @@ def _blocks(
         return carry[0], None
     if not isinstance(params["blocks"], tuple):
         params = split_layers(config, params)
-    new = []
+    # One function for each window, so that remat traces layers alike once.
+    steps, new = {window: step(window) for window in set(windows)}, []
     for i, window in enumerate(windows):
         layer = (i, params["blocks"][i], None if caches is None else caches[i])
-        carry, layer_cache = step(window)(carry, layer)
+        carry, layer_cache = steps[window](carry, layer)
         new.append(layer_cache)
     return carry[0], None if caches is None else tuple(new)

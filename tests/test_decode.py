@@ -19,7 +19,7 @@ from gptjax import decode, sharding
 from gptjax import model as gpt
 from gptjax.config import Config, Mesh, Model, Sample, UserError, from_dict
 from gptjax.decode import Sampling, Text, generate, keep_largest, stream, transform
-from gptjax.layers.position import POSITION
+from gptjax.layers.position import POSITION, ROPE_SCALING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -45,6 +45,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"norm_placement": "post", "attention_softcap": 2.0, "bias": False},
     {"norm_placement": "sandwich", "norm": "rmsnorm", "feedforward": "swiglu"},
     {"norm": "parameterfree", "parallel_block": True},
+    *(
+        {"position": "rope", "rope_scaling": name, "rope_factor": 2.0, "rope_original_context": 24}
+        for name in ROPE_SCALING
+    ),
 ]
 
 
@@ -321,6 +325,15 @@ def test_an_empty_prompt_starts_from_end_of_text():
 def test_prompts_that_cannot_be_read_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
         generate(MODEL, {}, [[1], prompt], GREEDY, **OPTIONS)
+
+
+def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():
+    """Up to the original context its angles stand still, and it decodes like the others."""
+    rope = {"position": "rope", "rope_scaling": "dynamic", "rope_factor": 2.0}
+    short = dataclasses.replace(MODEL, **rope, rope_original_context=13)
+    assert len(generate(short, parameters(short), [[1]], GREEDY, **OPTIONS)) == 1
+    with pytest.raises(UserError, match=r"^a text of 14 tokens is beyond .*original_context=13"):
+        generate(short, parameters(short), [[1, 2]], GREEDY, **OPTIONS)
 
 
 # Machines.
