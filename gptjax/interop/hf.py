@@ -94,6 +94,8 @@ def export(
                 write_tokenizer(tokenizer_name, folder)
         tensors = _tensors(family, config, params)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"exported {out}")  # now it is there for all
 
 
 @contextlib.contextmanager
