@@ -165,17 +165,21 @@ def _difference(a: Scored, b: Scored) -> dict[str, Any]:
     told["by_domain"] = {domain: _of_domain(ours[which]) for domain, which in a.domains().items()}
     bits_D = ours.nats / math.log(2) / np.maximum(ours.bytes, 1)
     told["bits_per_byte_of_documents"] = bits_D.tolist()
-    told["passages"] = [
-        {
-            "document": int(pieces.document[p.start]),
-            "byte": int(pieces.offset[p.start]),
-            "nats": p.nats,
-            "share": abs(p.nats) / every if every else 0.0,
-            "text": text_of(a, pieces, p.start, p.stop),
-        }
-        for p in found[:PASSAGES]
-    ]
+    told["passages"] = [_passage(a, pieces, p, every) for p in found[:PASSAGES]]
     return told
+
+
+def _passage(a: Scored, pieces: Pieces, p: Passage, every: float) -> dict[str, Any]:
+    peak = p.start + int(np.argmax(np.abs(pieces.difference[p.start : p.stop])))
+    return {
+        "document": int(pieces.document[p.start]),
+        "byte": int(pieces.offset[p.start]),
+        "nats": p.nats,
+        "share": abs(p.nats) / every if every else 0.0,
+        "text": text_of(a, pieces, p.start, p.stop),
+        # Characters of the text before the piece that differs most.
+        "peak": len(text_of(a, pieces, p.start, peak)) if peak > p.start else 0,
+    }
 
 
 def _of_domain(ours: Sums) -> dict[str, Any]:

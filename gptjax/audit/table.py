@@ -130,7 +130,9 @@ def show_comparison(record: dict[str, Any]) -> None:
         )
         for p in t["passages"][:5]:
             place = f"document {p['document']}, byte {p['byte']:,}"
-            console.print(f"{p['nats']:+9.2f}  {place}: {_short(p['text'])}", markup=False)
+            console.print(
+                f"{p['nats']:+9.2f}  {place}: {_around(p['text'], p['peak'])}", markup=False
+            )
 
 
 def _identified(label: str, identity: dict[str, Any]) -> str:
@@ -141,9 +143,11 @@ def _identified(label: str, identity: dict[str, Any]) -> str:
     )
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:117] + "..."
+def _around(text: str, peak: int) -> str:
+    """The part of a passage round what differs most."""
+    start = max(0, min(peak - 40, len(text) - 120))
+    shown = " ".join(text[start : start + 120].split())
+    return f"{'...' * (start > 0)}{shown}{'...' * (start + 120 < len(text))}"
 
 
 def _console() -> Console:
