@@ -503,7 +503,8 @@ def test_what_data_show_refuses(store: Path) -> None:
     refused("--step must not be negative, got -1", *words, "--step=-1")
     refused("no split 'test': choose one of train, val", *words, "--split=test")
     refused("unknown config key 'sed'", *words, "--config.sed=1")
-    refused("--rows must be above 0, got -1", *words, "--rows=-1")
+    for rows in (-1, 0):
+        refused(f"--rows must be above 0, got {rows}", *words, f"--rows={rows}")
 
 
 # ---- mistakes with a run
@@ -523,6 +524,8 @@ def test_a_folder_without_a_run(tmp_path: Path, workdir: Path) -> None:
     ):
         (workdir / records.CONFIG).write_text(content)
         refused(f"config.json is .*{message}", "eval", f"--workdir={workdir}")
+        with pytest.raises(UserError, match=f"config.json is .*{message}"):
+            configure.of_run(workdir)
 
 
 def test_another_model_or_config_in_the_same_folder(run: Trained, store: Path) -> None:
