@@ -197,6 +197,10 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
     if arguments.compare and arguments.config:
         raise UserError("--compare evaluates each run by its own config: leave --config out")
+    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
+        raise UserError(
+            f"--html={arguments.html}: no folder {arguments.html.parent}, make it first"
+        )
     from gptjax import trained
 
     workdirs = arguments.compare or [arguments.workdir]
@@ -208,6 +212,10 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     sets = texts.parse_sets(arguments.set)
     how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
+    if not sets and how != texts.Reading():
+        raise UserError(
+            "--text_key, --domain_key and --detokenizer tell how the files of --set are read"
+        )
     audits = [
         run.audit(config, workdir, sets, how)
         for config, workdir in zip(configs, workdirs, strict=True)
@@ -258,6 +266,41 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
     _add_distributed(parser)
+
+
+def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = _config(arguments, overrides)
+    from gptjax.tasks import TASKS, run, show
+
+    files = {name: getattr(arguments, name) for name in TASKS}
+    files = {name: file for name, file in files.items() if file is not None}
+    if not files:
+        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}")
+    _prepare_jax(arguments.distributed)
+    import jax
+
+    record = run(config, arguments.workdir, files, arguments.limit)
+    if jax.process_index() != 0:
+        return
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show(record)
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--lambada", type=Path, metavar="FILE", help='jsonl of {"text"}: guess its last word'
+    )
+    parser.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help='jsonl of {"query", "choices", "gold"}: tell the right choice, by its index',
+    )
+    parser.add_argument("--limit", type=int, help="only so many lines of each file")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -499,6 +542,19 @@ convention is config.eval: context, stride, prefix, documents.
   eval --workdir=runs/mine --config.eval.stride=64
   eval --workdir=runs/mine --set wiki=wiki.test.raw web=web.jsonl --html=report.html
   eval --compare runs/mine runs/other --set wiki=wiki.test.raw
+
+{OVERRIDES}""",
+    ),
+    "tasks": Command(
+        tasks,
+        _add_tasks,
+        "LAMBADA's last words and multiple choice, with intervals.",
+        f"""\
+Prints accuracy, and the perplexity of LAMBADA's last words, each with a 95% interval, beside the
+convention and counts. They are the figures that lm-evaluation-harness calls acc, perplexity and
+acc_bytes; its other tasks run by gptjax.interop.harness.
+
+  tasks --workdir=runs/mine --lambada=lambada_test.jsonl --choices=hellaswag.jsonl
 
 {OVERRIDES}""",
     ),
