@@ -60,7 +60,7 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 def show(record: dict[str, Any]) -> None:
     """Prints what `run.record` returns."""
-    table = Table(title_justify="left")
+    table = Table()
     for heading in ("text", "tokens\ndocuments", "words\nbytes", *HEADINGS.values()):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for name, s in rows(record):
@@ -70,12 +70,12 @@ def show(record: dict[str, Any]) -> None:
             f"{s['words']:,}\n{s['bytes']:,}",
             *(f"{number(s[f])}\n[dim]{interval(s['interval'][f])}[/]" for f in HEADINGS),
         )
-    positions = Table(title="nats/token by tokens seen before", title_justify="left")
+    positions = Table()
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
     spans = {(p["from"], p["to"]): None for found in texts.values() for p in found}
-    positions.add_column("seen", justify="right")
+    positions.add_column("tokens seen before", justify="right")
     for name in texts:
-        positions.add_column(escape(name), justify="right")
+        positions.add_column(f"{escape(name)}\nnats/token", justify="right")
     for first, last in sorted(spans):
         cells = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
         positions.add_row(
