@@ -92,8 +92,7 @@ def import_(source: Path, out: Path) -> Model:
         # The reader keeps an object for each token of the vocabulary: as much as small weights.
         reader.fields.clear()
         family, config = to_model(tensors.config)
-        params = hf.read_params(tensors, family, config)
-        hf.export(out, config, params, vocabulary)
+        hf.copy(tensors, family, config, out, vocabulary)
     return config
 
 

@@ -45,6 +45,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 Index = tuple[slice, ...]
+Tensors = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]  # name -> shape, maker
 CHUNK = 1 << 20  # values read at a time
 
 
@@ -78,10 +79,31 @@ def export(
     Raises:
         UserError: if `out` exists, no family can say `config`, or the disk is full.
     """
+    tensors = _tensors(to_theirs(config)[0], config, params)
+    _write_folder(Path(out), config, tensors, tokenizer_name, dtype)
+
+
+def copy(
+    source: Source, family: Family, config: Model, out: Path, tokenizer_name: str | None
+) -> None:
+    """Writes the tensors of a source as a folder, checked, with one of them in memory at a time.
+
+    Raises:
+        UserError: if its tensors are not just those of the model; as `export`.
+    """
+    wanted = _check_tensors(source, config, *_rows(family, config))
+    tensors: Tensors = {
+        name: (shape, functools.partial(source.read, name, (slice(None),) * len(shape)))
+        for name, shape in wanted.items()
+    }
+    _write_folder(out, config, tensors, tokenizer_name, source.dtype)
+
+
+def _write_folder(
+    out: Path, config: Model, tensors: Tensors, tokenizer_name: str | None, dtype: str
+) -> None:
     choose(NUMPY, dtype, "dtype")
-    out = Path(out)
-    family, keys = to_theirs(config)
-    keys |= {"torch_dtype": dtype}
+    keys = to_theirs(config)[1] | {"torch_dtype": dtype}
     if tokenizer_name is not None:
         found = tokenizer.load(tokenizer_name)
         stops = sorted(found.stops)
@@ -92,7 +114,6 @@ def export(
             (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n")
             if tokenizer_name is not None:
                 write_tokenizer(tokenizer_name, folder)
-        tensors = _tensors(family, config, params)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {out}")  # now it is there for all
@@ -205,16 +226,22 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
     """The parameters of a source whose tensors were found to be just those of the model."""
-    specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
-    rows = {row.ours: row for row in family.rows if row.ours in specs}
+    specs, rows = _rows(family, config)
     _check_tensors(source, config, specs, rows)
     arrays = {path: _read(source, rows[path], spec) for path, spec in specs.items()}
     return unflatten_dict(arrays, sep="/")
 
 
+def _rows(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, Row]]:
+    """What the model has at each path, and how the family writes it."""
+    specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
+    return specs, {row.ours: row for row in family.rows if row.ours in specs}
+
+
 def _check_tensors(
     source: Source, config: Model, specs: dict[str, Spec], rows: dict[str, Row]
-) -> None:
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor that the model asks for, once the source has just those."""
     wanted: dict[str, tuple[int, ...]] = {}
     for path, row in rows.items():
         spec = specs[path]
@@ -243,6 +270,7 @@ def _check_tensors(
         raise UserError(
             f"{len(surplus)} tensors are no part of the model, the first of them {surplus[0]}"
         )
+    return wanted
 
 
 def _sizes(spec: Spec) -> dict[str, int]:
@@ -323,16 +351,13 @@ def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None)
 # --- writing --------------------------------------------------------------------------------
 
 
-def _tensors(
-    family: Family, config: Model, params: gpt.Params
-) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Name -> shape and how to make it, in the order of the layers."""
-    specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
+def _tensors(family: Family, config: Model, params: gpt.Params) -> Tensors:
+    """Every tensor, in the order of the layers."""
+    specs, rows = _rows(family, config)
     arrays = flatten_dict(params, sep="/")
-    rows = [row for row in family.rows if row.ours in specs]
     names: dict[str, tuple[int, list[Row]]] = {}
     for layer in range(config.layers):
-        for row in rows:
+        for row in rows.values():
             name = row.theirs.replace("*", str(layer))
             held = names.setdefault(name, (layer, []))[1]
             if row not in held:
@@ -363,7 +388,7 @@ def _theirs(array: jax.Array, row: Row, spec: Spec, layer: int) -> np.ndarray:
 
 def _write_safetensors(
     path: Path,
-    tensors: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    tensors: Tensors,
     dtype: str,
 ) -> None:
     """One file, a tensor at a time (safetensors' own writer wants all of them in memory)."""

@@ -81,6 +81,9 @@ def import_(source: str | Path, out: str | Path) -> Model:
     """
     if Path(source).suffix == ".gguf":
         return gguf.import_(Path(source), Path(out))
-    found = load(source)
-    hf.export(out, found.model, found.params, found.tokenizer, found.dtype)
-    return found.model
+    folder = Path(source)
+    with hf.about(folder):
+        family, config = to_model(hf.read_config(folder))
+        named = str(folder) if (folder / TOKENIZER_FILE).is_file() else None
+        hf.copy(hf.Safetensors(folder, family), family, config, Path(out), named)
+    return config
