@@ -371,7 +371,7 @@ def test_the_fingerprint_sees_names_shapes_and_every_bit():
     others = [
         {"a": params["a"].at[1, 2].add(1e-6), "b": params["b"]},
         {"a": params["a"].reshape(3, 2), "b": params["b"]},
-        {"d": params["a"], "b": params["b"]},
+        {"aa": params["a"], "b": params["b"]},
         {"a": params["a"], "b": {"c": params["b"]["c"].astype("int32")}},
     ]
     assert run.fingerprint(params) == run.fingerprint(same)

@@ -1,6 +1,7 @@
 """The texts of an evaluation: files, token stores and hub datasets, each under a name.
 
-A file is tokenised as a stream into a temporary store, so it may be larger than memory.
+A file is tokenised as a stream into a temporary store, so its text is never in memory as a whole;
+what a score keeps there is some numbers for each token.
 """
 
 from __future__ import annotations
