@@ -274,18 +274,29 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     files = {name: getattr(arguments, name) for name in TASKS}
     files = {name: file for name, file in files.items() if file is not None}
-    if not files:
-        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}")
+    if not files and not arguments.harness:
+        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit={arguments.limit} is no positive number")
     _prepare_jax(arguments.distributed)
     import jax
 
-    record = run(config, arguments.workdir, files, arguments.limit)
+    record = run(config, arguments.workdir, files, arguments.limit) if files else {}
+    if arguments.harness:
+        from gptjax.interop import harness
+
+        where = arguments.limit, arguments.harness_path
+        found = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
+        record["harness"] = harness.figures(found)
     if jax.process_index() != 0:
         return
     if arguments.json:
         print(json.dumps(record, allow_nan=False))
-    else:
+        return
+    if files:
         show(record)
+    if arguments.harness:
+        print(harness.make_table(found))
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -299,7 +310,13 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='jsonl of {"query", "choices", "gold"}: tell the right choice, by its index',
     )
-    parser.add_argument("--limit", type=int, help="only so many lines of each file")
+    parser.add_argument(
+        "--harness", nargs="+", metavar="TASK", help="tasks of EleutherAI's lm-evaluation-harness"
+    )
+    parser.add_argument(
+        "--harness_path", type=Path, metavar="DIR", help="where more of its tasks are described"
+    )
+    parser.add_argument("--limit", type=int, help="only so many lines or documents of each task")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -552,9 +569,11 @@ convention is config.eval: context, stride, prefix, documents.
         f"""\
 Prints accuracy, and the perplexity of LAMBADA's last words, each with a 95% interval, beside the
 convention and counts. They are the figures that lm-evaluation-harness calls acc, perplexity and
-acc_bytes; its other tasks run by gptjax.interop.harness.
+acc_bytes. Its own tasks (the extra `harness`) are fetched from a hub, unless --harness_path
+describes local ones.
 
   tasks --workdir=runs/mine --lambada=lambada_test.jsonl --choices=hellaswag.jsonl
+  tasks --workdir=runs/mine --harness arc_easy wikitext --limit=200
 
 {OVERRIDES}""",
     ),

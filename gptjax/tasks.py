@@ -323,10 +323,8 @@ def run(
         them.
 
     Raises:
-        UserError: on a malformed file, a limit below 1, or whatever `trained.restore` refuses.
+        UserError: on a malformed file, or whatever `trained.restore` refuses.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit takes a positive number of lines, got {limit}")
     lines = {name: read_lines(TASKS[name], file, limit) for name, file in files.items()}
     tokenizer = loop.load_tokenizer(config)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):

@@ -139,6 +139,7 @@ def test_batches_hold_every_request_once_in_few_shapes(lengths):
     with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
         batches = list(tasks._batches(np.array(lengths), config))
     assert sorted(i for chosen, _, _ in batches for i in chosen) == list(range(len(lengths)))
+    assert len(batches) <= 1 + 200 // (8 * tasks.AT_ONCE // config.context)
     widths = {width for _, _, width in batches}
     assert len(widths) <= 4 * 7  # four between powers of two, 16 to 1024
     for chosen, rows, width in batches:
@@ -317,9 +318,9 @@ def test_the_command_prints_figures_and_their_convention(folder, files, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--limit=2"], "at least one of --lambada, --choices"),
+        (["--limit=2"], "at least one of --lambada, --choices, --harness"),
         (["--lambada=nowhere.jsonl"], "nowhere.jsonl: No such file"),
-        (["--lambada=nowhere.jsonl", "--limit=0"], "limit"),
+        (["--lambada=nowhere.jsonl", "--limit=0"], "--limit=0 is no positive number"),
     ],
 )
 def test_a_mistake_is_one_line(folder, capsys, words, message):
