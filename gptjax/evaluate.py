@@ -174,7 +174,7 @@ class Evaluator:
         for first in range(0, self.windows, self._rows):
             load = functools.partial(self._load, first)
             batch = sharding.place(load, self._rows, "BT")
-            pending.append((first, _nll(self._model, self._chunk, params, batch)))
+            pending.append((first, batch_nll(self._model, self._chunk, params, batch)))
             if len(pending) > 1:  # one batch runs while the one before is read
                 collect()
         while pending:
@@ -244,7 +244,7 @@ def _within_positions(context: int, config: Model) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _nll(
+def batch_nll(
     config: Model, chunk: int | None, params: model.Params, batch: dict[str, jax.Array]
 ) -> jax.Array:
     """nll_BT, float32, whole on every process."""

@@ -234,7 +234,7 @@ def test_every_token_is_scored_once_by_the_window_that_should(
 
     scored: list[int] = []
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
-        patch.setattr(evaluate, "_nll", stub)
+        patch.setattr(evaluate, "batch_nll", stub)
         evaluator = Evaluator(config, text, BYTES)
         found = evaluator.token_nats({}, scored.append)
     window, place = np.divmod(found, 1000)
@@ -289,7 +289,7 @@ def test_the_bytes_are_the_text_s(
 ) -> None:
     tokens = tokenizer.load(name)
     text = write(tmp_path / "text", *DOCUMENTS, tokens=tokens)
-    monkeypatch.setattr(evaluate, "_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape))
+    monkeypatch.setattr(evaluate, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape))
     with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
         every = Evaluator(configure(), text, tokens)({})
         less = Evaluator(configure(prefix="none"), text, tokens)({})
