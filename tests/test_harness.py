@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -20,9 +21,9 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import model, tasks, trained
+from gptjax import decode, model, tasks, trained
 from gptjax.cli import EXIT_USER_ERROR, main
-from gptjax.config import Config, Mesh, UserError
+from gptjax.config import Config, Mesh, Sample, UserError
 from gptjax.interop import hf
 from gptjax.interop.vocabulary import split, tokenizer_json
 from gptjax.loop import load_tokenizer, settle
@@ -282,6 +283,21 @@ def test_a_text_ends_before_its_first_stop_text(made):
     for text, cut in zip(whole, write(made, TEXTS[:3], until=stops, max_gen_toks=20), strict=True):
         assert cut == min((text.partition(stop)[0] for stop in stops if stop), key=len)
     assert write(made, TEXTS[:3], max_gen_toks=20, until="nowhere") == whole
+
+
+@only_one
+def test_a_token_that_ends_a_turn_ends_a_text(made):
+    with adapter(made) as lm:
+        known = {"vocab_size": lm._tokenizer.vocab_size, "end_of_text": lm._tokenizer.eot}
+        greedy = Sample("", 1, 12, 0.0, None, None, 1.0, None)
+        prompt = lm._tokenizer.encode("the cat")
+        [text] = decode.generate(lm._config.model, made.params, [prompt], greedy, seed=0, **known)
+        ids = text.ids
+        end = next(i for i in ids if i != ids[0])
+        lm._tokenizer = dataclasses.replace(lm._tokenizer, stops=frozenset({end}))
+        request = Instance("generate_until", {}, ("the cat", {"max_gen_toks": 12}), 0)
+        wanted = lm._tokenizer.decode(ids[: ids.index(end)])
+        assert lm.generate_until([request]) == [wanted] != [""]
 
 
 @only_one
