@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -324,6 +325,17 @@ def test_settings_that_are_not_ours_are_refused(made):
 def test_figures_that_are_no_numbers_are_none():
     found = {"results": {"a": {"alias": "a", "acc,none": 0.5, "x,none": math.nan}}}
     assert harness.figures(found) == {"a": {"alias": "a", "acc,none": 0.5, "x,none": None}}
+
+
+@only_one
+def test_the_command_prints_the_harness_s_table(made, local, monkeypatch, capsys):
+    quick = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", quick)
+    words = ["tasks", f"--workdir={made.folder}", f"--harness_path={local}", "--limit=2"]
+    context = f"--config.model.context={CONTEXT}"
+    assert main([*words, context, "--harness", "local_choices"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("|") and re.search(r"\|local_choices\|.*\|acc +\|", out)
 
 
 def test_an_unknown_task_is_one_line(made, local, monkeypatch, capsys):
