@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
     e.max_tokens = placeholder(int)  # score only so many tokens; None: all
 
     c.sample = s = ConfigDict()
-    s.prompt = "KING. "
+    s.prompt = "KING.\n"
     s.batch_size = 1  # texts from the same prompt
     s.max_new_tokens = 100
     s.temperature = 0.8  # 0: greedy

@@ -585,7 +585,7 @@ describes local ones.
 Samples from a run's latest checkpoint, seeded; sample.* sets temperature (0 is greedy), top_k,
 top_p, repetition_penalty, max_new_tokens, batch_size and stop.
 
-  generate --workdir=runs/mine --prompt="KING. " --config.sample.temperature=0.7
+  generate --workdir=runs/mine --prompt="KING." --config.sample.temperature=0.7
 
 {OVERRIDES}""",
     ),

@@ -189,7 +189,7 @@ def test_a_change_on_resume_is_recorded(tmp_path: Path) -> None:
     open_run(tmp_path, having(mesh__fsdp=4, sample__prompt="A"), PRINTS, 5).close()
     first, second = environment(tmp_path)
     assert first["changed_knobs"] == {}
-    assert second["changed_knobs"] == {"mesh.fsdp": [1, 4], "sample.prompt": ["KING. ", "A"]}
+    assert second["changed_knobs"] == {"mesh.fsdp": [1, 4], "sample.prompt": ["KING.\n", "A"]}
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
 
 
