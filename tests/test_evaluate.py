@@ -289,7 +289,9 @@ def test_the_bytes_are_the_text_s(
 ) -> None:
     tokens = tokenizer.load(name)
     text = write(tmp_path / "text", *DOCUMENTS, tokens=tokens)
-    monkeypatch.setattr(evaluate, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape))
+    monkeypatch.setattr(
+        evaluate, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape)
+    )
     with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
         every = Evaluator(configure(), text, tokens)({})
         less = Evaluator(configure(prefix="none"), text, tokens)({})
