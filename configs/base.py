@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
     c.eval = e = ConfigDict()
     e.context = placeholder(int)  # tokens a window; None: model.context
     e.stride = placeholder(int)  # tokens scored a window; None: eval.context, no overlap
-    e.prefix = "eot"  # before the first token: eot, end-of-text | bos | none: it goes unscored
+    e.prefix = "eot"  # eot (end-of-text before the first token) | bos | none: it goes unscored
     e.documents = placeholder(str)  # joined | apart (see nothing of others); None: as data.packing
     e.batch_size = 16  # windows at once
     e.max_tokens = placeholder(int)  # score only so many tokens; None: all

@@ -12,5 +12,7 @@ from configs import base
 
 def get_config() -> ConfigDict:
     c = base.get_config()
-    c.optim.loss_vocab_chunk = 8384  # a sixth of 50,304: half the time on a CPU, see README
+    c.optim.loss_vocab_chunk = 8384  # a sixth of 50,304: more than twice as fast on two CPU cores
+    c.train.steps = 400
+    c.train.eval_every = c.train.checkpoint_every = 100
     return c

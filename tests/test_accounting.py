@@ -88,7 +88,7 @@ def whole(model: Model, optimizer: str = "adamw", **train) -> Config:
         data=Data(("x",), None, "bytes", "stream", 8),
         mesh=Mesh(None, 1, 1),
         train=Train(100, 2, 10, 10, 10, 2),
-        eval=Eval(None, None, "eot", 8, None),
+        eval=Eval(None, None, "eot", None, 8, None),
         sample=Sample("", 1, 1, 1.0, None, None, 1.0, None),
     )  # fmt: skip
 
