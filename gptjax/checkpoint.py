@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -232,7 +233,8 @@ class Checkpoints:
         told = re.search(r"([^:]+) \[os_error_code", str(error))
         if told is None and not isinstance(error, OSError):
             return error
-        reason = told[1].strip() if told else str(error)
+        _quieten()
+        reason = told[1].strip() if told else error.strerror or str(error)  # type: ignore[attr-defined]
         return UserError(
             f"could not write the checkpoint of step {step} to {self._folder}: {reason}. Free some "
             f"space or repair the disk, then start the run again: it resumes from "
@@ -269,6 +271,19 @@ class Checkpoints:
             f"checkpoint {self._final(step)} is damaged: {damage}. "
             f"Delete that folder to go back to {back}"
         )
+
+
+def _quieten() -> None:
+    """No traceback for each write that is still under way when a failed save has given up.
+
+    Tensorstore's threads report to the event loop of the save, find it closed, and print that.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def _orbax() -> ocp.AsyncCheckpointer:

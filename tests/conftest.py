@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports jax, which reads these once; subprocesses of tests inherit them.
+# Before jax starts, which reads these once; subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -27,3 +27,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Compiled programs hold memory maps, of which a process may have 65,530: LLVM then aborts."""
+    yield
+    import jax
+
+    jax.clear_caches()
