@@ -125,6 +125,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._remove_incomplete()
                 self._partial(step).mkdir(parents=True)
+            _quieten()
             orbax = _orbax()
             orbax.save(self._partial(step) / STATE, args=ocp.args.PyTreeSave(arrays))
         except Exception as error:
@@ -233,7 +234,6 @@ class Checkpoints:
         told = re.search(r"([^:]+) \[os_error_code", str(error))
         if told is None and not isinstance(error, OSError):
             return error
-        _quieten()
         reason = told[1].strip() if told else error.strerror or str(error)  # type: ignore[attr-defined]
         return UserError(
             f"could not write the checkpoint of step {step} to {self._folder}: {reason}. Free some "
@@ -274,16 +274,22 @@ class Checkpoints:
 
 
 def _quieten() -> None:
-    """No traceback for each write that is still under way when a failed save has given up.
+    """No traceback for each write that is still under way when a save gives up.
 
-    Tensorstore's threads report to the event loop of the save, find it closed, and print that.
+    Tensorstore's threads report to the event loop of the save, find it closed, and print that,
+    before the failure reaches anyone here.
     """
+    before = sys.unraisablehook
+    if before.__name__ == "quiet":
+        return
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            sys.__excepthook__(kind, error, trace)
+    def quiet(raised: Any) -> None:
+        if not (
+            raised.exc_type is RuntimeError and str(raised.exc_value) == "Event loop is closed"
+        ):
+            before(raised)
 
-    sys.excepthook = hook
+    sys.unraisablehook = quiet
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
