@@ -280,7 +280,7 @@ def _quieten() -> None:
     before the failure reaches anyone here.
     """
     before = sys.unraisablehook
-    if before.__name__ == "quiet":
+    if getattr(before, "__name__", "") == "quiet":  # a hook may be any callable
         return
 
     def quiet(raised: Any) -> None:
