@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"layers", "data"},
     {"model"},
     {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},
-    {"loop", "speak", "trained", "interop", "audit", "tasks"},
+    {"loop", "ensemble", "speak", "trained", "replay", "interop", "audit", "tasks"},
     {"cli", "study", "plan", "cluster"},
 ]
 

@@ -1,0 +1,1 @@
+"""Ablations: what is asked, what is run, and what may be concluded."""
