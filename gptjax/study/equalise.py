@@ -1,0 +1,106 @@
+"""What the arms of a study have in common: each one's length or width is solved for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+from gptjax import accounting
+from gptjax.config import Config, ConfigError, Model, choose
+
+TOLERANCE = 0.01  # a budget further from the baseline's than this share is refused
+
+
+def tokens(config: Config) -> float:
+    """Tokens that a run trains on."""
+    return float(config.train.steps * config.data.batch_size * config.model.context)
+
+
+def flops(config: Config) -> float:
+    """FLOPs of a run, causal, by `accounting.train_flops_per_token`."""
+    return tokens(config) * accounting.train_flops_per_token(config.model, causal=True)
+
+
+def parameters(config: Config) -> float:
+    return float(accounting.parameters(config.model)["total"])
+
+
+def _length(config: Config, cost: Callable[[Config], float], target: float) -> Config:
+    """`config` with the number of steps that costs nearest to `target`."""
+    steps = max(1, round(target / cost(config) * config.train.steps))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def _width(config: Config, target: float, fixed: Collection[str]) -> Config:
+    """`config` with about `target` parameters: the nearest width, then a feed-forward to match.
+
+    The width moves in multiples of 2 x heads, so that heads stay whole and, for RoPE, even;
+    the feed-forward's width then makes up what is left, to a fraction of a percent.
+    """
+    m = config.model
+
+    def miss(model: Model) -> float:
+        return accounting.parameters(model)["total"] - target
+
+    if "model.width" not in fixed and m.head_dim is None:
+        unit = 2 * m.heads
+        widths = [m.width, *range(unit, 4 * m.width + 1, unit)]
+        m = min((dataclasses.replace(m, width=w) for w in widths), key=lambda m: abs(miss(m)))
+    if "model.ff_dim" not in fixed and miss(m):
+        a_unit = miss(dataclasses.replace(m, ff_dim=m.F + 1)) - miss(m)
+        m = dataclasses.replace(m, ff_dim=max(1, m.F - round(miss(m) / a_unit)))
+    return dataclasses.replace(config, model=m)
+
+
+def _equal_tokens(config: Config, base: Config, fixed: Collection[str]) -> Config:
+    return _length(config, tokens, tokens(base))
+
+
+def _equal_flops(config: Config, base: Config, fixed: Collection[str]) -> Config:
+    return _length(config, flops, flops(base))
+
+
+def _equal_parameters(config: Config, base: Config, fixed: Collection[str]) -> Config:
+    return _width(config, parameters(base), fixed)
+
+
+# What is held equal -> (its measure, how an arm is brought to the baseline's).
+EQUAL: dict[str, tuple[Callable[[Config], float], Callable[..., Config]]] = {
+    "tokens": (tokens, _equal_tokens),
+    "flops": (flops, _equal_flops),
+    "parameters": (parameters, _equal_parameters),
+}
+
+
+def equalise(
+    config: Config, base: Config, equal: str, fixed: Collection[str]
+) -> tuple[Config, dict[str, Any]]:
+    """An arm's config with the base's budget, and the knobs that were solved for.
+
+    Args:
+        config: the arm's.
+        base: the baseline's.
+        equal: a row of EQUAL. With "parameters" the arm trains as many steps as it says.
+        fixed: knobs that the arm sets, which are not solved for.
+
+    Raises:
+        ConfigError: where the budget cannot be met to 1%, or the arm sets what would be solved.
+    """
+    measure, solve = choose(EQUAL, equal, "equal")
+    if equal in ("tokens", "flops") and "train.steps" in fixed:
+        raise ConfigError(f"it sets train.steps, which equal={equal!r} solves for: leave it out")
+    found = solve(config, base, fixed)
+    target, got = measure(base), measure(found)
+    if abs(got - target) > TOLERANCE * target:
+        raise ConfigError(
+            f"{equal} cannot be made equal: {got:,.0f} is the nearest to the baseline's "
+            f"{target:,.0f}; change the arm, or hold something else equal: {', '.join(EQUAL)}"
+        )
+    before, after = config.model, found.model
+    solved = {
+        "model.width": (before.width, after.width),
+        "model.ff_dim": (before.ff_dim, after.ff_dim),
+        "train.steps": (config.train.steps, found.train.steps),
+    }
+    return found, {knob: new for knob, (old, new) in solved.items() if new != old}

@@ -1,0 +1,263 @@
+"""A study: what is asked, which runs answer it, and what is decided before any of them.
+
+A file in `experiments/` says it all:
+
+    STUDY = Study(
+        hypothesis="Rotary positions beat learned ones at equal tokens.",
+        base="configs/ablation.py",
+        arms={"rope": {"model.position": "rope"}, "none": {"model.position": "none"}},
+    )
+
+The baseline is the base itself. A study becomes cells, one for each scale, arm and seed. A
+cell's config decides its folder, so cells are shared by all studies and none runs twice. Arms
+with the same seed see the same batches in the same order, and begin with the same values in
+every parameter that they share: they differ by what the arm states, and are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax import configure
+from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
+from gptjax.study.equalise import EQUAL, equalise
+
+# Fields of metrics.jsonl that may decide, with their unit. Both are means over all held-out
+# tokens at the last step; across tokenizers only the second compares.
+METRICS = {"val_loss": "nats/token", "val_bits_per_byte": "bits/byte"}
+TUNING = 1000  # tuning runs have seeds of their own from here on, so that choosing biases nothing
+
+Settings = Mapping[str, Any]  # {"model.position": "rope"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A claim and the runs that test it.
+
+    Attributes:
+        hypothesis: what is expected, in a sentence.
+        base: the recipe, FILE[:ARG].
+        arms: name -> what differs from the base. To compare runs of the same recipe (A/A), an
+            arm may set another "seed".
+        baseline: the base's name in tables.
+        settings: what all arms set, the baseline too.
+        seeds: runs of each arm, with seeds base.seed, base.seed + 1, ...; no winner under 3.
+        metric: a row of METRICS, lower is better.
+        equal: a row of EQUAL: what each arm's length or width is solved for.
+        smallest: the smallest difference that matters, in the metric's unit.
+        tune: optim.* knob -> values; each arm, the baseline too, runs at the values that do best
+            for it in `tuning_seeds` runs made before, with other seeds.
+        tuning_seeds: see `tune`.
+        scales: name -> what all arms set at that scale, smallest first.
+        overrides: words of the command line, "--config.train.steps=50", for all arms.
+        name: for the report's folder.
+    """
+
+    hypothesis: str
+    base: str
+    arms: Mapping[str, Settings]
+    baseline: str = "base"
+    settings: Settings = dataclasses.field(default_factory=dict)
+    seeds: int = 5
+    metric: str = "val_loss"
+    equal: str = "tokens"
+    smallest: float = 0.01
+    tune: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    tuning_seeds: int = 1
+    scales: Mapping[str, Settings] = dataclasses.field(default_factory=lambda: {"": {}})
+    overrides: tuple[str, ...] = ()
+    name: str = "study"
+
+    def __post_init__(self) -> None:
+        choose(METRICS, self.metric, "metric")
+        choose(EQUAL, self.equal, "equal")
+        for field in ("seeds", "tuning_seeds", "smallest"):
+            if getattr(self, field) <= 0:
+                raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}")
+        if self.baseline in self.arms:
+            raise ConfigError(f"{self.baseline!r} is the baseline: name the arm otherwise")
+        if other := [knob for knob in self.tune if not knob.startswith("optim.")]:
+            raise ConfigError(f"tune: {other[0]} is no optim.* knob, and could change the budget")
+        if not self.scales:
+            raise ConfigError("scales is empty: leave it out, or name one")
+
+    @property
+    def unit(self) -> str:
+        return METRICS[self.metric]
+
+    @property
+    def all_arms(self) -> dict[str, Settings]:
+        """The baseline, which sets nothing, and then the arms."""
+        return {self.baseline: {}, **self.arms}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        scale, arm: names.
+        seed: 0-based among the arm's runs; equal seeds are a pair.
+        config: resolved, budgets held equal.
+        solved: knob -> value that `equalise` found.
+    """
+
+    scale: str
+    arm: str
+    seed: int
+    config: Config
+    solved: Settings
+
+    @property
+    def address(self) -> str:
+        """The name of its folder in the store of cells: what it is decides where it is."""
+        return fingerprint(self.config)[:16]
+
+    @property
+    def label(self) -> str:
+        return f"{self.scale + ', ' if self.scale else ''}{self.arm}, seed {self.config.seed}"
+
+
+# (scale, arm) -> the values that tuning chose.
+Tuned = Mapping[tuple[str, str], Settings]
+
+
+def load(path: Path) -> Study:
+    """The STUDY of a file, named after it.
+
+    Raises:
+        UserError: if there is no such file, it fails, or holds no Study.
+    """
+    if not path.is_file():
+        raise UserError(f"no study {path}: name a file such as experiments/positions.py")
+    try:
+        study = runpy.run_path(str(path)).get("STUDY")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # whatever the file's own code raises
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(study, Study):
+        raise UserError(f"{path} must define STUDY = Study(...)")
+    return dataclasses.replace(study, name=path.stem)
+
+
+def of_axes(base: str, axes: Sequence[str]) -> Study:
+    """The study of crossed axes, "model.position=learned,rope": the first values are the base.
+
+    Raises:
+        ConfigError: on an axis without two different values, or one that is no knob.
+    """
+    values: dict[str, list[str]] = {}
+    for axis in axes:
+        knob, equals, words = axis.partition("=")
+        # A comma inside of brackets belongs to a value: model.windows=(None,),(None,64)
+        found = re.findall(r"(?:\([^()]*\)|[^,()])+", words)
+        if not equals or len(found) < 2 or len(set(found)) < len(found):
+            raise ConfigError(
+                f"--axis {axis}: write a knob and two or more different values, such as "
+                "model.position=learned,rope"
+            )
+        if knob in values:
+            raise ConfigError(f"--axis {knob} is given twice")
+        values[knob] = found
+    arms = cross(values)
+    (baseline, settings), *others = arms.items()
+    asked = " or ".join(f"{knob} in ({', '.join(v)})" for knob, v in values.items())
+    return Study(
+        hypothesis=f"Exploratory: does {asked} matter?",
+        base=base,
+        arms=dict(others),
+        baseline=baseline,
+        settings=settings,
+        name="-".join(knob.rpartition(".")[2] for knob in values),
+    )
+
+
+def cross(axes: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
+    """Every combination of the axes' values, named "position=rope, peak_lr=1e-3"."""
+    arms: dict[str, Settings] = {}
+    for combination in itertools.product(*axes.values()):
+        settings = dict(zip(axes, combination, strict=True))
+        name = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in settings.items())
+        arms[name] = settings
+    return arms
+
+
+def cells(study: Study, tuned: Tuned) -> list[Cell]:
+    """The runs that decide; with `study.tune`, those of the arms that are in `tuned`.
+
+    Raises:
+        ConfigError: on a setting that is no knob, an arm equal to another, or budgets that
+            cannot be made equal.
+    """
+    found = []
+    for scale in study.scales:
+        configs = _resolve(study, scale)
+        for arm, (config, solved) in configs.items():
+            if not study.tune:
+                found += _seeds(study, scale, arm, config, solved, study.seeds, 0)
+            elif (scale, arm) in tuned:
+                chosen = tuned[scale, arm]
+                at_best = configure.override(config, _words(chosen))
+                found += _seeds(study, scale, arm, at_best, {**solved, **chosen}, study.seeds, 0)
+    return found
+
+
+def tuning_cells(study: Study) -> list[tuple[Cell, Settings]]:
+    """The runs that choose each arm's values of `study.tune`, and those values."""
+    found = []
+    for scale in study.scales if study.tune else ():
+        for arm, (config, solved) in _resolve(study, scale).items():
+            for values in cross(study.tune).values():
+                here = configure.override(config, _words(values))
+                runs = _seeds(study, scale, arm, here, solved, study.tuning_seeds, TUNING)
+                found += [(cell, values) for cell in runs]
+    return found
+
+
+def _seeds(
+    study: Study, scale: str, arm: str, config: Config, solved: Settings, count: int, offset: int
+) -> list[Cell]:
+    return [
+        Cell(scale, arm, i, dataclasses.replace(config, seed=config.seed + offset + i), solved)
+        for i in range(count)
+    ]
+
+
+def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
+    """Each arm's config at the base's seed, its budget equal to the baseline's."""
+    shared = [*_words(study.settings), *_words(study.scales[scale]), *study.overrides]
+    base = configure.from_file(study.base, shared)
+    # Refused here, before hours of runs: a tuned knob that is none, a value of another type.
+    for values in cross(study.tune).values() if study.tune else ():
+        configure.override(base, _words(values))
+    configs: dict[str, tuple[Config, Settings]] = {}
+    for arm, settings in study.all_arms.items():
+        try:
+            config, solved = equalise(
+                configure.override(base, _words(settings)), base, study.equal, settings
+            )
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm!r}: {error}") from error
+        for other, (known, _) in configs.items():
+            if known == config:
+                raise ConfigError(
+                    f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
+                )
+        if study.metric == "val_loss" and config.data.tokenizer != base.data.tokenizer:
+            raise ConfigError(
+                f"arm {arm!r} has another tokenizer, so nats per token do not compare: "
+                "set metric='val_bits_per_byte'"
+            )
+        configs[arm] = config, solved
+    return configs
+
+
+def _words(settings: Settings) -> list[str]:
+    return [f"--config.{knob}={value}" for knob, value in settings.items()]
