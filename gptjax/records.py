@@ -1,7 +1,8 @@
 """What a run leaves behind, so that its numbers can be audited and its start repeated.
 
     WORKDIR/config.json         the resolved config
-    WORKDIR/environment.json    one record per start: versions, devices, git revision, fingerprints
+    WORKDIR/environment.json    one record per start: versions, devices, mesh, git revision, and
+                                fingerprints of the config's bytes, the data and the code
     WORKDIR/git.diff            the changes not in that revision; git.1.diff at the second start ...
     WORKDIR/metrics.jsonl       one object a line: {"step": 10, "loss": 4.2}
     WORKDIR/tensorboard/        the same numbers as curves
@@ -15,6 +16,8 @@ that of a run which was never interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -48,7 +51,21 @@ MAY_CHANGE = (
     *("sample",),
 )
 
+# What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
+# run records by itself (its config). Every other source file counts, so a new one does.
+NOT_COMPUTING = (
+    *("audit", "cluster", "commands", "plan", "study"),
+    *("interop/chat.py", "interop/harness.py"),
+    *("accounting.py", "cli.py", "configure.py", "decode.py", "progress.py", "records.py"),
+    *("replay.py", "speak.py", "tasks.py", "trained.py"),
+)
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Settings of jax, by its environment variables too, that change how a program rounds or draws.
+JAX_SETTINGS = (
+    *("jax_default_matmul_precision", "jax_default_prng_impl", "jax_disable_most_optimizations"),
+    *("jax_enable_x64", "jax_threefry_partitionable"),
+)
 FLUSH_SECONDS = 10  # TensorBoard's file is synced to the disk this often; metrics.jsonl needs not
 logger = logging.getLogger(__name__)
 
@@ -134,14 +151,17 @@ def open_run(
     if jax.process_index() == 0:
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / CONFIG, json.dumps(config, indent=1).encode())
+            content = json.dumps(config, indent=1).encode()
+            _replace(folder / CONFIG, content)
             record = {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "resume_step": resume_step,
                 "changed_knobs": changed,
+                "config_sha256": hashlib.sha256(content).hexdigest(),
+                "code": code_fingerprint(),
                 "fingerprints": dict(fingerprints),
                 "git": _git_state(folder, len(history)),
-            } | _environment()
+            } | environment()
             _replace(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
             _keep_up_to(folder / METRICS, -1 if resume_step is None else resume_step)
     with _disk(folder):
@@ -192,18 +212,55 @@ def _same_data(folder: Path, history: list[Any], fingerprints: Mapping[str, str]
         )
 
 
-def _environment() -> dict[str, Any]:
+@functools.cache
+def code_fingerprint() -> str:
+    """A sha256 over the package's source files that can change what a run computes.
+
+    Computed once: a process goes on with the code that it began with, whatever is edited since.
+    """
+    return _code_sha256(Path(gptjax.__file__).parent)
+
+
+def _code_sha256(package: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(f for f in package.rglob("*.py") if f.is_file()):
+        path = file.relative_to(package)
+        names = {path.as_posix(), *(parent.as_posix() for parent in path.parents)}
+        if names.isdisjoint(NOT_COMPUTING):
+            content = file.read_bytes()
+            digest.update(f"{path.as_posix()}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What a start runs on: versions, machine, devices, the current mesh, settings of XLA."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
         "versions": {"gptjax": gptjax.__version__}
         | {p: importlib.metadata.version(p) for p in PACKAGES},
         "platform": platform.platform(),
+        "cpu": _cpu(),
         "backend": jax.default_backend(),
         "devices": dict(Counter(device.device_kind for device in jax.devices())),
+        "mesh": dict(jax.sharding.get_mesh().shape),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "jax_settings": {name: str(jax.config.values[name]) for name in JAX_SETTINGS},
     }
+
+
+def _cpu() -> str:
+    """Model and cores that this process may use: XLA compiles for the one, splits over the other.
+
+    "" where /proc does not tell.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+        return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    except (OSError, StopIteration):
+        return ""
 
 
 def _git(*arguments: str) -> bytes | None:

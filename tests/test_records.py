@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -25,6 +26,7 @@ from configs.base import get_config
 from gptjax import config, records
 from gptjax.config import UserError
 from gptjax.records import open_run, read_metrics
+from tests.test_floors import imports, modules
 
 REPO = Path(__file__).parents[1]
 CONFIG = config.to_dict(config.from_dict(get_config().to_dict()))
@@ -371,3 +373,63 @@ def test_sigkill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "tensorboard")
     open_run(tmp_path, CONFIG, {}, resume).close()
     assert len(read_metrics(tmp_path)) == resume
+
+
+def test_the_record_tells_the_config_s_bytes_the_code_and_the_mesh(tmp_path: Path) -> None:
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "tensor"))):
+        open_run(tmp_path, CONFIG, PRINTS, None).close()
+    open_run(tmp_path, having(mesh__fsdp=2), PRINTS, 5).close()
+    first, second = environment(tmp_path)
+    written = hashlib.sha256((tmp_path / "config.json").read_bytes()).hexdigest()
+    assert second["config_sha256"] == written != first["config_sha256"]
+    assert first["code"] == second["code"] == records.code_fingerprint()
+    assert (first["mesh"], second["mesh"]) == ({"data": 2, "tensor": 4}, {})
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package's source."""
+    source = Path(gptjax.__file__).parent
+    return Path(
+        shutil.copytree(source, tmp_path / "gptjax", ignore=shutil.ignore_patterns("*.txt"))
+    )
+
+
+@pytest.mark.parametrize("file", ["model.py", "layers/attention.py", "interop/hf.py", "new.py"])
+def test_code_that_computes_counts(package: Path, file: str) -> None:
+    before = records._code_sha256(package)
+    assert before == records.code_fingerprint()
+    with (package / file).open("a") as stream:
+        stream.write("#\n")
+    assert records._code_sha256(package) != before
+
+
+def test_moving_code_between_files_counts(package: Path) -> None:
+    before = records._code_sha256(package)
+    (package / "model.py").rename(package / "models.py")
+    assert records._code_sha256(package) != before
+
+
+@pytest.mark.parametrize("name", records.NOT_COMPUTING)
+def test_code_that_looks_on_or_serves_does_not_count(package: Path, name: str) -> None:
+    before = records._code_sha256(package)
+    for file in [package / name] if name.endswith(".py") else (package / name).rglob("*.py"):
+        file.write_text("#\n")
+    (package / "__pycache__").mkdir(exist_ok=True)
+    (package / "__pycache__" / "model.pyc").write_bytes(b"")
+    assert records._code_sha256(package) == before
+
+
+def test_no_code_that_computes_imports_code_that_does_not_count() -> None:
+    """But for these, of which the loop and the ensembles only show, name and write down."""
+    shown = {"accounting", "progress", "records"}
+    idle = {name.removesuffix(".py").replace("/", ".") for name in records.NOT_COMPUTING}
+    files = modules(REPO)
+    for module, file in files.items():
+        name = module.removeprefix("gptjax").removeprefix(".")
+        if name not in idle and name.partition(".")[0] not in idle:
+            for target in imports(module, file.read_text(), set(files)):
+                used = target.removeprefix("gptjax").removeprefix(".")
+                assert used in shown or {used, used.partition(".")[0]}.isdisjoint(idle), (
+                    f"{module} imports {target}: take {used} out of records.NOT_COMPUTING"
+                )
