@@ -105,6 +105,7 @@ class Evaluator:
     Attributes:
         convention: what the score depends on besides model and text.
         tokens: how many are scored.
+        fingerprint: the store's.
         document_ends: int64, one past each document's last scored token; the last of them is
             `tokens`, even where `eval.max_tokens` cuts a document.
 
@@ -129,6 +130,7 @@ class Evaluator:
             _within_positions(context, config.model)
         self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
         self._store, self._tokenizer = store, tokenizer
+        self.fingerprint = store.fingerprint
         self._prefix = choose(PREFIX, e.prefix, "eval.prefix")(tokenizer)
         if e.prefix == "bos" and self._prefix is None:
             raise ConfigError(

@@ -52,9 +52,10 @@ class Setup:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the tokenizer and each source: what the config only names."""
+        """Of the tokenizer and both splits of each source: what the config only names."""
         data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
-        return {"tokenizer": self.tokenizer.fingerprint} | data
+        held_out = {f"held_out.{name}": e.fingerprint for name, e in self.evaluators.items()}
+        return {"tokenizer": self.tokenizer.fingerprint} | data | held_out
 
 
 class Start(NamedTuple):

@@ -149,7 +149,7 @@ def test_meta_holds_config_and_data(store: Path, whole: Path) -> None:
     meta = Checkpoints(whole / loop.CHECKPOINTS).meta(20)
     assert meta["config"] == json.loads((whole / "config.json").read_text())
     assert meta["step"] == 20
-    assert set(meta["fingerprints"]) == {"tokenizer", f"data.{store}"}
+    assert set(meta["fingerprints"]) == {"tokenizer", f"data.{store}", f"held_out.{store}"}
 
 
 def test_every_step_reads_its_own_batch(store: Path, whole: Path) -> None:
