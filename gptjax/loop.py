@@ -152,9 +152,11 @@ def _run(
     meta: Mapping[str, Any],
 ) -> model.Params:
     config, t = setup.config, setup.config.train
-    train_step = state.make_train_step(config)
     with Stop() as stop, Progress("training", t.steps, start) as progress:
-        meter = _Meter(config, run, progress)
+        train_step, cost = compile_step(
+            state.make_train_step(config), train_state, load(setup, start)
+        )
+        meter = _Meter(config, run, progress, cost)
         for done in range(start + 1, t.steps + 1):
             train_state, metrics = train_step(train_state, load(setup, done - 1))
             meter.add(done, metrics)
@@ -177,6 +179,29 @@ def _run(
                 say(f"stopped at step {done}, saved: run the same command to go on")
                 raise Stopped
     return state.evaluation_params(train_state)
+
+
+def compile_step(
+    train_step: Any, train_state: state.TrainState, batch: state.Batch
+) -> tuple[Callable[[state.TrainState, state.Batch], Any], dict[str, float]]:
+    """A jitted step compiled for arguments like these, and what that cost.
+
+    The compiled step refuses arguments of another shape or sharding, where the jitted one would
+    silently compile again. The cost is compile_seconds, tracing included, and program_bytes of a
+    device: arguments, outputs and temporaries, what is donated counted once; absent where the
+    backend does not tell.
+    """
+    begin = time.perf_counter()
+    compiled = train_step.lower(train_state, batch).compile()
+    cost = {"compile_seconds": time.perf_counter() - begin}
+    if (memory := compiled.memory_analysis()) is not None:
+        cost["program_bytes"] = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+    return compiled, cost
 
 
 def load(setup: Setup, step: int) -> state.Batch:
@@ -240,11 +265,15 @@ def describe(config: Config) -> str:
 class _Meter:
     """Turns the metrics of each step, one step late, into records and what the bar shows.
 
-    Rates count the time of training alone: not compilation, evaluation or saving.
+    Rates count the time of training alone: not compilation, evaluation or saving. The first
+    record of a start holds `cost` as well.
     """
 
-    def __init__(self, config: Config, run: Run, progress: Progress) -> None:
+    def __init__(
+        self, config: Config, run: Run, progress: Progress, cost: dict[str, float]
+    ) -> None:
         self._config, self._run, self._progress = config, run, progress
+        self._cost = cost
         self._pending: tuple[int, state.Metrics] | None = None
         self._skipped = 0
         devices = jax.sharding.get_mesh().devices
@@ -276,7 +305,8 @@ class _Meter:
         self._skipped = self._skipped + 1 if values["skipped"] else 0
         speed = self._speed()
         if step % t.log_every == 0 or step in (1, t.steps) or self._skipped:
-            self._run.log(step, values | speed)
+            self._run.log(step, values | speed | self._cost)
+            self._cost = {}
             self._progress.line(f"step {step:>{len(str(t.steps))}}  {readable(values | speed)}")
         self._progress.status(readable(values | speed))
         self._progress.advance(1)
@@ -289,7 +319,7 @@ class _Meter:
     def _measure(self) -> None:
         now = time.perf_counter()
         if self._since is None:
-            self._since = now  # the first step of an interval may have compiled
+            self._since = now  # the interval begins where its first step ends
             return
         self._steps += 1
         self._rate = self._steps / (now - self._since)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import loop, state
+from gptjax import accounting, loop, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError, Mesh, UserError
 from gptjax.records import read_metrics
@@ -27,7 +27,8 @@ from tests import tiny
 
 REPO = Path(__file__).parents[1]
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
-CLOCK = ("tokens_per_second", "mfu")  # the only records that tell one machine's day from another
+# The only records that tell one machine's day, or one start from another.
+CLOCK = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,16 @@ def test_sigterm_saves_and_exits_with_a_code_of_its_own(
     assert "resumed at step 8" in resumed.stderr
     assert bits(final_state(store, tmp_path, **KEEPS)) == bits(final_state(store, whole, **KEEPS))
     assert timeless(tmp_path) == timeless(whole)
+    # The first record of each start tells what compiling cost. The program holds at least the
+    # parameters, AdamW's two moments and the average, of 4 bytes each.
+    costs = {
+        line["step"]: (line["compile_seconds"], line["program_bytes"])
+        for line in read_metrics(tmp_path)
+        if "compile_seconds" in line
+    }
+    assert costs.keys() == {1, 9}
+    least = 4 * 4 * accounting.parameters(tiny.config(store).model)["total"]
+    assert all(seconds > 0 and least < size < 20 * least for seconds, size in costs.values())
 
 
 def test_sigterm_in_the_last_step_finishes_the_run(store: Path, tmp_path: Path) -> None:
@@ -307,12 +318,13 @@ def test_a_vocabulary_larger_than_the_models_is_refused(store: Path, tmp_path: P
 def test_nothing_is_compiled_twice_and_nothing_moves_unasked(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The step is traced once; what crosses between host and device does so by request."""
+    """The step is compiled once; what crosses between host and device does so by request."""
     config = tiny.config(store, train__eval_every=3, train__checkpoint_every=4)
-    traced = []
-    make = state.make_train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "make_train_step", lambda c: traced.append(make(c)) or traced[-1])
-        with jax.set_mesh(make_mesh(config.mesh)), jax.transfer_guard_device_to_host("disallow"):
-            loop.train(config, tmp_path)
-    assert traced[0]._cache_size() == 1
+    with (
+        jax.set_mesh(make_mesh(config.mesh)),
+        jax.transfer_guard_device_to_host("disallow"),
+        jax.log_compiles(),
+    ):
+        loop.train(config, tmp_path)
+    compiled = [r.getMessage().split()[1] for r in caplog.records if "Compiling" in r.getMessage()]
+    assert compiled.count("jit(step)") == 1, compiled
