@@ -107,11 +107,14 @@ def set_up(config: Config) -> Setup:
     return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
 
 
-def train(config: Config, workdir: Path, begin: Start | None = None) -> model.Params | None:
+def train(
+    config: Config, workdir: Path, begin: Start | None = None, until: int | None = None
+) -> model.Params | None:
     """Trains to `train.steps`, from the latest checkpoint in `workdir` where there is one.
 
     A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`). A new run begins with the
-    parameters of `begin`, or with those that the seed gives.
+    parameters of `begin`, or with those that the seed gives. An earlier step to end at, `until`,
+    changes nothing before it, and saves nothing by itself.
 
     Returns:
         The parameters to evaluate and generate with; None where the run was done before.
@@ -140,13 +143,15 @@ def train(config: Config, workdir: Path, begin: Start | None = None) -> model.Pa
         where = "new run" if step is None else f"resumed at step {step}"
         say(f"{workdir}: {where}, {describe(config)}")
         meta = {"config": record, "fingerprints": fingerprints}
-        return _run(setup, train_state, step or 0, run, checkpoints, meta)
+        until = config.train.steps if until is None else until
+        return _run(setup, train_state, step or 0, until, run, checkpoints, meta)
 
 
 def _run(
     setup: Setup,
     train_state: state.TrainState,
     start: int,
+    until: int,
     run: Run,
     checkpoints: Checkpoints,
     meta: Mapping[str, Any],
@@ -157,7 +162,7 @@ def _run(
             state.make_train_step(config), train_state, load(setup, start)
         )
         meter = _Meter(config, run, progress, cost)
-        for done in range(start + 1, t.steps + 1):
+        for done in range(start + 1, until + 1):
             train_state, metrics = train_step(train_state, load(setup, done - 1))
             meter.add(done, metrics)
             last, stopping = done == t.steps, stop.requested(done)
@@ -178,6 +183,7 @@ def _run(
             if stopping and not last:
                 say(f"stopped at step {done}, saved: run the same command to go on")
                 raise Stopped
+        meter.catch_up()
     return state.evaluation_params(train_state)
 
 

@@ -218,7 +218,9 @@ def test_a_truncated_or_missing_file_is_noticed(store, name):
 def test_an_altered_manifest_is_noticed(store):
     path = store / "train" / "manifest.json"
     good = path.read_text()
-    for bad in (good.replace("256", "999", 1), good[:-5], "[]", "{}", good.replace("1", "2", 1)):
+    spelled = (good + "\n", good.replace(" ", "\t", 1))  # the same manifest in other bytes
+    values = (good.replace("256", "999", 1), good.replace("1", "2", 1))
+    for bad in (*values, *spelled, good[:-5], "[]", "{}"):
         assert bad != good
         path.write_text(bad)
         assert "manifest.json is damaged" in refusal(Store.open, store / "train", BYTES)

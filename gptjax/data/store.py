@@ -164,8 +164,7 @@ class StoreWriter:
             "document_ends_sha256": hashlib.sha256(ends).hexdigest(),
             **provenance,
         }
-        signed = manifest | {"fingerprint": fingerprint(manifest)}
-        (self.folder / MANIFEST).write_text(json.dumps(signed, indent=1))
+        (self.folder / MANIFEST).write_bytes(_signed(manifest))
 
     def _append(self, ids: np.ndarray) -> None:
         self._held.append(ids.astype(self.dtype))
@@ -188,14 +187,21 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def _signed(manifest: dict[str, Any]) -> bytes:
+    """The file: the manifest and its fingerprint."""
+    return json.dumps(manifest | {"fingerprint": fingerprint(manifest)}, indent=1).encode()
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no token store: it has no {MANIFEST}; make one with `data`")
     try:
-        manifest = json.loads(path.read_text())
-        written = manifest.pop("fingerprint")
-        if manifest["format"] == FORMAT and written == fingerprint(manifest):
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        del manifest["fingerprint"]
+        # Byte for byte: not even its spelling changes unnoticed.
+        if manifest["format"] == FORMAT and content == _signed(manifest):
             return manifest
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # not what `StoreWriter.close` wrote
