@@ -57,6 +57,14 @@ def get_config() -> ConfigDict:
     m.tied = True  # the output projection is the token table
     m.dropout = 0.0  # on embeddings and on each residual branch's output
     m.init = "gpt2"  # gpt2 | fan_in | zero_out
+    m.init_scale = 1.0  # factor on the standard deviation of every initial value that is drawn
+    # What is tuned at a base shape serves at any width, under mup_depth at any depth too: scale
+    # and rate of the matrices, scores and logits change with width / base, so that peak_lr and
+    # init are those of the base. F and heads x H must grow with the width; not for Muon, Adafactor.
+    m.parametrisation = "standard"  # standard | mup | mup_depth
+    m.mup_base_width = placeholder(int)  # D of the shape that was tuned; mup needs it
+    m.mup_base_heads = placeholder(int)  # N of that shape; None: as many as heads, so that H grows
+    m.mup_base_layers = placeholder(int)  # L of that shape; mup_depth needs it
     m.attention = "auto"  # auto: by the devices of the mesh | plain | block | cudnn | splash
     m.scan_layers = False  # one compiled block for all layers: compiles faster, runs slower on CPU
     m.remat = "none"  # none | dots | attention | full: memory for recomputation

@@ -96,6 +96,11 @@ class Model:
     tied: bool
     dropout: float
     init: str
+    init_scale: float
+    parametrisation: str
+    mup_base_width: int | None
+    mup_base_heads: int | None
+    mup_base_layers: int | None
     attention: str
     scan_layers: bool
     remat: str
@@ -105,7 +110,8 @@ class Model:
         _positive(self, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
         _positive(self, "head_dim", "ff_dim", "norm_eps")
         _positive(self, "rope_base", "rope_factor", "rope_original_context")
-        _positive(self, "attention_softcap", "logit_softcap")
+        _positive(self, "attention_softcap", "logit_softcap", "init_scale")
+        _positive(self, "mup_base_width", "mup_base_heads", "mup_base_layers")
         _fraction(self, "dropout")
         _require(
             self.head_dim is not None or self.width % self.heads == 0,

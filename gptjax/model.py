@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax import sharding
+from gptjax import parametrisation, sharding
 from gptjax.config import Model, choose
 from gptjax.layers.attention import Attention, Cache, Place
 from gptjax.layers.feedforward import FeedForward
@@ -100,6 +100,8 @@ class Block(nn.Module):
         def add(x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array]) -> jax.Array:
             y = branch(norm(kind.branch_in, f"{name}_norm_in", x))
             y = norm(kind.branch_out, f"{name}_norm_out", y)
+            if (scale := parametrisation.branch_multiplier(c)) != 1:
+                y = scale * y
             x = x + dropout(y, c.dropout, dropout_key, ("attention", "feedforward").index(name))
             return norm(kind.stream, f"{name}_norm_stream", x)
 
@@ -231,7 +233,7 @@ def hidden(
     dropout_key: jax.Array | None = None,
     cache: Params | None = None,
 ) -> tuple[jax.Array, Params | None]:
-    """The residual stream after the last layer and final norm: what is unembedded.
+    """The residual stream after the last layer, final norm and multiplier: what is unembedded.
 
     Args:
         config: the architecture.
@@ -261,6 +263,8 @@ def hidden(
     x_BTD, caches = _blocks(config, params, x_BTD, place, dropout_key, caches)
     if not PLACEMENT[config.norm_placement].stream:
         x_BTD = _apply(Norm(config), params, "final_norm", x_BTD)
+    if (scale := parametrisation.logit_multiplier(config)) != 1:
+        x_BTD = scale * x_BTD  # here, so that no way from the stream to logits can miss it
     if cache is None:
         return x_BTD, None
     return x_BTD, {"layers": caches, "length": cache["length"] + tokens_BT.shape[1]}

@@ -2,11 +2,13 @@
 
 The update of step s (0-based) is
 
-    gradient -> global-norm clip -> direction (OPTIMIZERS) -> + weight_decay * parameter
-             -> * -learning_rate(s)
+    gradient -> global-norm clip -> direction (OPTIMIZERS) -> * multiplier
+             -> + weight_decay * parameter -> * -learning_rate(s)
 
 so weight decay is decoupled and multiplied by the learning rate (Loshchilov & Hutter 2019,
-arXiv:1711.05101, as in PyTorch and optax). Parameters are named by their dims, "LDNH":
+arXiv:1711.05101, as in PyTorch and optax), but not by the multiplier on a parameter's rate that
+muP gives it: a matrix forgets over as many steps at any width, which is what lets the decay
+transfer (Wang & Aitchison 2024, arXiv:2405.13698; Microsoft's `mup` package). Parameters are named by their dims, "LDNH":
 which of them decay, and what is a matrix to Muon, is read off the letters. Parameters are
 stacked over layers, and no row lets one layer's update depend on another's, save through
 the global norm.
@@ -15,8 +17,9 @@ the global norm.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from optax import Schedule  # step, 0-based -> learning rate
 
 from gptjax.config import ConfigError, Optim, choose
+from gptjax.parametrisation import kind
 from gptjax.sharding import parameter_spec
 
 Tree = Any  # nested dict like the parameters
@@ -32,12 +36,12 @@ Tree = Any  # nested dict like the parameters
 
 def is_matrix(dims: str) -> bool:
     """Whether a parameter maps to or from the width: "LDNH" and "VD", not a bias "LNH"."""
-    return "D" in dims and len(dims.removeprefix("L")) > 1
+    return kind(dims) != "vector"
 
 
 def is_inner_matrix(dims: str) -> bool:
     """A matrix that is neither a table of tokens or positions nor the unembedding."""
-    return is_matrix(dims) and not set(dims) & set("VP")
+    return kind(dims) == "matrix"
 
 
 # Which parameters decay, by their dims.
@@ -114,32 +118,47 @@ def make_schedule(config: Optim, steps: int) -> Schedule:
     return rate
 
 
+class Rates(NamedTuple):
+    """How far a step goes.
+
+    Attributes:
+        schedule: the learning rate of each update.
+        multipliers: a factor on that of each parameter, like `dims`; None: all are 1.
+    """
+
+    schedule: Schedule
+    multipliers: Tree | None
+
+
 def _descend(
-    direction: optax.GradientTransformation, config: Optim, rate: Schedule, dims: Tree
+    direction: optax.GradientTransformation, config: Optim, rates: Rates, dims: Tree
 ) -> optax.GradientTransformation:
     mask = jax.tree.map(choose(DECAY_MASKS, config.decay_mask, "optim.decay_mask"), dims)
+    if rates.multipliers is not None:
+        scale = optax.stateless(lambda u, _: jax.tree.map(operator.mul, rates.multipliers, u))
+        direction = optax.chain(direction, scale)
     return optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, mask),
-        optax.scale_by_learning_rate(rate),
+        optax.scale_by_learning_rate(rates.schedule),
     )
 
 
-def adamw(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+def adamw(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019)."""
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    return _descend(direction, config, rate, dims)
+    return _descend(direction, config, rates, dims)
 
 
-def lion(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+def lion(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum.
 
     The authors advise a peak 3 to 10 times below AdamW's, and as much more weight decay.
     """
-    return _descend(optax.scale_by_lion(config.b1, config.b2), config, rate, dims)
+    return _descend(optax.scale_by_lion(config.b1, config.b2), config, rates, dims)
 
 
-def adafactor(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+def adafactor(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments.
 
     No momentum, which would undo the saving, so b1, b2 and eps are unused: the decay of the
@@ -154,10 +173,10 @@ def adafactor(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransf
     per_layer = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
     labels = jax.tree.map(lambda d: "stacked" if d.startswith("L") else "single", dims)
     direction = optax.partition({"stacked": per_layer, "single": one}, labels)
-    return _descend(direction, config, rate, dims)
+    return _descend(direction, config, rates, dims)
 
 
-def muon(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+def muon(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all the rest.
 
     Each layer's query, key and value are orthogonalised as D x (N H) matrices, `out` as
@@ -183,7 +202,7 @@ def muon(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformat
         "muon": optax.chain(orthogonal, optax.stateless(match_rms)),
         "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
     }
-    return _descend(optax.partition(transforms, labels), config, rate, dims)
+    return _descend(optax.partition(transforms, labels), config, rates, dims)
 
 
 def _muon_numbers(dims: str) -> optax.contrib.MuonDimensionNumbers:
@@ -194,7 +213,7 @@ def _muon_numbers(dims: str) -> optax.contrib.MuonDimensionNumbers:
     return optax.contrib.MuonDimensionNumbers(*fans)
 
 
-def schedule_free(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTransformation:
+def schedule_free(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv:2405.15682).
 
     b1 interpolates between the average and the fast iterate; weight decay acts where the
@@ -207,11 +226,11 @@ def schedule_free(config: Optim, rate: Schedule, dims: Tree) -> optax.GradientTr
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
     # Its own count starts at 1; ours at 0.
     return optax.contrib.schedule_free(
-        _descend(direction, config, rate, dims), lambda count: rate(count - 1), config.b1
+        _descend(direction, config, rates, dims), lambda count: rates.schedule(count - 1), config.b1
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Optim, Schedule, Tree], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[Optim, Rates, Tree], optax.GradientTransformation]] = {
     "adamw": adamw,
     "lion": lion,
     "adafactor": adafactor,
@@ -219,8 +238,14 @@ OPTIMIZERS: dict[str, Callable[[Optim, Schedule, Tree], optax.GradientTransforma
     "schedule_free": schedule_free,
 }
 
+# Rows whose update has entries as large as the rate whatever the gradient's size, for which the
+# multipliers of `gptjax.parametrisation` are derived.
+ADAM_LIKE = ("adamw", "lion", "schedule_free")
 
-def make_optimizer(config: Optim, steps: int, dims: Tree) -> optax.GradientTransformation:
+
+def make_optimizer(
+    config: Optim, steps: int, dims: Tree, multipliers: Tree | None = None
+) -> optax.GradientTransformation:
     """The whole update: clip, optimiser, weight decay and learning rate.
 
     Under a mesh, new states and updates have the shardings of `state_specs` and
@@ -230,12 +255,19 @@ def make_optimizer(config: Optim, steps: int, dims: Tree) -> optax.GradientTrans
         config: names the rows.
         steps: length of the run, for the schedule.
         dims: the dims of each parameter, "LDNH", in a tree like the parameters.
+        multipliers: muP's factor on each parameter's rate, in a like tree; None: all are 1.
 
     Raises:
-        ConfigError: on an unknown name or a schedule that does not fit.
+        ConfigError: on an unknown name, a schedule that does not fit, or multipliers for a row
+            that they are not derived for.
     """
     row = choose(OPTIMIZERS, config.optimizer, "optim.optimizer")
-    transformation = row(config, make_schedule(config, steps), dims)
+    if multipliers is not None and config.optimizer not in ADAM_LIKE:
+        raise ConfigError(
+            f"optim.optimizer={config.optimizer!r} does not go with muP, whose rates are derived "
+            f"for: {', '.join(ADAM_LIKE)}; or set model.parametrisation='standard'"
+        )
+    transformation = row(config, Rates(make_schedule(config, steps), multipliers), dims)
     if config.clip is not None:
         transformation = optax.chain(optax.clip_by_global_norm(config.clip), transformation)
     return _placed(transformation, dims)

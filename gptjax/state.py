@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import model, optim
+from gptjax import model, optim, parametrisation
 from gptjax.config import Config
 from gptjax.layers.parameter import Spec
 from gptjax.losses import Sums, cross_entropy
@@ -42,7 +43,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimiser of a run, for the parameters of its model."""
     specs = model.abstract_params(config.model)
     dims = jax.tree.map(lambda s: s.dims, specs, is_leaf=lambda leaf: isinstance(leaf, Spec))
-    return optim.make_optimizer(config.optim, config.train.steps, dims)
+    multipliers = None
+    if parametrisation.scales_rates(config.model):
+        multipliers = jax.tree.map(
+            functools.partial(parametrisation.rate_multiplier, config.model), dims
+        )
+    return optim.make_optimizer(config.optim, config.train.steps, dims, multipliers)
 
 
 def create(config: Config, params: model.Params | None = None) -> TrainState:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A folder stands for all its files.
 FLOORS: list[set[str]] = [
     {"config"},
-    {"sharding", "optim", "losses", "tokenizer", "accounting"},
+    {"sharding", "parametrisation", "optim", "losses", "tokenizer", "accounting"},
     {"layers", "data"},
     {"model"},
     {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},

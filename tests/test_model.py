@@ -32,7 +32,8 @@ MODEL = Model(
     attention_bias="same",
     norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
     windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
-    tied=True, dropout=0.0, init="gpt2", attention="plain", scan_layers=False, remat="none",
+    tied=True, dropout=0.0, init="gpt2", init_scale=1.0, parametrisation="standard",
+    mup_base_width=None, mup_base_heads=None, mup_base_layers=None, attention="plain", scan_layers=False, remat="none",
     dtype="float32",
 )  # fmt: skip
 

@@ -28,7 +28,8 @@ COMMON: dict[str, Any] = {
     "vocab_size": V, "context": T, "layers": L, "width": D, "heads": N, "head_dim": None,
     "ff_dim": F, "norm_placement": "pre", "parallel_block": False, "windows": (None,),
     "attention_softcap": None, "logit_softcap": None, "value_residual": False, "dropout": 0.0,
-    "init": "gpt2", "attention": "plain", "scan_layers": False, "remat": "none",
+    "init": "gpt2", "init_scale": 1.0, "parametrisation": "standard", "mup_base_width": None,
+    "mup_base_heads": None, "mup_base_layers": None, "attention": "plain", "scan_layers": False, "remat": "none",
     "dtype": "float32", "attention_bias": "same", "rope_base": 500.0, "rope_scaling": "none",
     "rope_factor": 1.0, "rope_original_context": None, "rope_rotations": (1.0, 32.0),
 }  # fmt: skip

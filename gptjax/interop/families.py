@@ -61,7 +61,7 @@ class Family(NamedTuple):
 
 
 # Fields that say how a model is run or trained, not what function it is.
-RUN_FIELDS = ("dropout", "init", "attention", "scan_layers", "remat", "dtype")
+RUN_FIELDS = ("dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype")
 
 # What a family does not mention is off.
 PLAIN: dict[str, Any] = {
@@ -69,8 +69,10 @@ PLAIN: dict[str, Any] = {
     "rope_factor": 1.0, "rope_original_context": None, "rope_rotations": (1.0, 32.0),
     "norm_placement": "pre", "bias": False, "attention_bias": "same", "parallel_block": False,
     "qk_norm": False, "windows": (None,), "attention_softcap": None, "logit_softcap": None,
-    "value_residual": False, "dropout": 0.0, "init": "gpt2", "attention": "auto",
-    "scan_layers": False, "remat": "none", "dtype": "float32",
+    "value_residual": False, "dropout": 0.0, "init": "gpt2", "init_scale": 1.0,
+    "parametrisation": "standard", "mup_base_width": None, "mup_base_heads": None,
+    "mup_base_layers": None, "attention": "auto", "scan_layers": False, "remat": "none",
+    "dtype": "float32",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
 from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
@@ -346,6 +347,8 @@ class Attention(nn.Module):
         if position.rotate is not None:
             q_BTNH = position.rotate(c, q_BTNH, place.position_BT)
             k_BTKH = position.rotate(c, k_BTKH, place.position_BT)
+        if (scale := parametrisation.score_multiplier(c)) != 1:
+            q_BTNH = scale * q_BTNH  # kernels divide by sqrt(H)
         own_value_BTKH = v_BTKH
         if c.value_residual:
             first = v_BTKH if first_value_BTKH is None else first_value_BTKH

@@ -22,13 +22,14 @@ from flax import linen as nn
 from flax import struct
 from scipy.special import ndtri
 
-from gptjax import sharding
+from gptjax import parametrisation, sharding
 from gptjax.config import Model, choose
 
-# Scheme -> role -> standard deviation from (fan-in, layers). Roles: "embedding" and
+# Scheme -> role -> standard deviation from (fan-in, layers), those of the base shape where
+# `gptjax.parametrisation` has one. Roles: "embedding" and
 # "position" tables, "matrix", "residual" (a matrix that writes to the residual
 # stream) and "unembedding".
-INIT: dict[str, dict[str, Callable[[int, int], float]]] = {
+INIT: dict[str, dict[str, Callable[[float, float], float]]] = {
     # Radford et al. 2019, section 2.3: 0.02, residual writers scaled by depth (two a layer).
     "gpt2": {
         "embedding": lambda fan_in, layers: 0.02,
@@ -124,7 +125,12 @@ def parameter(
         dtype: the dtype to use it in; None is `config.dtype`.
     """
     scheme = choose(INIT, config.init, "model.init")
-    std = scheme[role](fan_in, config.layers) if role in scheme else 0.0
+    std = 0.0
+    if role in scheme:
+        base_fan_in = fan_in / parametrisation.width_ratio(config)
+        base_layers = config.layers / parametrisation.depth_ratio(config)
+        std = scheme[role](base_fan_in, base_layers) * parametrisation.init_std(config, dims)
+        std *= config.init_scale
     spec = Spec(shape, dims, mean, std, role)
     # Linen unboxes it: what comes back is the bare value.
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
