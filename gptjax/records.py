@@ -101,7 +101,7 @@ class Run:
         if not self._writes:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        line = json.dumps({"step": step} | {k: _portable(v) for k, v in numbers.items()}) + "\n"
+        line = json.dumps({"step": step} | {k: portable(v) for k, v in numbers.items()}) + "\n"
         with _disk(self.folder):
             # Unbuffered, so that a full disk shows here; it can take part of a line, unraised.
             if self._metrics.write(line.encode()) != len(line.encode()):
@@ -152,7 +152,7 @@ def open_run(
         with _disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             content = json.dumps(config, indent=1).encode()
-            _replace(folder / CONFIG, content)
+            replace_file(folder / CONFIG, content)
             record = {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "resume_step": resume_step,
@@ -162,7 +162,7 @@ def open_run(
                 "fingerprints": dict(fingerprints),
                 "git": _git_state(folder, len(history)),
             } | environment()
-            _replace(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
+            replace_file(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
             _keep_up_to(folder / METRICS, -1 if resume_step is None else resume_step)
     with _disk(folder):
         return Run(folder, len(history), resume_step)
@@ -176,6 +176,15 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
     """
     path = Path(workdir) / METRICS
     return [_numbers(json.loads(line)) for line in _whole_lines(path)]
+
+
+def read_environment(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of environment.json, one for each start; none where there is no such file.
+
+    Raises:
+        UserError: if it is not JSON.
+    """
+    return _read(Path(workdir) / ENVIRONMENT, [])
 
 
 def _changed_knobs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -285,7 +294,7 @@ def _git_state(folder: Path, start: int) -> dict[str, Any] | None:
     untracked = _git("ls-files", "--others", "--exclude-standard", "--full-name", ":/") or b""
     name = f"git.{start}.diff" if start else "git.diff"
     if diff:
-        _replace(folder / name, diff)
+        replace_file(folder / name, diff)
     return {
         "revision": revision.decode().strip(),
         "dirty": bool(diff or untracked),
@@ -327,7 +336,7 @@ def _keep_up_to(path: Path, step: int) -> None:
         content = b"".join(kept)
         if content != path.read_bytes():
             logger.warning("%s: dropping what was logged after step %d", path, step)
-            _replace(path, content)
+            replace_file(path, content)
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -344,7 +353,8 @@ def _whole_lines(path: Path) -> list[bytes]:
     return lines
 
 
-def _portable(value: float) -> float | str:
+def portable(value: float) -> float | str:
+    """A number as strict JSON can hold it."""
     if math.isnan(value):
         return "NaN"
     return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
@@ -363,7 +373,7 @@ def _read(path: Path, default: Any) -> Any:
         raise UserError(f"{path} is not JSON: restore it, or use another --workdir") from None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Writes aside and renames, so that no reader and no kill ever sees half a file."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(content)

@@ -1,0 +1,361 @@
+"""A run trained again from its folder, and proof that its numbers recur.
+
+Verified before anything is computed: config.json against the sha256 that the run's last start
+recorded; the tokenizer and every byte of both splits of the data against the recorded
+fingerprints. Then the run is trained from its beginning, in one go and in a temporary folder, on
+the mesh that it had where so many devices are here; and each number of metrics.jsonl that is a
+result is compared with the new one.
+
+Where versions, code, devices and settings are those of the run, numbers must recur bit for bit.
+Where they are not, sums may be rounded in another order, which training amplifies from step to
+step. Then the numbers may differ by `BOUNDS`, and what differs is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax import loop, records, tokenizer
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, ConfigError, UserError, flatten, from_dict
+from gptjax.data.sources import open_source
+from gptjax.progress import say
+from gptjax.sharding import make_mesh
+
+# Of metrics.jsonl: what tells a machine's day, no result. Every other key is compared.
+TIMINGS = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
+# Of environment.json: what may change how a program rounds.
+FACTS = (
+    *("python", "versions", "code", "cpu", "backend", "devices", "mesh", "processes"),
+    *("xla_flags", "jax_settings"),
+)
+# Relative, where the environment differs.
+BOUND = 1e-3
+BOUNDS = {"gradient_norm": 1e-2, "learning_rate": 1e-6, "tokens": 0, "skipped": 0}
+
+# {step: {name: number}}, timings left out.
+Numbers = dict[int, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a run's folder tells, once it is verified.
+
+    Attributes:
+        config: of the start at which the log begins.
+        starts: (the step it began from, its record in environment.json) of each start that made
+            the log.
+        logged: the log.
+        saved: the step of the latest checkpoint, 0 without one: up to it the log is whole.
+    """
+
+    config: Config
+    starts: list[tuple[int, dict[str, Any]]]
+    logged: Numbers
+    saved: int
+
+    @property
+    def last(self) -> int:
+        """The step to replay up to."""
+        return max(self.saved, *self.logged)
+
+    def owes(self, step: int, name: str) -> bool:
+        """Whether the log must hold a number that the run makes."""
+        if self.changes("train.log_every") or self.changes("train.eval_every"):
+            return False  # the new log has more lines
+        # A run that was killed may have been about to evaluate.
+        cut = step == max(self.logged) > self.saved and name.startswith("val_")
+        return not cut
+
+    def changes(self, knob: str) -> list[Any]:
+        """What later starts set a knob to."""
+        changed = [record["changed_knobs"] for _, record in self.starts[1:]]
+        return [knobs[knob][1] for knobs in changed if knob in knobs]
+
+
+def run(workdir: Path, begin: loop.Start | None = None) -> dict[str, Any]:
+    """Trains the run in `workdir` again and compares; an unfinished run up to its last step.
+
+    Args:
+        workdir: the run's folder, which is only read.
+        begin: what the run was begun from (`trained.start_from`); None: from random parameters.
+
+    Returns:
+        A record that JSON can hold: "same", whether the run recurs; "reason" in a line where it
+        does not, else None; "bitwise", whether each number equals its old self bit for bit;
+        "differs", a line for each difference between the run's environment and this one;
+        "steps" replayed "of" all; "numbers" compared; "largest", the largest relative difference
+        by "step", "name", "was", "is" and "relative", None where there is none.
+
+    Raises:
+        UserError: if config, tokenizer or data are not those of the run, by the file and knob
+            or shard; if the folder holds no run; or if `begin` is not what it began from.
+    """
+    past = verify(workdir, begin)
+    mesh = _mesh(past)
+    with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder, jax.set_mesh(mesh):
+        differs = differences(past)
+        say(f"{workdir}: config and data are those of the run; training to step {past.last}")
+        now = _train(past, Path(folder), begin)
+    return {"workdir": str(workdir), "differs": differs} | compare(past, now, not differs)
+
+
+def verify(workdir: Path, begin: loop.Start | None = None) -> Past:
+    """What the folder tells, if config, tokenizer, data and `begin` are those of the run.
+
+    Raises:
+        UserError: as `run`.
+    """
+    history = records.read_environment(workdir)
+    if not history:
+        raise UserError(f"{workdir} holds no run: it has no {records.ENVIRONMENT}")
+    try:
+        return _verify(workdir, history, begin)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{workdir / records.ENVIRONMENT} was altered, or is of another version of gptjax, "
+            f"which recorded less ({error}): it cannot be replayed"
+        ) from error
+
+
+def _verify(workdir: Path, history: list[dict[str, Any]], begin: loop.Start | None) -> Past:
+    tree = _read_config(workdir, history)
+    verify_content(from_dict(tree), history[-1]["fingerprints"], begin)
+    logged = by_step(records.read_metrics(workdir), workdir)
+    with Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints:
+        saved = checkpoints.latest() or 0
+    if not logged:
+        raise UserError(f"{workdir} has logged no step: there is nothing to compare with")
+    # The log begins with the last start that emptied it.
+    begun = max(i for i, record in enumerate(history) if record["resume_step"] is None)
+    starts = [(record["resume_step"] or 0, record) for record in history[begun:]]
+    for record in reversed(history[begun + 1 :]):
+        for knob, (before, _) in record["changed_knobs"].items():
+            section, _, name = knob.partition(".")
+            tree[section][name] = before
+    # A finished run that is started again adds a record, but trains nothing.
+    starts = [starts[0], *(start for start in starts[1:] if start[0] < max(logged))]
+    return Past(from_dict(tree), starts, logged, saved)
+
+
+def _read_config(workdir: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """config.json, if each byte is what the last start wrote."""
+    path = workdir / records.CONFIG
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no run: it has no {records.CONFIG}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() == history[-1]["config_sha256"]:
+        return json.loads(content)
+    raise UserError(
+        f"{path} is not what the run wrote: {_altered(workdir, content)}. Restore it to replay "
+        "the run"
+    )
+
+
+def _altered(workdir: Path, content: bytes) -> str:
+    """What is wrong with a config.json: by knob where a checkpoint tells what it held."""
+    try:
+        tree = json.loads(content)
+        from_dict(tree)
+    except ConfigError as error:
+        return str(error)
+    except (ValueError, TypeError, AttributeError):
+        return "it is no config in JSON"
+    with Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return "its sha256 is another (no checkpoint tells which knob changed)"
+        saved, now = flatten(checkpoints.meta(step)["config"]), flatten(tree)
+    changed = [
+        f"{knob} was {saved.get(knob)!r}, is {now[knob]!r}"
+        for knob in now
+        if saved.get(knob) != now[knob]
+    ]
+    return "; ".join(changed) or "each knob has its value, but is spelled in other bytes"
+
+
+def verify_content(
+    config: Config, fingerprints: Mapping[str, str], begin: loop.Start | None
+) -> None:
+    """Reads every byte of what a config only names, and compares with the run's fingerprints.
+
+    Raises:
+        UserError: naming what changed: the tokenizer, a split, a shard, the initial parameters.
+    """
+    tokenizer.load.cache_clear()  # what this process has read may not be what lies there now
+    vocabulary = loop.load_tokenizer(config)
+    _same(f"tokenizer {vocabulary.name}", fingerprints["tokenizer"], vocabulary.fingerprint)
+    for source in config.data.sources:
+        for name, split in (("data", "train"), ("held_out", "val")):
+            store = open_source(source, vocabulary, split)  # checks each file by the manifest
+            _same(f"{store.path}", fingerprints[f"{name}.{source}"], store.fingerprint)
+    initial = fingerprints.get("initial")
+    if initial is None and begin is not None:
+        raise UserError("the run began with random parameters: leave --from out")
+    if initial is not None and begin is None:
+        raise UserError("the run began with a pretrained model: name its folder by --from DIR")
+    if initial is not None and begin is not None:
+        _same("the model of --from", initial, begin.fingerprint)
+
+
+def _same(what: str, was: str, now: str) -> None:
+    if was != now:
+        raise UserError(
+            f"{what} is not what the run read: its fingerprint was {was[:12]}, is {now[:12]}. "
+            "Bring the old content back to replay the run"
+        )
+
+
+def by_step(lines: list[dict[str, float]], folder: Path) -> Numbers:
+    """The results in a log: a step's line of training and that of evaluation become one.
+
+    Raises:
+        UserError: if a number is there twice.
+    """
+    found: Numbers = {}
+    for line in lines:
+        step = found.setdefault(int(line["step"]), {})
+        for name in line.keys() - {"step", *TIMINGS}:
+            if name in step:
+                raise UserError(
+                    f"{folder / records.METRICS} was altered: step {line['step']} has {name} twice"
+                )
+            step[name] = line[name]
+    return found
+
+
+def _mesh(past: Past) -> jax.sharding.Mesh:
+    """The mesh that the run had, where so many devices are here; else a single device."""
+    devices, shape = jax.devices(), past.starts[0][1]["mesh"]
+    size = math.prod(shape.values())
+    if not shape or size > len(devices):
+        shape, size = dict.fromkeys(shape, 1), 1
+    return make_mesh(dataclasses.replace(past.config.mesh, **shape), devices[:size])
+
+
+def differences(past: Past) -> list[str]:
+    """How the environment of the run differs from this one, on the current mesh; a line each."""
+    now = _facts(records.environment() | {"code": records.code_fingerprint()})
+    found = []
+    for start, record in past.starts:
+        was = _facts(record)
+        since = f" since step {start}" if start else ""
+        found += [
+            f"{name} was {was.get(name)!r}{since}, is {now.get(name)!r}"
+            for name in was | now
+            if was.get(name) != now.get(name)
+        ]
+        found += [
+            f"{knob} was {after!r}{since}, is {before!r}"
+            for knob, (before, after) in record["changed_knobs"].items()
+            if start and knob.partition(".")[0] not in ("train", "sample")
+        ]
+    if now["backend"] == "gpu" and "xla_gpu_deterministic_ops=true" not in now["xla_flags"]:
+        found.append("a GPU adds in any order without XLA_FLAGS=--xla_gpu_deterministic_ops=true")
+    return list(dict.fromkeys(found))
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {name: record[name] for name in FACTS}
+    facts["devices"] = ", ".join(sorted(facts["devices"]))  # their kinds: the mesh has the number
+    facts["code"] = facts["code"][:12]
+    if record["backend"] != "cpu":
+        del facts["cpu"]
+    return flatten(facts)
+
+
+def _train(past: Past, folder: Path, begin: loop.Start | None) -> Numbers:
+    """The log of the run trained again, in an empty folder and on the current mesh."""
+    t = past.config.train
+    # Where a start changed the rhythm, one that has all the steps of both.
+    log_every = math.gcd(t.log_every, *past.changes("train.log_every"))
+    eval_every = math.gcd(t.eval_every, *past.changes("train.eval_every"))
+    t = dataclasses.replace(
+        t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1
+    )
+    config = dataclasses.replace(past.config, train=t)
+    try:
+        loop.train(config, folder, begin, past.last)
+    except loop.Stopped:
+        raise KeyboardInterrupt from None
+    except UserError:  # it diverged, as the run may have done at this step
+        if max(by_step(records.read_metrics(folder), folder), default=0) < past.last:
+            raise
+    return by_step(records.read_metrics(folder), folder)
+
+
+def compare(past: Past, now: Numbers, exact: bool) -> dict[str, Any]:
+    """What `run`'s record tells of the log and the new one.
+
+    Args:
+        exact: whether equal bits are demanded; else `BOUNDS` hold.
+    """
+    wrong, pairs = [], []
+    for step in sorted(past.logged | now):
+        was, new = past.logged.get(step, {}), now.get(step, {})
+        owed = [name for name in sorted(new.keys() - was.keys()) if past.owes(step, name)]
+        wrong += [f"step {step}: {records.METRICS} has no {' and no '.join(owed)}"] * bool(owed)
+        for name in sorted(was):
+            if name not in new:
+                wrong.append(f"step {step}: {name} was {was[name]!r}, is not made again")
+                continue
+            apart = relative(was[name], new[name])
+            pairs.append((apart, step, name, was[name], new[name]))
+            if apart > (0 if exact else BOUNDS.get(name, BOUND)):
+                wrong.append(f"step {step}: {name} was {was[name]!r}, is {new[name]!r}")
+    largest = max(pairs, default=(0.0, 0, "", 0.0, 0.0))
+    others = f" (and {len(wrong) - 1} more that differ)" if len(wrong) > 1 else ""
+    return {
+        "same": not wrong,
+        "reason": wrong[0] + others if wrong else None,
+        "bitwise": not wrong and largest[0] == 0,
+        "steps": past.last,
+        "of": past.config.train.steps,
+        "numbers": len(pairs),
+        "largest": _largest(*largest) if largest[0] > 0 else None,
+    }
+
+
+def _largest(apart: float, step: int, name: str, was: float, new: float) -> dict[str, Any]:
+    numbers = {"relative": apart, "was": was, "is": new}
+    return {"step": step, "name": name} | {k: records.portable(v) for k, v in numbers.items()}
+
+
+def relative(a: float, b: float) -> float:
+    """How far apart two numbers are: 0 for two NaN, infinite for one beside a number."""
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return abs(a - b) / max(abs(a), abs(b))
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """Prints a record of `run` for a person."""
+    print(
+        f"{record['workdir']}: trained again, {record['steps']:,} of {record['of']:,} steps; "
+        f"{record['numbers']:,} numbers compared"
+    )
+    for difference in record["differs"]:
+        print(f"  {difference}")
+    largest = record["largest"]
+    if largest is not None:
+        print(
+            f"largest difference: {float(largest['relative']):.1e} of {largest['name']} at step "
+            f"{largest['step']}, which was {largest['was']}, is {largest['is']}"
+        )
+    if not record["same"]:
+        print(f"it is not the same: {record['reason']}")
+    elif record["bitwise"]:
+        print("it is the same, bit for bit")
+    else:
+        print("it is the same within the bound for runs whose sums round in another order")
