@@ -10,14 +10,17 @@ is why nothing is prefetched.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import json
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -31,14 +34,32 @@ from gptjax.data.sources import open_source
 from gptjax.evaluate import Evaluator, Score
 from gptjax.layers import attention
 from gptjax.progress import Progress, readable, say
-from gptjax.records import Run, open_run
+from gptjax.records import Run, open_run, read_metrics, replace_file
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
+DIVERGED = "diverged.json"  # {"step", "reason"}, in the folder of a run that others outlive
 
 
 class Stopped(Exception):
     """The run was asked to stop, has saved, and goes on when it is started again."""
+
+
+class Diverged(UserError):
+    """So many updates in a row had no finite gradient that going on is no use."""
+
+    def __init__(self, step: int, skipped: int) -> None:
+        self.step = step
+        self.reason = f"{skipped} updates in a row, the last at step {step}, had no finite gradient"
+        super().__init__(
+            f"the run has diverged: {self.reason}. Lower optim.peak_lr, or set optim.clip or "
+            "model.qk_norm"
+        )
+
+    def write(self, workdir: Path) -> None:
+        """Leaves word of it in the run's folder."""
+        told = {"step": self.step, "reason": self.reason}
+        replace_file(workdir / DIVERGED, json.dumps(told).encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,28 +164,47 @@ def train(
         where = "new run" if step is None else f"resumed at step {step}"
         say(f"{workdir}: {where}, {describe(config)}")
         meta = {"config": record, "fingerprints": fingerprints}
-        until = config.train.steps if until is None else until
-        return _run(setup, train_state, step or 0, until, run, checkpoints, meta)
+        one = _One(setup, train_state, run, checkpoints, meta)
+        drive(one, config, jax.sharding.get_mesh().devices.flatten().tolist(), step or 0, until)
+        return state.evaluation_params(one.train_state)
 
 
-def _run(
-    setup: Setup,
-    train_state: state.TrainState,
-    start: int,
-    until: int,
-    run: Run,
-    checkpoints: Checkpoints,
-    meta: Mapping[str, Any],
-) -> model.Params:
-    config, t = setup.config, setup.config.train
-    with Stop() as stop, Progress("training", t.steps, start) as progress:
-        train_step, cost = compile_step(
-            state.make_train_step(config), train_state, load(setup, start)
-        )
-        meter = _Meter(config, run, progress, cost)
-        for done in range(start + 1, until + 1):
-            train_state, metrics = train_step(train_state, load(setup, done - 1))
-            meter.add(done, metrics)
+class Runs(Protocol):
+    """What `drive` trains: one run, or several that take each step together."""
+
+    title: str  # stands before the bar
+
+    def compile(self, start: int) -> None:
+        """Makes the step ready, for a start after `start` steps."""
+
+    def step(self, index: int) -> Any:
+        """Dispatches the step on the batch `index`, 0-based; returns its metrics."""
+
+    def record(
+        self, step: int, metrics: Any, speed: dict[str, float]
+    ) -> tuple[dict[str, float], bool]:
+        """Records what a step gave; returns what to show, and whether to say it in a line."""
+
+    def evaluate(self, step: int, progress: Progress) -> None:
+        """Scores the held-out text and records the scores."""
+
+    def save(self, step: int, wait: bool) -> None:
+        """Saves the state; returns when that is complete if `wait`."""
+
+    def check(self) -> None:
+        """Raises the failure of a save in the background."""
+
+
+def drive(
+    runs: Runs, config: Config, devices: Sequence[jax.Device], start: int, until: int | None
+) -> None:
+    """Trains `runs` on from step `start`, to `train.steps` or `until`; raises as `train`."""
+    t = config.train
+    with Stop() as stop, Progress(runs.title, t.steps, start) as progress:
+        runs.compile(start)
+        meter = _Meter(runs, config, devices, progress)
+        for done in range(start + 1, (t.steps if until is None else until) + 1):
+            meter.add(done, runs.step(done - 1))
             last, stopping = done == t.steps, stop.requested(done)
             evaluate = last or done % t.eval_every == 0
             save = last or stopping or done % t.checkpoint_every == 0
@@ -172,24 +212,67 @@ def _run(
                 meter.catch_up()
             if evaluate:
                 # Records of a step precede its checkpoint, which stands for having written them.
-                params = state.evaluation_params(train_state)
-                with progress.task("evaluating", count(setup.evaluators)) as advance:
-                    log_scores(run, done, score(setup.evaluators, params, advance))
+                runs.evaluate(done, progress)
             if save:
-                checkpoints.save(done, train_state, {**meta, "step": done}, wait=last or stopping)
-            checkpoints.check()
+                runs.save(done, wait=last or stopping)
+            runs.check()
             if evaluate or save:
                 meter.restart()
             if stopping and not last:
                 say(f"stopped at step {done}, saved: run the same command to go on")
                 raise Stopped
         meter.catch_up()
-    return state.evaluation_params(train_state)
+
+
+class _One:
+    """One run on the current mesh."""
+
+    title = "training"
+
+    def __init__(
+        self,
+        setup: Setup,
+        train_state: state.TrainState,
+        run: Run,
+        checkpoints: Checkpoints,
+        meta: Mapping[str, Any],
+    ) -> None:
+        self.train_state = train_state
+        self._setup, self._run, self._checkpoints, self._meta = setup, run, checkpoints, meta
+
+    def compile(self, start: int) -> None:
+        config = self._setup.config
+        arguments = self.train_state, load(self._setup, start)
+        self._step, cost = compile_step(state.make_train_step(config), *arguments)
+        self._log = Log(config, self._run, start, cost)
+
+    def step(self, index: int) -> state.Metrics:
+        self.train_state, metrics = self._step(self.train_state, load(self._setup, index))
+        return metrics
+
+    def record(
+        self, step: int, metrics: state.Metrics, speed: dict[str, float]
+    ) -> tuple[dict[str, float], bool]:
+        values = {name: float(value) for name, value in metrics.items()} | speed
+        return values, self._log.write(step, values)
+
+    def evaluate(self, step: int, progress: Progress) -> None:
+        evaluators = self._setup.evaluators
+        params = state.evaluation_params(self.train_state)
+        with progress.task("evaluating", count(evaluators)) as advance:
+            log_scores(self._run, step, score(evaluators, params, advance))
+
+    def save(self, step: int, wait: bool) -> None:
+        meta = {**self._meta, "step": step}
+        self._checkpoints.save(step, self.train_state, meta, wait=wait)
+
+    def check(self) -> None:
+        self._checkpoints.check()
 
 
 def compile_step(
-    train_step: Any, train_state: state.TrainState, batch: state.Batch
-) -> tuple[Callable[[state.TrainState, state.Batch], Any], dict[str, float]]:
+    train_step: Any, *arguments: Any
+) -> tuple[Callable[..., tuple[state.TrainState, state.Metrics]], dict[str, float]]:
     """A jitted step compiled for arguments like these, and what that cost.
 
     The compiled step refuses arguments of another shape or sharding, where the jitted one would
@@ -198,7 +281,7 @@ def compile_step(
     backend does not tell.
     """
     begin = time.perf_counter()
-    compiled = train_step.lower(train_state, batch).compile()
+    compiled = train_step.lower(*arguments).compile()
     cost = {"compile_seconds": time.perf_counter() - begin}
     if (memory := compiled.memory_analysis()) is not None:
         cost["program_bytes"] = (
@@ -212,16 +295,18 @@ def compile_step(
 
 def load(setup: Setup, step: int) -> state.Batch:
     """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
+    rows = setup.config.data.batch_size // setup.config.train.accumulation
+    return sharding.place(functools.partial(read, setup, step), rows, "BAT")
+
+
+def read(setup: Setup, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows [start, stop) of what `load` places."""
     A = setup.config.train.accumulation
     names = ["tokens", "targets", "weights"]
     if setup.batches.segmented:
         names += ["segments", "positions"]
-
-    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
-        found = setup.batches.rows(step, start * A, stop * A)
-        return {name: found[name].reshape(stop - start, A, -1) for name in names}
-
-    return sharding.place(rows, setup.config.data.batch_size // A, "BAT")
+    found = setup.batches.rows(step, start * A, stop * A)
+    return {name: found[name].reshape(stop - start, A, -1) for name in names}
 
 
 def count(evaluators: Mapping[str, Evaluator]) -> int:
@@ -240,7 +325,7 @@ def score(
     return scores
 
 
-def log_scores(run: Run, step: int, scores: Mapping[str, Score]) -> None:
+def log_scores(run: Run, step: int, scores: Mapping[str, Score], whose: str = "") -> None:
     """Writes and says held-out scores; "val_loss" is that of all sources together."""
     *_, whole = scores.values()
     values = {
@@ -252,7 +337,7 @@ def log_scores(run: Run, step: int, scores: Mapping[str, Score]) -> None:
         values |= {f"val_loss/{name}": s.loss for name, s in scores.items() if name != "all"}
     run.log(step, values)
     for name, s in scores.items():
-        say(f"step {step}: held-out {name}: {s}")
+        say(f"{whose}step {step}: held-out {name}: {s}")
 
 
 def describe(config: Config) -> str:
@@ -268,23 +353,51 @@ def describe(config: Config) -> str:
     )
 
 
+class Log:
+    """Writes the steps of one run in their rhythm, and tells when it has diverged.
+
+    The first record of a start holds `cost` as well.
+    """
+
+    def __init__(self, config: Config, run: Run, start: int, cost: Mapping[str, float]) -> None:
+        self._train, self._run, self._cost = config.train, run, dict(cost)
+        # Every skipped step has a record, so that a run that was interrupted diverges where one
+        # that was not does.
+        lines = read_metrics(run.folder) if start else []
+        skipped = {line["step"] for line in lines if line.get("skipped")}
+        self._skipped = next(n for n in itertools.count() if start - n not in skipped)
+
+    def write(self, step: int, values: dict[str, float]) -> bool:
+        """Takes the numbers of a step; returns whether it has a record.
+
+        Raises:
+            Diverged: if this is one skipped update too many.
+        """
+        t = self._train
+        self._skipped = self._skipped + 1 if values["skipped"] else 0
+        recorded = step % t.log_every == 0 or step in (1, t.steps) or self._skipped > 0
+        if recorded:
+            self._run.log(step, values | self._cost)
+            self._cost = {}
+        if self._skipped >= MAX_SKIPPED:
+            raise Diverged(step, self._skipped)
+        return recorded
+
+
 class _Meter:
     """Turns the metrics of each step, one step late, into records and what the bar shows.
 
-    Rates count the time of training alone: not compilation, evaluation or saving. The first
-    record of a start holds `cost` as well.
+    Rates are those of one run, and count the time of training alone: not compilation, evaluation
+    or saving.
     """
 
     def __init__(
-        self, config: Config, run: Run, progress: Progress, cost: dict[str, float]
+        self, runs: Runs, config: Config, devices: Sequence[jax.Device], progress: Progress
     ) -> None:
-        self._config, self._run, self._progress = config, run, progress
-        self._cost = cost
-        self._pending: tuple[int, state.Metrics] | None = None
-        self._skipped = 0
-        devices = jax.sharding.get_mesh().devices
-        peak, source = accounting.peak_flops(devices.flat[0])
-        self._peak = None if peak is None else peak * devices.size
+        self._runs, self._config, self._progress = runs, config, progress
+        self._pending: tuple[int, Any] | None = None
+        peak, source = accounting.peak_flops(devices[0])
+        self._peak = None if peak is None else peak * len(devices)
         self._flops = accounting.train_flops_per_token(config.model, causal=True)
         say(f"MFU counts {self._flops / 1e6:,.1f} MFLOP/token (causal) against: {source}")
         self.restart()
@@ -295,7 +408,7 @@ class _Meter:
         self._steps = 0
         self._rate = math.nan
 
-    def add(self, step: int, metrics: state.Metrics) -> None:
+    def add(self, step: int, metrics: Any) -> None:
         """Takes a step's metrics, still being computed; records those of the step before."""
         self.catch_up()
         self._pending = (step, metrics)
@@ -305,22 +418,14 @@ class _Meter:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = jax.device_get(metrics)
         self._measure()
-        t = self._config.train
-        self._skipped = self._skipped + 1 if values["skipped"] else 0
-        speed = self._speed()
-        if step % t.log_every == 0 or step in (1, t.steps) or self._skipped:
-            self._run.log(step, values | speed | self._cost)
-            self._cost = {}
-            self._progress.line(f"step {step:>{len(str(t.steps))}}  {readable(values | speed)}")
-        self._progress.status(readable(values | speed))
+        shown, recorded = self._runs.record(step, metrics, self._speed())
+        if recorded:
+            steps = self._config.train.steps
+            self._progress.line(f"step {step:>{len(str(steps))}}  {readable(shown)}")
+        self._progress.status(readable(shown))
         self._progress.advance(1)
-        if self._skipped >= MAX_SKIPPED:
-            raise UserError(
-                f"the run has diverged: {self._skipped} updates in a row, the last at step {step}, "
-                "had no finite gradient. Lower optim.peak_lr, or set optim.clip or model.qk_norm"
-            )
 
     def _measure(self) -> None:
         now = time.perf_counter()

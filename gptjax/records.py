@@ -68,6 +68,7 @@ JAX_SETTINGS = (
 )
 FLUSH_SECONDS = 10  # TensorBoard's file is synced to the disk this often; metrics.jsonl needs not
 logger = logging.getLogger(__name__)
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a NaN is told by the loop
 
 
 class Run:
@@ -102,7 +103,7 @@ class Run:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = json.dumps({"step": step} | {k: portable(v) for k, v in numbers.items()}) + "\n"
-        with _disk(self.folder):
+        with disk(self.folder):
             # Unbuffered, so that a full disk shows here; it can take part of a line, unraised.
             if self._metrics.write(line.encode()) != len(line.encode()):
                 raise OSError("No space left on device")
@@ -112,7 +113,7 @@ class Run:
         """Closes the files; logging afterwards is an error."""
         if self._writes:
             self._metrics.close()
-            with _disk(self.folder):
+            with disk(self.folder):
                 self._events.close()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
@@ -149,7 +150,7 @@ def open_run(
     changed = _changed_knobs(folder, config)
     _same_data(folder, history, fingerprints)
     if jax.process_index() == 0:
-        with _disk(folder):
+        with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             content = json.dumps(config, indent=1).encode()
             replace_file(folder / CONFIG, content)
@@ -164,7 +165,7 @@ def open_run(
             } | environment()
             replace_file(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
             _keep_up_to(folder / METRICS, -1 if resume_step is None else resume_step)
-    with _disk(folder):
+    with disk(folder):
         return Run(folder, len(history), resume_step)
 
 
@@ -381,7 +382,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

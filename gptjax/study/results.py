@@ -1,0 +1,178 @@
+"""What the cells of a study have left behind, and whether it may stand in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import UserError
+from gptjax.loop import CHECKPOINTS
+from gptjax.records import ENVIRONMENT, METRICS, read_metrics
+from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
+
+DIVERGED, FAILED, SAMPLE = "diverged.json", "failed.json", "sample.txt"
+Status = Literal["finished", "diverged", "failed", "started", "missing"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A cell and what is known of it.
+
+    Attributes:
+        cell, folder: which run, and where it lies.
+        status: finished, diverged (ended without a finite gradient), failed (could not run),
+            started, or missing.
+        reason: of a divergence or failure.
+        metric: the study's metric at the last step; NaN unless finished.
+        curve: (steps, metric) of every evaluation so far, int64 (E,) and float64 (E,).
+        tokens_per_second: median over the logged steps; NaN where unknown, as those below.
+        compile_seconds: of the step in the first start; little where the compilation cache had it.
+        program_bytes: memory of the compiled step on a device.
+    """
+
+    cell: Cell
+    folder: Path
+    status: Status
+    reason: str
+    metric: float
+    curve: tuple[np.ndarray, np.ndarray]
+    tokens_per_second: float
+    compile_seconds: float
+    program_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """The outcomes of a study, tuning apart.
+
+    Attributes:
+        outcomes: of the cells that decide. Where an arm's tuning is not done it has none yet.
+        tuning: of the cells that tune, with the values that each tries.
+        tuned: (scale, arm) -> the values that did best, where all tuning runs of it are done.
+    """
+
+    study: Study
+    outcomes: list[Outcome]
+    tuning: list[tuple[Outcome, Settings]]
+    tuned: Mapping[tuple[str, str], Settings]
+
+
+def read(study: Study, store: Path) -> Results:
+    """Reads what there is.
+
+    Raises:
+        UserError: if runs of different code, packages or data would stand in one table.
+    """
+    tuning = [(outcome(study, cell, store), values) for cell, values in tuning_cells(study)]
+    best = _best(study, tuning)
+    outcomes = [outcome(study, cell, store) for cell in cells(study, best)]
+    check_alike([*outcomes, *(o for o, _ in tuning)])
+    return Results(study, outcomes, tuning, best)
+
+
+def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
+    """What the folder of a cell tells."""
+    folder = store / cell.address
+    lines = read_metrics(folder) if (folder / METRICS).is_file() else []
+    scored = [line for line in lines if study.metric in line]
+    curve = (
+        np.array([line["step"] for line in scored], np.int64),
+        np.array([line[study.metric] for line in scored], np.float64),
+    )
+    status, reason = _status(cell, folder)
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    first: Mapping[str, float] = lines[0] if lines else {}
+    return Outcome(
+        cell,
+        folder,
+        status,
+        reason,
+        float(curve[1][-1]) if status == "finished" else math.nan,
+        curve,
+        float(np.median(speeds)) if speeds else math.nan,
+        first.get("compile_seconds", math.nan),
+        first.get("program_bytes", math.nan),
+    )
+
+
+def _status(cell: Cell, folder: Path) -> tuple[Status, str]:
+    for status, name in (("diverged", DIVERGED), ("failed", FAILED)):
+        if (folder / name).is_file():
+            return status, json.loads((folder / name).read_text())["reason"]  # type: ignore[return-value]
+    if not folder.is_dir():
+        return "missing", ""
+    # The last checkpoint appears by one rename, after everything that the run had to record.
+    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        done = cell.config.train.steps in checkpoints.steps()
+    return ("finished" if done else "started"), ""
+
+
+def _best(
+    study: Study, tuning: Sequence[tuple[Outcome, Settings]]
+) -> dict[tuple[str, str], Settings]:
+    """The values with the lowest mean; a value that diverged is out."""
+    best: dict[tuple[str, str], Settings] = {}
+    groups = {(o.cell.scale, o.cell.arm) for o, _ in tuning}
+    for scale, arm in groups:
+        here = [(o, v) for o, v in tuning if (o.cell.scale, o.cell.arm) == (scale, arm)]
+        if any(o.status not in ("finished", "diverged") for o, _ in here):
+            continue
+        means = []
+        for values in cross(study.tune).values():
+            found = [
+                math.inf if o.status == "diverged" else o.metric for o, v in here if v == values
+            ]
+            means.append((float(np.mean(found)), values))
+        loss, values = min(means, key=lambda pair: pair[0])
+        if math.isfinite(loss):
+            best[scale, arm] = values
+    return best
+
+
+def at_edge(study: Study, values: Settings) -> list[str]:
+    """The tuned knobs whose best value is the first or last of several that were tried."""
+    return [k for k, v in values.items() if len(study.tune[k]) > 1 and v in _ends(study.tune[k])]
+
+
+def _ends(values: Sequence[Any]) -> tuple[Any, Any]:
+    return values[0], values[-1]
+
+
+def check_alike(outcomes: Iterable[Outcome]) -> None:
+    """Refuses runs that were made by different code, packages or data, naming both.
+
+    Every start of every run counts: a run that went on under other code is a mixture itself.
+    """
+    seen: dict[str, tuple[str, Outcome]] = {}
+    for o in outcomes:
+        for name, value in _origins(o.folder):
+            before, other = seen.setdefault(name, (value, o))
+            if before != value:
+                raise UserError(
+                    f"different {name} in one table: {_short(before)} in {other.folder} "
+                    f"({other.cell.label}), {_short(value)} in {o.folder} ({o.cell.label}). "
+                    "Remove the outdated folders and run the study again, or keep it apart by "
+                    "another --store"
+                )
+
+
+def _origins(folder: Path) -> Iterable[tuple[str, str]]:
+    """(what, which) of each start of a run: the code, packages and data that made it."""
+    path = folder / ENVIRONMENT
+    if not path.is_file():
+        return
+    for record in json.loads(path.read_text()):
+        yield "code", record["code"]
+        yield from ((f"version of {name}", value) for name, value in record["versions"].items())
+        yield from record["fingerprints"].items()
+
+
+def _short(value: str) -> str:
+    return value[:12]
