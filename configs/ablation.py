@@ -2,7 +2,7 @@
 
 Source:   GPT-2's block (Radford et al. 2019) at a size for comparisons on a CPU: what holds here
           need not hold at another scale.
-Command:  python launch.py study experiments/positions.py
+Command:  python launch.py train --config=configs/ablation.py
 """
 
 from ml_collections import ConfigDict
