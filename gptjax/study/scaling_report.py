@@ -1,0 +1,129 @@
+"""A law of scale as a person reads it: in the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.table import Table
+
+from gptjax.audit.plots import COLOURS, new_axes
+from gptjax.audit.table import MISSING, new_console, number
+from gptjax.study.scaling import Bootstrap, Law, Points, levels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BEYOND = 3  # the curves go on to so many times the largest size
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints what `scaling.record` returns."""
+    console = new_console()
+    console.print(
+        f"loss = {record['law']}, N parameters, D tokens, nats/token; {len(record['points'])} "
+        f"points, error {number(record['rms_error'])} (rms), at most "
+        f"{number(record['largest_error'])}",
+        markup=False,
+    )
+    constants = Table()
+    for heading in ("constant", "value", "95% interval"):
+        constants.add_column(heading, justify="left" if heading == "constant" else "right")
+    for name, found in record["constants"].items():
+        constants.add_row(name, *_cells(found))
+    console.print(constants)
+    for note in (record["interval_by"], *record["notes"]):
+        console.print(note, markup=False)
+    _show_left_out(console, record["largest_left_out"])
+    if record["optimum"]:
+        console.print(_optima(record["optimum"]))
+
+
+def _show_left_out(console: Any, found: dict[str, Any]) -> None:
+    if "refused" in found:
+        console.print(f"the largest cannot be foretold: {found['refused']}", markup=False)
+        return
+    table = Table()
+    for heading in ("parameters", "tokens", "loss", "foretold", "error", "relative"):
+        table.add_column(heading, justify="right")
+    for p in found["points"]:
+        sizes = (f"{p['parameters']:.4g}", f"{p['tokens']:.4g}")
+        losses = (number(p["loss"]), number(p["foretold"]))
+        table.add_row(*sizes, *losses, f"{p['error']:+.4f}", f"{p['relative']:+.2%}")
+    console.print("the largest, foretold by a fit without it:", markup=False)
+    console.print(table)
+
+
+def _optima(found: Sequence[dict[str, Any]]) -> Table:
+    table = Table()
+    for heading in ("FLOPs", "parameters", "tokens", "loss", "beyond the ladder"):
+        table.add_column(heading, justify="right")
+    for o in found:
+        cells = ["\n".join(_cells(o[name])) for name in Points._fields]
+        beyond = f"{o['beyond']:.3g} times" if o["beyond"] > 1 else "no"
+        table.add_row(f"{o['flops']:.4g}", *cells, beyond)
+    return table
+
+
+def _cells(found: dict[str, Any]) -> tuple[str, str]:
+    value, low, high = (
+        MISSING if v is None else f"{v:.4g}" for v in (found["value"], *found["interval"])
+    )
+    return value, f"{low} – {high}"
+
+
+def figure(points: Points, law: Law, drawn: Bootstrap) -> Figure:
+    """Loss against the size that varies, with the law and its 95% band: `savefig` writes it.
+
+    In a law of both sizes there is a line for each number of tokens, or for the middle of each
+    of several groups where they are many. Points of a group stand at their own loss, so they
+    may lie off its line by what their tokens differ.
+    """
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    name = law.terms[0]
+    size_P = getattr(points, name)
+    axes = new_axes(6.4, 4.2, name, "nats/token")
+    grid = np.geomspace(size_P.min() / 1.2, size_P.max() * BEYOND, 200)
+    many = Law(*(constant[:, None] for constant in drawn.laws))
+    for (tokens, mask_P), colour in zip(_groups(points, law), COLOURS, strict=False):
+        sizes = (grid, tokens) if name == "parameters" else (tokens, grid)
+        label = f"{tokens:.3g}" if len(law.terms) > 1 else None
+        low, high = drawn.interval(many.loss(*sizes))
+        axes.fill_between(grid, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(grid, law.loss(*sizes), color=colour, lw=1.4, label=label)
+        axes.plot(size_P[mask_P], points.loss[mask_P], "o", color=colour, ms=4)
+    axes.axhline(law.E, color="#888", lw=0.8, ls="--")
+    axes.axvline(size_P.max(), color="#888", lw=0.8, ls=":")
+    axes.annotate(
+        f"E = {law.E:.3g}", (grid[0], law.E), (2, 3), textcoords="offset points", fontsize=8
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    # A ladder's losses lie within one decade, for which a log axis has too few ticks.
+    axes.yaxis.set_major_locator(MaxNLocator(7))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.minorticks_off()
+    if len(law.terms) > 1:
+        axes.legend(
+            title="tokens", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    found = axes.get_figure(root=True)
+    assert found is not None
+    return found
+
+
+def _groups(points: Points, law: Law) -> Iterator[tuple[float, np.ndarray]]:
+    """The tokens of each line and the points that go with it, bool (P,)."""
+    if len(law.terms) == 1:
+        yield 1.0, np.ones(len(points.loss), bool)
+        return
+    starts = levels(points.tokens)
+    if len(starts) > len(COLOURS):
+        cuts = np.linspace(0, 1, len(COLOURS) + 1)[:-1]
+        starts = np.quantile(points.tokens, cuts, method="nearest").tolist()
+    group_P = np.searchsorted(starts, points.tokens, side="right") - 1
+    for group in np.unique(group_P):
+        mask_P = group_P == group
+        yield float(np.exp(np.log(points.tokens[mask_P]).mean())), mask_P
