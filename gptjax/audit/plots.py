@@ -20,8 +20,8 @@ COLOURS = ("#b4451f", "#22577a", "#4d7c0f", "#7c3aed", "#a16207", "#0e7490")
 
 def by_position(texts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Loss against tokens seen, one line a text."""
-    axes = _axes(6.4, 3.2, "tokens seen before", "nats/token")
-    for (name, found), colour in zip(texts.items(), _cycle(len(texts)), strict=True):
+    axes = new_axes(6.4, 3.2, "tokens seen before", "nats/token")
+    for (name, found), colour in zip(texts.items(), cycle(len(texts)), strict=True):
         # On a logarithm of 1 + seen, which has room for the prediction that sees nothing.
         x = [np.sqrt((1 + p["from"]) * (1 + p["to"])) for p in found]
         axes.plot(x, [p["loss"] for p in found], "o-", color=colour, label=name, ms=3.5, lw=1.4)
@@ -31,12 +31,12 @@ def by_position(texts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     axes.minorticks_off()
     if len(texts) > 1:
         axes.legend(frameon=False, fontsize=9)
-    return _svg(axes)
+    return to_svg(axes)
 
 
 def intervals(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Bits per byte of every text and domain with its interval."""
-    axes = _axes(6.4, 0.9 + 0.34 * len(rows), HEADINGS["bits_per_byte"], "")
+    axes = new_axes(6.4, 0.9 + 0.34 * len(rows), HEADINGS["bits_per_byte"], "")
     for y, (_, s) in enumerate(rows):
         low, high = s["interval"]["bits_per_byte"]
         if low is not None:
@@ -45,12 +45,12 @@ def intervals(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             axes.plot([s["bits_per_byte"]], [y], "o", color=ACCENT, ms=5)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    return _svg(axes)
+    return to_svg(axes)
 
 
 def documents(bits_D: Sequence[float], ends: Sequence[float | None], mean: float) -> str:
     """Each document's difference, in order, with the whole text's and its interval."""
-    axes = _axes(6.4, 3.0, "documents, in order of their difference", "B − A, bits/byte")
+    axes = new_axes(6.4, 3.0, "documents, in order of their difference", "B − A, bits/byte")
     found = np.sort(bits_D)
     if None not in ends:
         axes.axhspan(float(ends[0] or 0), float(ends[1] or 0), color=BAND, lw=0)
@@ -60,14 +60,14 @@ def documents(bits_D: Sequence[float], ends: Sequence[float | None], mean: float
         axes.plot(np.linspace(0, len(found), 2000), np.quantile(found, np.linspace(0, 1, 2000)))
     else:
         axes.plot(np.arange(len(found)), found, "o", color=COLOURS[1], ms=3)
-    return _svg(axes)
+    return to_svg(axes)
 
 
-def _cycle(count: int) -> list[str]:
+def cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _axes(width: float, height: float, x: str, y: str) -> Axes:
+def new_axes(width: float, height: float, x: str, y: str) -> Axes:
     # Imported here: only a report needs it, and it takes half a second.
     from matplotlib.figure import Figure
 
@@ -82,7 +82,7 @@ def _axes(width: float, height: float, x: str, y: str) -> Axes:
     return axes
 
 
-def _svg(axes: Axes) -> str:
+def to_svg(axes: Axes) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -33,6 +33,7 @@ th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td small { display: block; color: var(--soft); }
 td.in { padding-left: 1.2rem; color: var(--soft); }
+td.told { white-space: normal; text-align: left; min-width: 12rem; } th.told { text-align: left; }
 svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; padding: 1rem 1.2rem;
   border: 1px solid var(--line); border-radius: 6px; line-height: 1.8; }
@@ -84,8 +85,8 @@ def page(record: dict[str, Any], found: Audit) -> str:
             _key([(f"s{i}", f"{i}{'+' * (i == LEVELS - 1)}") for i in range(LEVELS)], "nats"),
             f'<div class="text">{"".join(_surprise(scored, shown))}</div>',
         ]
-    body += ["<h2>What was measured</h2>", _facts(_model(record) + _texts(record["scores"]))]
-    return _document(f"Perplexity of {found.workdir}", body)
+    body += ["<h2>What was measured</h2>", definitions(_model(record) + _texts(record["scores"]))]
+    return document(f"Perplexity of {found.workdir}", body)
 
 
 def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
@@ -120,8 +121,8 @@ def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
             *_passages(a.scored[name], pieces),
         ]
     facts = [(f"{side.upper()}: {k}", v) for side in "ab" for k, v in _model(record[side])]
-    body += ["<h2>What was measured</h2>", _facts(facts + _texts(record["texts"]))]
-    return _document("Two models on the same text", body)
+    body += ["<h2>What was measured</h2>", definitions(facts + _texts(record["texts"]))]
+    return document("Two models on the same text", body)
 
 
 def _surprise(scored: Scored, shown: int) -> Iterator[str]:
@@ -230,12 +231,12 @@ def _detokenized(text: dict[str, Any]) -> str:
     return f", after de-tokeniser {text['detokenizer']} (words and bytes are those before it)"
 
 
-def _facts(facts: list[tuple[str, str]]) -> str:
+def definitions(facts: list[tuple[str, str]]) -> str:
     items = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in facts)
     return f"<dl>{items}</dl>"
 
 
-def _document(title: str, body: list[str]) -> str:
+def document(title: str, body: list[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

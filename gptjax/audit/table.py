@@ -82,7 +82,7 @@ def show(record: dict[str, Any]) -> None:
             f"{first}" if first == last else f"{first}–{last}",
             *(MISSING if p is None else number(p["loss"]) for p in cells),
         )
-    console = _console()
+    console = new_console()
     console.print(_identified("model", record))
     console.print(f"convention: {convention(record)}", markup=False)
     console.print(table)
@@ -99,7 +99,7 @@ def show(record: dict[str, Any]) -> None:
 
 def show_comparison(record: dict[str, Any]) -> None:
     """Prints what `compare.compare` returns."""
-    console = _console()
+    console = new_console()
     for side in ("a", "b"):
         console.print(_identified(side.upper(), record[side]))
         console.print(f"   convention: {convention(record[side])}", markup=False)
@@ -150,7 +150,7 @@ def _around(text: str, peak: int) -> str:
     return f"{'...' * (start > 0)}{shown}{'...' * (start + 120 < len(text))}"
 
 
-def _console() -> Console:
+def new_console() -> Console:
     # Into a file or pipe the whole table goes, whatever rich believes its width to be.
     console = Console(highlight=False, soft_wrap=False)
     if not console.is_terminal:
