@@ -87,6 +87,8 @@ def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
         np.array([line[study.metric] for line in scored], np.float64),
     )
     status, reason = _status(cell, folder)
+    if status == "finished" and not math.isfinite(curve[1][-1]):
+        status, reason = "diverged", "the loss at the last step is not finite"
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     first: Mapping[str, float] = lines[0] if lines else {}
     return Outcome(
