@@ -30,18 +30,9 @@ from gptjax.losses import cross_entropy
 from gptjax.model import PLACEMENT
 from gptjax.optim import OPTIMIZERS, make_optimizer, state_specs
 from gptjax.sharding import AXES, PARAMETER_RULES
+from tests import tiny
 
-SMALL = Model(
-    vocab_size=64, context=16, layers=3, width=32, heads=4, kv_heads=None, head_dim=None,
-    feedforward="gelu", ff_dim=48, position="learned", rope_base=1e4, norm="layernorm",
-    rope_scaling="none", rope_factor=1.0, rope_original_context=None,
-    rope_rotations=(1.0, 32.0), attention_bias="same",
-    norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
-    windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
-    tied=True, dropout=0.0, init="gpt2", init_scale=1.0, parametrisation="standard",
-    mup_base_width=None, mup_base_heads=None, mup_base_layers=None, attention="plain", scan_layers=False, remat="none",
-    dtype="float32",
-)  # fmt: skip
+SMALL = dataclasses.replace(tiny.MODEL, context=16, layers=3, width=32, ff_dim=48)
 
 VARIANTS = [
     {},

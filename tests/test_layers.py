@@ -17,22 +17,11 @@ from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
 from gptjax.layers.norm import NORM, HeadNorm, Norm
 from gptjax.layers.parameter import INIT, Spec, draw
 from gptjax.layers.position import alibi_slopes, rope, sinusoid
-
-MODEL = Model(
-    vocab_size=64, context=128, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
-    feedforward="gelu", ff_dim=24, position="learned", rope_base=1e4, norm="layernorm",
-    rope_scaling="none", rope_factor=1.0, rope_original_context=None,
-    rope_rotations=(1.0, 32.0), attention_bias="same",
-    norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
-    windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
-    tied=True, dropout=0.0, init="gpt2", init_scale=1.0, parametrisation="standard",
-    mup_base_width=None, mup_base_heads=None, mup_base_layers=None, attention="plain", scan_layers=False, remat="none",
-    dtype="float32",
-)  # fmt: skip
+from tests import tiny
 
 
 def model(**changes) -> Model:
-    return dataclasses.replace(MODEL, **changes)
+    return dataclasses.replace(tiny.MODEL, **changes)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -141,7 +130,7 @@ def scores_of(T: int, rows: int, window=None, segments=False, softcap=None, slop
     index = jnp.arange(T)[None]
     ids = jnp.asarray([np.arange(T) >= 4 + 3 * b for b in range(rows)], jnp.int32)
     ids = ids if segments else None
-    slopes_N = alibi_slopes(MODEL) if slopes else None
+    slopes_N = alibi_slopes(tiny.MODEL) if slopes else None
     return Scores(index, index, ids, ids, window, slopes_N, softcap)
 
 

@@ -23,18 +23,13 @@ from gptjax.layers.norm import NORM
 from gptjax.layers.parameter import INIT
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from gptjax.model import PLACEMENT, REMAT
+from tests import tiny
 
 B, T, V = 4, 6, 40
-MODEL = Model(
-    vocab_size=V, context=T, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
-    feedforward="gelu", ff_dim=24, position="learned", rope_base=100.0, norm="layernorm",
-    rope_scaling="none", rope_factor=2.0, rope_original_context=4, rope_rotations=(0.1, 0.5),
-    attention_bias="same",
-    norm_placement="pre", norm_eps=1e-5, bias=True, parallel_block=False, qk_norm=False,
-    windows=(None,), attention_softcap=None, logit_softcap=None, value_residual=False,
-    tied=True, dropout=0.0, init="gpt2", init_scale=1.0, parametrisation="standard",
-    mup_base_width=None, mup_base_heads=None, mup_base_layers=None, attention="plain", scan_layers=False, remat="none",
-    dtype="float32",
+# Every way to stretch RoPE does something to it within T tokens.
+MODEL = dataclasses.replace(
+    tiny.MODEL, vocab_size=V, context=T,
+    rope_base=100.0, rope_factor=2.0, rope_original_context=4, rope_rotations=(0.1, 0.5),
 )  # fmt: skip
 
 # Every choice and its values; each pair of values of two choices meets in some combination.

@@ -1,12 +1,24 @@
-"""A model small enough to train in a second, for tests of whole runs."""
+"""Models small enough for a second: one to take apart, and a recipe for tests of whole runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from gptjax import configure
-from gptjax.config import Config
+from gptjax.config import Config, Model
 from gptjax.data import prepare
+
+# GPT-2's block; tests state what they change by `dataclasses.replace`.
+MODEL = Model(
+    vocab_size=64, context=128, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
+    feedforward="gelu", ff_dim=24, position="learned", rope_base=1e4, rope_scaling="none",
+    rope_factor=1.0, rope_original_context=None, rope_rotations=(1.0, 32.0), norm="layernorm",
+    norm_placement="pre", norm_eps=1e-5, bias=True, attention_bias="same", parallel_block=False,
+    qk_norm=False, windows=(None,), attention_softcap=None, logit_softcap=None,
+    value_residual=False, tied=True, dropout=0.0, init="gpt2", init_scale=1.0,
+    parametrisation="standard", mup_base_width=None, mup_base_heads=None, mup_base_layers=None,
+    attention="plain", scan_layers=False, remat="none", dtype="float32",
+)  # fmt: skip
 
 RECIPE = "configs/base.py"
 KNOBS = {
