@@ -5,10 +5,12 @@ Whatever works on a model works on either, by the folder's path alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -17,6 +19,8 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, UserError
 from gptjax.interop import hf, pretrained
 from gptjax.model import Params
+from gptjax.sharding import make_mesh
+from gptjax.tokenizer import Tokenizer
 
 # A pretrained model has no settings of ours for evaluation and sampling: these are taken.
 SETTINGS = "configs/base.py"
@@ -65,6 +69,27 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
         if step is None:
             raise UserError(f"{folder} holds no complete checkpoint: train it first")
         return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
+
+
+class Opened(NamedTuple):
+    """A model at hand: its config settled for the mesh, its step (0 of a pretrained one)."""
+
+    config: Config
+    step: int
+    params: Params
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def opened(config: Config, folder: Path) -> Iterator[Opened]:
+    """A model and its tokenizer, on the mesh of `config`, which is set while the context lasts.
+
+    Raises:
+        UserError: as `restore`, or if the tokenizer does not fit the model.
+    """
+    with jax.set_mesh(make_mesh(config.mesh)):
+        step, params = restore(config, folder)
+        yield Opened(loop.settle(config), step, params, loop.load_tokenizer(config))
 
 
 def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[Config, loop.Start]:

@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"model"},
     {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},
     {"loop", "ensemble", "speak", "trained", "replay", "interop", "audit", "tasks"},
-    {"cli", "study", "plan", "cluster"},
+    {"cli", "commands", "study", "plan", "cluster"},
 ]
 
 

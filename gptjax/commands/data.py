@@ -1,0 +1,102 @@
+"""Commands that make and show data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gptjax.commands.command import (
+    DEFAULT_RECIPE,
+    OVERRIDES,
+    Command,
+    no_more,
+)
+from gptjax.config import ConfigError
+
+
+def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax.data import prepare
+
+    summary = prepare(
+        arguments.files,
+        arguments.out,
+        arguments.tokenizer,
+        arguments.val_fraction,
+        arguments.text_key,
+    )
+    for split, counts in summary.items():
+        print(
+            f"{counts['path']}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
+            f"{counts['bytes']:,} bytes, fingerprint {counts['fingerprint'][:12]} ({split})"
+        )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the store to make")
+    parser.add_argument(
+        "--tokenizer", default="gpt2", help="bytes, or a tiktoken encoding (%(default)s)"
+    )
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="held out at the end (%(default)s)"
+    )
+    parser.add_argument(
+        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+    )
+
+
+def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import configure, tokenizer
+    from gptjax.data import Batches, describe
+
+    config = configure.from_file(arguments.config, overrides)
+    found = tokenizer.load(config.data.tokenizer)
+    batches = Batches(config.data, config.model.context, config.seed, arguments.split, found)
+    all_rows = config.data.batch_size
+    rows = all_rows if arguments.rows is None else min(arguments.rows, all_rows)
+    if arguments.step < 0:
+        raise ConfigError(f"--step must not be negative, got {arguments.step}")
+    if rows < 1:
+        raise ConfigError(f"--rows must be above 0, got {rows}")
+    for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), found)):
+        print(f"--- step {arguments.step}, row {row} of {all_rows}\n{text}")
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument("--step", type=int, default=0, help="0-based step of the run (%(default)s)")
+    parser.add_argument("--rows", type=int, help="only the first so many rows")
+    parser.add_argument("--split", default="train", help="train or val (%(default)s)")
+
+
+COMMANDS: dict[str, Command] = {
+    "data": Command(
+        data,
+        _add_data,
+        "Make a token store of text, jsonl or parquet files.",
+        """\
+Tokenises once into OUT/train and OUT/val: memory-mapped shards with a sha256 manifest. In a text
+file the literal <|endoftext|> separates documents; a jsonl line or parquet row is a document.
+Use the store by --config.data.sources="('OUT',)". `data show` prints batches.
+
+  data books/*.txt --out=data/books --tokenizer=gpt2
+""",
+    ),
+    "data show": Command(
+        show,
+        _add_show,
+        "Print the exact text of a batch.",
+        f"""\
+A batch is a pure function of (seed, step). In double brackets stands what is read but not
+scored; a double bar begins another document.
+
+  data show --config=configs/shakespeare.py --step=100 --rows=2
+
+{OVERRIDES}""",
+    ),
+}

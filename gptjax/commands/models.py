@@ -1,0 +1,171 @@
+"""Commands that let a model speak, bring it in and take it out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from gptjax.commands.command import (
+    OVERRIDES,
+    Command,
+    add_run,
+    config_of,
+    no_more,
+    prepare_jax,
+)
+
+
+def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = config_of(arguments, overrides)
+    prepare_jax(arguments.distributed)
+    from gptjax import speak, trained
+
+    if arguments.prompt is not None:
+        sample = dataclasses.replace(config.sample, prompt=arguments.prompt)
+        config = dataclasses.replace(config, sample=sample)
+    if arguments.seed is not None:
+        config = dataclasses.replace(config, seed=arguments.seed)
+    with trained.opened(config, arguments.workdir) as model:
+        speak.generate(model.config, model.params, model.tokenizer)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--prompt", help="the text to go on from; default: sample.prompt")
+    parser.add_argument("--seed", type=int, help="of the sampling; default: the run's seed")
+
+
+def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = config_of(arguments, overrides)
+    prepare_jax(arguments.distributed)
+    from gptjax import speak, trained
+
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    with trained.opened(config, arguments.workdir) as model:
+        for question in arguments.questions:
+            print(f"> {question}")
+            dialogue = [*system, {"role": "user", "content": question}]
+            speak.answer(model.config, model.params, model.tokenizer, dialogue)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--system", help="what stands before the dialogue; default: the template's")
+
+
+def _add_ask(parser: argparse.ArgumentParser) -> None:
+    _add_chat(parser)
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="each is asked afresh")
+
+
+def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = config_of(arguments, overrides)
+    prepare_jax(arguments.distributed)
+    from gptjax import speak, trained
+
+    with trained.opened(config, arguments.workdir) as model:
+        speak.chat(model.config, model.params, model.tokenizer, arguments.system)
+
+
+def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    prepare_jax(None)
+    from gptjax.accounting import parameters
+    from gptjax.interop import pretrained
+
+    model = pretrained.import_(arguments.source, arguments.out)
+    count = parameters(model)["total"]
+    print(
+        f"{arguments.out}: {count:,} parameters, {model.layers} layers of width {model.width}, "
+        f"context {model.context}, vocabulary {model.vocab_size:,}"
+    )
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+
+
+def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = config_of(arguments, overrides)
+    prepare_jax(None)
+    from gptjax import trained
+    from gptjax.interop import hf
+
+    with trained.opened(config, arguments.workdir) as model:
+        name = model.tokenizer.name
+        hf.export(arguments.out, model.config.model, model.params, name, arguments.dtype)
+    print(f"{arguments.out}: step {model.step} of {arguments.workdir}, as {arguments.dtype}")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the tensors (%(default)s, which keeps every bit)",
+    )
+
+
+COMMANDS: dict[str, Command] = {
+    "generate": Command(
+        generate,
+        _add_generate,
+        "Continue a text, streaming to the terminal.",
+        f"""\
+Samples from a run's latest checkpoint, seeded; sample.* sets temperature (0 is greedy), top_k,
+top_p, repetition_penalty, max_new_tokens, batch_size and stop.
+
+  generate --workdir=runs/mine --prompt="KING." --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "ask": Command(
+        ask,
+        _add_ask,
+        "Put questions to a model that was taught to hold a dialogue.",
+        f"""\
+Each question is a dialogue of its own, in the model's own chat template.
+
+  ask --workdir=models/smollm2 --config.sample.temperature=0 "What is the capital of France?"
+
+{OVERRIDES}""",
+    ),
+    "chat": Command(
+        chat,
+        _add_chat,
+        "Hold a dialogue of several turns.",
+        f"""\
+Reads a line from standard input for each turn; an empty one or its end (Ctrl-D) ends the
+dialogue. When the context is full the oldest turns are forgotten, and that is said.
+
+  chat --workdir=models/smollm2 --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "import": Command(
+        import_,
+        _add_import,
+        "Bring in a pretrained model: a Hugging Face folder or a GGUF file.",
+        """\
+Reads config.json, safetensors and tokenizer of the GPT-2 and Llama families, or a .gguf file
+(dequantised; needs the extra `gguf`), checks every tensor, and writes a Hugging Face folder that
+eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refused: loading one runs
+its code.
+
+  import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
+""",
+    ),
+    "export": Command(
+        export,
+        _add_export,
+        "Write a model as a Hugging Face folder, which `transformers` loads.",
+        f"""\
+  export --workdir=runs/mine --out=models/mine
+
+{OVERRIDES}""",
+    ),
+}

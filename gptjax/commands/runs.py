@@ -1,0 +1,283 @@
+"""Commands that train and measure a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gptjax.commands.command import (
+    DEFAULT_RECIPE,
+    EXITS,
+    OVERRIDES,
+    RECIPE,
+    WORKDIR,
+    Command,
+    add_distributed,
+    add_run,
+    config_of,
+    prepare_jax,
+)
+from gptjax.config import UserError, flatten, to_dict
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import configure, loop, speak, trained
+    from gptjax.sharding import make_mesh
+
+    config, begin = configure.from_file(arguments.config, overrides), None
+    if arguments.start is not None:
+        config, begin = trained.start_from(config, arguments.start, overrides)
+    workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
+    with jax.set_mesh(make_mesh(config.mesh)):
+        speak.check(config, loop.load_tokenizer(config))
+        params = loop.train(config, workdir, begin)
+        if params is None:
+            print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
+        else:
+            speak.generate(loop.settle(config), params, loop.load_tokenizer(config))
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="the run's folder; default: runs/ and the recipe's name"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="DIR",
+        help="fine-tune this pretrained model: its parameters, architecture and tokenizer",
+    )
+    add_distributed(parser)
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    if (arguments.workdir is None) == (arguments.compare is None):
+        raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
+    if arguments.compare and arguments.config:
+        raise UserError("--compare evaluates each run by its own config: leave --config out")
+    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
+        raise UserError(
+            f"--html={arguments.html}: no folder {arguments.html.parent}, make it first"
+        )
+    from gptjax import trained
+
+    workdirs = arguments.compare or [arguments.workdir]
+    configs = [trained.config_of(w, arguments.config, overrides) for w in workdirs]
+    prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax.audit import compare, report, run, table, texts
+
+    sets = texts.parse_sets(arguments.set)
+    how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
+    if not sets and how != texts.Reading():
+        raise UserError(
+            "--text_key, --domain_key and --detokenizer tell how the files of --set are read"
+        )
+    audits = [
+        run.audit(config, workdir, sets, how)
+        for config, workdir in zip(configs, workdirs, strict=True)
+    ]
+    page: Callable[..., str]
+    if arguments.compare:
+        record = compare.compare(*audits)
+        page, show = report.comparison_page, table.show_comparison
+    else:
+        record = run.record(*audits)
+        page, show = report.page, table.show
+    if jax.process_index() != 0:
+        return
+    if arguments.html is not None:
+        report.write(arguments.html, page(record, *audits))
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show(record)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=Path, help=WORKDIR)
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two models' folders instead"
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="texts to score: .txt .raw .jsonl .parquet, a token store, or "
+        "hub:DATASET[,CONFIG],SPLIT; default: the held-out text of data.sources",
+    )
+    parser.add_argument(
+        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+    )
+    parser.add_argument(
+        "--domain_key", help="jsonl key or parquet column to tell the documents' loss apart by"
+    )
+    parser.add_argument(
+        "--detokenizer",
+        default="none",
+        help="none, or wikitext: what makes prose of a pre-tokenised corpus (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
+    add_distributed(parser)
+
+
+def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = config_of(arguments, overrides)
+    from gptjax.tasks import TASKS, run, show
+
+    files = {name: getattr(arguments, name) for name in TASKS}
+    files = {name: file for name, file in files.items() if file is not None}
+    if not files and not arguments.harness:
+        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit={arguments.limit} is no positive number")
+    prepare_jax(arguments.distributed)
+    import jax
+
+    record = run(config, arguments.workdir, files, arguments.limit) if files else {}
+    if arguments.harness:
+        from gptjax.interop import harness
+
+        where = arguments.limit, arguments.harness_path
+        found = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
+        record["harness"] = harness.figures(found)
+    if jax.process_index() != 0:
+        return
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+        return
+    if files:
+        show(record)
+    if arguments.harness:
+        print(harness.make_table(found))
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--lambada", type=Path, metavar="FILE", help='jsonl of {"text"}: guess its last word'
+    )
+    parser.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help='jsonl of {"query", "choices", "gold"}: tell the right choice, by its index',
+    )
+    parser.add_argument(
+        "--harness", nargs="+", metavar="TASK", help="tasks of EleutherAI's lm-evaluation-harness"
+    )
+    parser.add_argument(
+        "--harness_path", type=Path, metavar="DIR", help="where more of its tasks are described"
+    )
+    parser.add_argument("--limit", type=int, help="only so many lines or documents of each task")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import accounting, configure, loop
+
+    found = configure.from_file(arguments.config, overrides)
+    loop.check(found)
+    if arguments.diff is not None:
+        other = configure.from_file(arguments.diff)
+        for knob, (a, b) in configure.difference(found, other).items():
+            print(f"{knob}: {a!r} -> {b!r}")
+        return
+    if arguments.json:
+        print(json.dumps(to_dict(found), indent=1))
+        return
+    for knob, value in flatten(dataclasses.asdict(found)).items():
+        print(f"{knob} = {value!r}")
+    parts = accounting.parameters(found.model)
+    tokens = found.train.steps * found.data.batch_size * found.model.context
+    flops = accounting.train_flops_per_token(found.model, causal=True)
+    print("# parameters: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
+    print(
+        f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--diff", metavar="FILE[:ARG]", help="print only how this other one differs"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON, as a run's config.json holds it"
+    )
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        train,
+        _add_train,
+        "Train a model, or go on where a run stopped.",
+        f"""\
+Trains to train.steps, evaluates the held-out text and prints a sample. The run's folder holds
+the config, environment, metrics (JSON lines and TensorBoard) and checkpoints; started again the
+run resumes from its latest checkpoint, on any number of devices.
+
+  train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+    "eval": Command(
+        evaluate,
+        _add_evaluate,
+        "Perplexity of a run's latest checkpoint, or of two, with intervals.",
+        f"""\
+Prints nats per token, token and word perplexity and bits per byte, each with a 95% interval from
+a bootstrap over documents, and the convention, counts and fingerprints that they rest on. The
+convention is config.eval: context, stride, prefix, documents.
+
+  eval --workdir=runs/mine --config.eval.stride=64
+  eval --workdir=runs/mine --set wiki=wiki.test.raw web=web.jsonl --html=report.html
+  eval --compare runs/mine runs/other --set wiki=wiki.test.raw
+
+{OVERRIDES}""",
+    ),
+    "tasks": Command(
+        tasks,
+        _add_tasks,
+        "LAMBADA's last words and multiple choice, with intervals.",
+        f"""\
+Prints accuracy, and the perplexity of LAMBADA's last words, each with a 95% interval, beside the
+convention and counts. They are the figures that lm-evaluation-harness calls acc, perplexity and
+acc_bytes. Its own tasks (the extra `harness`) are fetched from a hub, unless --harness_path
+describes local ones.
+
+  tasks --workdir=runs/mine --lambada=lambada_test.jsonl --choices=hellaswag.jsonl
+  tasks --workdir=runs/mine --harness arc_easy wikitext --limit=200
+
+{OVERRIDES}""",
+    ),
+    "config": Command(
+        config,
+        _add_config,
+        "Print a resolved config, or how two differ.",
+        f"""\
+Every knob, with the parameters and FLOPs that follow from them.
+
+  config --config=configs/gpt2.py:124m --diff=configs/modern.py
+
+{OVERRIDES}""",
+    ),
+}
