@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,11 +14,11 @@ import numpy as np
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
-from gptjax.loop import CHECKPOINTS
-from gptjax.records import ENVIRONMENT, METRICS, read_metrics
+from gptjax.loop import CHECKPOINTS, DIVERGED
+from gptjax.records import METRICS, read_environment, read_metrics
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
 
-DIVERGED, FAILED, SAMPLE = "diverged.json", "failed.json", "sample.txt"
+FAILED, SAMPLE = "failed.json", "sample.txt"
 Status = Literal["finished", "diverged", "failed", "started", "missing"]
 
 
@@ -27,8 +28,8 @@ class Outcome:
 
     Attributes:
         cell, folder: which run, and where it lies.
-        status: finished, diverged (ended without a finite gradient), failed (could not run),
-            started, or missing.
+        status: finished, diverged (ended without a finite gradient or metric), failed (could
+            not run), started, or missing.
         reason: of a divergence or failure.
         metric: the study's metric at the last step; NaN unless finished.
         curve: (steps, metric) of every evaluation so far, int64 (E,) and float64 (E,).
@@ -78,17 +79,28 @@ def read(study: Study, store: Path) -> Results:
 
 
 def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
-    """What the folder of a cell tells."""
+    """What the folder of a cell tells.
+
+    Raises:
+        UserError: if its files are damaged.
+    """
     folder = store / cell.address
+    # Read before the log, which another process may be writing: what is finished has all of it.
+    status, reason = _status(cell, folder)
     lines = read_metrics(folder) if (folder / METRICS).is_file() else []
     scored = [line for line in lines if study.metric in line]
     curve = (
         np.array([line["step"] for line in scored], np.int64),
         np.array([line[study.metric] for line in scored], np.float64),
     )
-    status, reason = _status(cell, folder)
-    if status == "finished" and not math.isfinite(curve[1][-1]):
-        status, reason = "diverged", "the loss at the last step is not finite"
+    if status == "finished":
+        if cell.config.train.steps not in curve[0][-1:]:
+            raise UserError(
+                f"{folder / METRICS} lacks {study.metric} of the last step: remove {folder} to "
+                "run it again"
+            )
+        if not math.isfinite(curve[1][-1]):
+            status, reason = "diverged", f"{study.metric} is {curve[1][-1]} at the last step"
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     first: Mapping[str, float] = lines[0] if lines else {}
     return Outcome(
@@ -106,7 +118,8 @@ def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
 
 def _status(cell: Cell, folder: Path) -> tuple[Status, str]:
     for status, name in (("diverged", DIVERGED), ("failed", FAILED)):
-        if (folder / name).is_file():
+        # Another process, which tries a failed cell again, may remove it at any time.
+        with contextlib.suppress(FileNotFoundError):
             return status, json.loads((folder / name).read_text())["reason"]  # type: ignore[return-value]
     if not folder.is_dir():
         return "missing", ""
@@ -121,7 +134,7 @@ def _best(
 ) -> dict[tuple[str, str], Settings]:
     """The values with the lowest mean; a value that diverged is out."""
     best: dict[tuple[str, str], Settings] = {}
-    groups = {(o.cell.scale, o.cell.arm) for o, _ in tuning}
+    groups = dict.fromkeys((o.cell.scale, o.cell.arm) for o, _ in tuning)
     for scale, arm in groups:
         here = [(o, v) for o, v in tuning if (o.cell.scale, o.cell.arm) == (scale, arm)]
         if any(o.status not in ("finished", "diverged") for o, _ in here):
@@ -139,12 +152,13 @@ def _best(
 
 
 def at_edge(study: Study, values: Settings) -> list[str]:
-    """The tuned knobs whose best value is the first or last of several that were tried."""
-    return [k for k, v in values.items() if len(study.tune[k]) > 1 and v in _ends(study.tune[k])]
-
-
-def _ends(values: Sequence[Any]) -> tuple[Any, Any]:
-    return values[0], values[-1]
+    """The tuned knobs whose best value is the least or greatest of several that were tried."""
+    found = []
+    for knob, value in values.items():
+        numbers = sorted(v for v in study.tune[knob] if isinstance(v, (int, float)))
+        if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
+            found.append(knob)
+    return found
 
 
 def check_alike(outcomes: Iterable[Outcome]) -> None:
@@ -154,7 +168,7 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
     """
     seen: dict[str, tuple[str, Outcome]] = {}
     for o in outcomes:
-        for name, value in _origins(o.folder):
+        for name, value in _origins(o):
             before, other = seen.setdefault(name, (value, o))
             if before != value:
                 raise UserError(
@@ -165,15 +179,19 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
                 )
 
 
-def _origins(folder: Path) -> Iterable[tuple[str, str]]:
+def _origins(o: Outcome) -> Iterable[tuple[str, str]]:
     """(what, which) of each start of a run: the code, packages and data that made it."""
-    path = folder / ENVIRONMENT
-    if not path.is_file():
-        return
-    for record in json.loads(path.read_text()):
-        yield "code", record["code"]
-        yield from ((f"version of {name}", value) for name, value in record["versions"].items())
-        yield from record["fingerprints"].items()
+    for record in read_environment(o.folder):
+        yield from made_by(record).items()
+        # One text is other tokens to another tokenizer: no other data.
+        tokenizer = o.cell.config.data.tokenizer
+        yield from ((f"{k} ({tokenizer})", v) for k, v in record["fingerprints"].items())
+
+
+def made_by(record: Mapping[str, Any]) -> dict[str, str]:
+    """The code and packages of a start."""
+    versions = {f"version of {name}": value for name, value in record["versions"].items()}
+    return {"code": record["code"], **versions}
 
 
 def _short(value: str) -> str:

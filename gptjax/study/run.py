@@ -14,15 +14,15 @@ import jax
 from gptjax import loop, speak
 from gptjax.config import UserError
 from gptjax.progress import say
-from gptjax.records import ENVIRONMENT, code_fingerprint, replace_file
+from gptjax.records import code_fingerprint, disk, environment, read_environment, replace_file
 from gptjax.sharding import make_mesh
 from gptjax.study.results import (
-    DIVERGED,
     FAILED,
     SAMPLE,
     Outcome,
     Results,
     check_alike,
+    made_by,
     outcome,
     read,
 )
@@ -83,22 +83,23 @@ def train(cell: Cell, folder: Path) -> None:
     """Runs or goes on with one cell; what ends it early is written into its folder."""
     (folder / FAILED).unlink(missing_ok=True)
     try:
+        vocabulary = loop.load_tokenizer(cell.config)
+        speak.check(cell.config, vocabulary)
         with jax.set_mesh(make_mesh(cell.config.mesh)):
             params = loop.train(cell.config, folder)
             if params is not None and cell.seed == 0 and not (folder / SAMPLE).exists():
-                vocabulary = loop.load_tokenizer(cell.config)
                 texts = speak.generate(loop.settle(cell.config), params, vocabulary)
-                replace_file(folder / SAMPLE, "\n".join(texts).encode())
+                with disk(folder):
+                    replace_file(folder / SAMPLE, "\n".join(texts).encode())
     except loop.Diverged as error:
-        _note(folder / DIVERGED, error)
+        say(f"{folder}: {error}")
+        with disk(folder):
+            error.write(folder)
     except UserError as error:
-        _note(folder / FAILED, error)
-
-
-def _note(path: Path, error: Exception) -> None:
-    say(f"{path.parent}: {error}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps({"reason": str(error)}).encode())
+        say(f"{folder}: {error}")
+        with disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / FAILED, json.dumps({"reason": str(error)}).encode())
 
 
 @contextlib.contextmanager
@@ -108,8 +109,10 @@ def _claim(store: Path, cell: Cell) -> Iterator[bool]:
     The lock is the operating system's and falls with the process, however that ends.
     """
     locks = store / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / cell.address).open("w") as file:
+    with disk(store):
+        locks.mkdir(parents=True, exist_ok=True)
+        file = (locks / cell.address).open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -121,11 +124,13 @@ def _claim(store: Path, cell: Cell) -> Iterator[bool]:
 def _made_by_this_code(outcomes: Sequence[Outcome]) -> None:
     """Refuses to add runs to those of other code, before any hour is spent."""
     check_alike(outcomes)
-    now = code_fingerprint()
+    now = made_by({"code": code_fingerprint(), "versions": environment()["versions"]})
     for o in outcomes:
-        path = o.folder / ENVIRONMENT
-        if path.is_file() and (then := json.loads(path.read_text())[-1]["code"]) != now:
-            raise UserError(
-                f"{o.folder} ({o.cell.label}) was run by other code, {then[:12]}, than this, "
-                f"{now[:12]}: their results would not compare. Remove it, or use another --store"
-            )
+        for record in read_environment(o.folder)[-1:]:
+            for name, then in made_by(record).items():
+                if then != now[name]:
+                    raise UserError(
+                        f"{o.folder} ({o.cell.label}) was run with another {name}, {then[:12]}, "
+                        f"than this, {now[name][:12]}: their results would not compare. Remove "
+                        "it, or use another --store"
+                    )

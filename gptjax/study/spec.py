@@ -17,6 +17,7 @@ every parameter that they share: they differ by what the arm states, and are com
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import runpy
@@ -24,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import configure
+from gptjax import configure, loop
 from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
 from gptjax.study.equalise import EQUAL, equalise
 
@@ -34,6 +35,7 @@ METRICS = {"val_loss": "nats/token", "val_bits_per_byte": "bits/byte"}
 TUNING = 1000  # tuning runs have seeds of their own from here on, so that choosing biases nothing
 
 Settings = Mapping[str, Any]  # {"model.position": "rope"}
+_check = functools.cache(loop.check)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Study:
             raise ConfigError(f"{self.baseline!r} is the baseline: name the arm otherwise")
         if other := [knob for knob in self.tune if not knob.startswith("optim.")]:
             raise ConfigError(f"tune: {other[0]} is no optim.* knob, and could change the budget")
+        for knob, values in self.tune.items():
+            if isinstance(values, str) or not values:
+                raise ConfigError(f"tune: {knob} must be a tuple of values, got {values!r}")
+            if any(knob in s for s in (*self.arms.values(), *self.scales.values())):
+                raise ConfigError(f"{knob} is tuned for each arm and scale: let none set it")
         if not self.scales:
             raise ConfigError("scales is empty: leave it out, or name one")
 
@@ -158,7 +165,9 @@ def of_axes(base: str, axes: Sequence[str]) -> Study:
         knob, equals, words = axis.partition("=")
         # A comma inside of brackets belongs to a value: model.windows=(None,),(None,64)
         found = re.findall(r"(?:\([^()]*\)|[^,()])+", words)
-        if not equals or len(found) < 2 or len(set(found)) < len(found):
+        complete = ",".join(found) == words
+        found = [value.strip() for value in found]
+        if not equals or not complete or len(found) < 2 or len(set(found)) < len(found):
             raise ConfigError(
                 f"--axis {axis}: write a knob and two or more different values, such as "
                 "model.position=learned,rope"
@@ -243,6 +252,7 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
             config, solved = equalise(
                 configure.override(base, _words(settings)), base, study.equal, settings
             )
+            _check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
         for other, (known, _) in configs.items():
@@ -250,6 +260,16 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
                 raise ConfigError(
                     f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
                 )
+            apart = abs(known.seed - config.seed)
+            if apart < study.seeds and dataclasses.replace(known, seed=config.seed) == config:
+                raise ConfigError(
+                    f"arm {arm!r} shares runs with {other!r}: set their seeds {study.seeds} apart"
+                )
+        if config.eval != base.eval or config.data.sources != base.data.sources:
+            raise ConfigError(
+                f"arm {arm!r} is scored on other text than the baseline: set eval.* and "
+                "data.sources for all arms, in the study's settings"
+            )
         if study.metric == "val_loss" and config.data.tokenizer != base.data.tokenizer:
             raise ConfigError(
                 f"arm {arm!r} has another tokenizer, so nats per token do not compare: "
