@@ -255,28 +255,41 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
             _check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
+        _check_comparable(study, arm, config, base)
         for other, (known, _) in configs.items():
-            if known == config:
-                raise ConfigError(
-                    f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
-                )
-            apart = abs(known.seed - config.seed)
-            if apart < study.seeds and dataclasses.replace(known, seed=config.seed) == config:
-                raise ConfigError(
-                    f"arm {arm!r} shares runs with {other!r}: set their seeds {study.seeds} apart"
-                )
-        if config.eval != base.eval or config.data.sources != base.data.sources:
-            raise ConfigError(
-                f"arm {arm!r} is scored on other text than the baseline: set eval.* and "
-                "data.sources for all arms, in the study's settings"
-            )
-        if study.metric == "val_loss" and config.data.tokenizer != base.data.tokenizer:
-            raise ConfigError(
-                f"arm {arm!r} has another tokenizer, so nats per token do not compare: "
-                "set metric='val_bits_per_byte'"
-            )
+            _check_apart(study, arm, config, other, known)
         configs[arm] = config, solved
     return configs
+
+
+def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> None:
+    """Refuses an arm whose metric is of other text, or in another unit, than the baseline's."""
+    same_tokenizer = config.data.tokenizer == base.data.tokenizer
+    if study.metric == "val_loss" and not same_tokenizer:
+        raise ConfigError(
+            f"arm {arm!r} has another tokenizer, so nats per token do not compare: "
+            "set metric='val_bits_per_byte'"
+        )
+    # A prepared text lies elsewhere for each tokenizer.
+    other_sources = same_tokenizer and config.data.sources != base.data.sources
+    if config.eval != base.eval or other_sources:
+        raise ConfigError(
+            f"arm {arm!r} is scored on other text than the baseline: set eval.* and "
+            "data.sources for all arms, in the study's settings"
+        )
+
+
+def _check_apart(study: Study, arm: str, config: Config, other: str, known: Config) -> None:
+    """Refuses two arms that are the same, or that would count the same runs twice."""
+    if known == config:
+        raise ConfigError(
+            f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
+        )
+    reseeded = dataclasses.replace(known, seed=config.seed)
+    if reseeded == config and abs(known.seed - config.seed) < study.seeds:
+        raise ConfigError(
+            f"arm {arm!r} shares runs with {other!r}: set their seeds {study.seeds} apart"
+        )
 
 
 def _words(settings: Settings) -> list[str]:
