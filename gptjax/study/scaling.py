@@ -322,10 +322,14 @@ def bootstrap(
     """Laws of points drawn with replacement, and so 95% intervals of all that follows from them.
 
     The tails are those of the expanded percentile interval (Hesterberg 2015, arXiv:1411.5279),
-    which makes up for few degrees of freedom: Student's t in place of the normal quantile. A
-    replicate that lost too many sizes to determine a law stays, at whatever law the search ends:
-    where these were drawn again, 95% intervals of five sizes held the truth in 75% of the cases.
-    So did those of resampled residuals in 80%: most are near 0 where Huber's loss is linear.
+    which makes up for few degrees of freedom: Student's t in place of the normal quantile. Of
+    100 simulated grids each, with log losses off by 0.0005 or 0.002, these intervals held the
+    truth in 93 to 97% (3 x 3, 4 x 4 sizes), 89 to 95% (5 x 6) and 94 to 96% (five sizes, one
+    term); the percentile's in 87 to 96%.
+
+    A replicate that lost too many sizes to determine a law stays, at whatever law the search
+    ends: where these were drawn again, the intervals of five sizes held the truth in 75%. Nor
+    are residuals drawn, of which Huber's loss leaves too many near 0: 78 to 95% on 5 x 6.
     """
     x_KP, middle_K1 = _logs(points, law.terms)
     y_P = np.log(points.loss)
