@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptjax.commands import data, models, runs
+from gptjax.commands import data, models, runs, scales, studies
 from gptjax.commands.command import EXITS, OVERRIDES, Command
 from gptjax.config import UserError
 
@@ -16,6 +16,8 @@ EXIT_STOPPED = 75  # after SIGTERM or Ctrl-C: saved, run the same command to go 
 
 COMMANDS: dict[str, Command] = {
     **runs.COMMANDS,
+    **studies.COMMANDS,
+    **scales.COMMANDS,
     **models.COMMANDS,
     **data.COMMANDS,
 }

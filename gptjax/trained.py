@@ -100,6 +100,16 @@ def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[
     Raises:
         UserError: if `folder` is no pretrained model.
     """
+    start = start_of(folder)
+    return configure.override(pretrained.adopt(config, folder), overrides), start
+
+
+def start_of(folder: Path) -> loop.Start:
+    """A pretrained model's parameters to begin a run with.
+
+    Raises:
+        UserError: if `folder` is no pretrained model.
+    """
     if not is_pretrained(folder):
         raise UserError(
             f"{folder} is no pretrained model: make one with `import`, or `export` a run"
@@ -108,5 +118,4 @@ def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    start = loop.Start(lambda: pretrained.load(folder).params, digest.hexdigest())
-    return configure.override(pretrained.adopt(config, folder), overrides), start
+    return loop.Start(lambda: pretrained.load(folder).params, digest.hexdigest())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from gptjax.config import Config, UserError
 
+EXIT_FAILED = 1  # the command did its work, and what it checks does not hold
 DEFAULT_RECIPE = "configs/shakespeare.py"
 
 WORKDIR = "a run's folder, or a pretrained model's (a Hugging Face folder)"

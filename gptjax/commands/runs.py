@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gptjax.commands.command import (
     DEFAULT_RECIPE,
+    EXIT_FAILED,
     EXITS,
     OVERRIDES,
     RECIPE,
@@ -18,6 +19,7 @@ from gptjax.commands.command import (
     add_distributed,
     add_run,
     config_of,
+    no_more,
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
@@ -224,6 +226,34 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    no_more(overrides)
+    prepare_jax(None)
+    from gptjax import replay, trained
+
+    begin = None if arguments.start is None else trained.start_of(arguments.start)
+    record = replay.run(arguments.workdir, begin)
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        replay.show(record)
+    return 0 if record["same"] else EXIT_FAILED
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workdir", type=Path, metavar="RUN_DIR", help="the run's folder, which is only read"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="DIR",
+        help="the pretrained model that the run was begun from, where it was",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         train,
@@ -268,6 +298,19 @@ describes local ones.
   tasks --workdir=runs/mine --harness arc_easy wikitext --limit=200
 
 {OVERRIDES}""",
+    ),
+    "replay": Command(
+        replay,
+        _add_replay,
+        "The run again, and proof that it is the same.",
+        f"""\
+Checks config, tokenizer and every byte of the data against what the run recorded; then trains it
+again, in a temporary folder, and compares each number of its log. Bit for bit where versions,
+code and devices are those of the run; elsewhere within a bound, saying what differs.
+
+  replay runs/mine
+
+{EXITS}""",
     ),
     "config": Command(
         config,

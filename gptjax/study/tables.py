@@ -24,6 +24,8 @@ HELD_EQUAL = {
     "tokens": "tokens, so arms train on the same batches",
     "flops": "training FLOPs (steps are solved for)",
     "parameters": "parameters (widths are solved for)",
+    "nothing": "nothing: arms may differ in size and length",
+    "nothing": "nothing",
 }
 
 
@@ -44,7 +46,7 @@ def verdicts(a: Analysis) -> Table:
         (
             *_named(study, r.scale, r.arm),
             _words(r),
-            _signed(r.difference) + below(_interval(r)),
+            MISSING if r.comparison is None else _signed(r.difference) + below(_interval(r)),
             _p(r),
             reach(r),
             value(r.mean) + below("" if math.isnan(r.sd) else f"± {value(r.sd)}"),
@@ -87,10 +89,10 @@ def costs(a: Analysis) -> Table:
         "FLOPs/token",
         "FLOPs",
         "tokens/s",
-        "training, s",
-        "compilation, s",
-        "program, MB",
-        "on the front of loss and",
+        "training\ns",
+        "compilation\ns",
+        "program\nMB",
+        "front",
     )
     rows = []
     for r in a.rows:
@@ -111,7 +113,7 @@ def costs(a: Analysis) -> Table:
         fronts = {"flops": "FLOPs", "seconds": "time"}
         on = ", ".join(word for name, word in fronts.items() if r.on_front[name])
         rows.append((*_named(a.study, r.scale, r.arm), *cells, on or MISSING))
-    return Table(headings, rows, {*_place(a.study), headings[-1]})
+    return Table(headings, rows, {*_place(a.study), "front"})
 
 
 def tuning(a: Analysis) -> Table:
@@ -250,8 +252,14 @@ def method(a: Analysis) -> list[str]:
         "FLOPs are those of the model's matrix products in training, causal, without "
         "recomputation. tokens/s is the median over a run's logged steps and then over seeds, "
         "which depends on what else the machine did; training time is tokens divided by it, "
-        "without compilation and evaluation. A compilation cache makes compilation short"
+        "without compilation and evaluation. A compilation cache makes compilation short. Front: no "
+        "arm has a lower loss at no more FLOPs, or in no more time"
     )
+    if a.changes:
+        found.append(
+            "From scale to scale: Welch's t interval of the change of gain, 95% for each arm by "
+            f"itself. It holds where the change is shown to be smaller than {study.smallest:g}"
+        )
     if together:
         found.append(
             f"{together} of {len(a.results.outcomes)} runs trained together with others in one "
@@ -377,7 +385,9 @@ def reach(r: Row) -> str:
 
 def runs(study: Study, r: Row) -> str:
     others = [f"{n} {status}" for status, n in r.counts.items() if n and status != "finished"]
-    return f"{r.counts['finished']} of {study.seeds}" + below(", ".join(others))
+    return f"{r.counts['finished']} of {study.seeds}" + below(
+        f"({', '.join(others)})" if others else ""
+    )
 
 
 def settings(values: Settings) -> str:
@@ -414,12 +424,12 @@ def _p(r: Row) -> str:
     if r.comparison is None or r.verdict not in TESTED:
         return MISSING
     p = "< 0.0001" if r.comparison.p_holm < 1e-4 else f"{r.comparison.p_holm:.4f}"
-    same = f"same: {r.comparison.p_same_holm:.4f}" if r.verdict == statistics.SAME else ""
+    same = f"(same: {r.comparison.p_same_holm:.4f})" if r.verdict == statistics.SAME else ""
     return p + below(same)
 
 
 def _times(r: Row, study: Study, share: float) -> str:
-    return "" if r.arm == study.baseline or math.isnan(share) else f"{share:.3g}{TIMES}"
+    return "" if r.arm == study.baseline or math.isnan(share) else f"({share:.3g}{TIMES})"
 
 
 def _and(words: Iterable[str]) -> str:

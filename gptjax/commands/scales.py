@@ -1,0 +1,124 @@
+"""Commands that look across sizes of a model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptjax.commands.command import EXITS, OVERRIDES, Command, prepare_jax
+from gptjax.commands.studies import add_study, study_of, tell
+from gptjax.config import UserError
+
+if TYPE_CHECKING:
+    from gptjax.study.results import Results
+    from gptjax.study.scaling import Points
+
+
+def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    check_picture(arguments.png)
+    points = _read(arguments, overrides)
+    from gptjax.study import scaling, scaling_report
+
+    law = scaling.fit(points)
+    drawn = scaling.bootstrap(points, law)
+    record = scaling.record(points, law, drawn, arguments.flops)
+    if arguments.png is not None:
+        scaling_report.figure(points, law, drawn).savefig(arguments.png, dpi=150)
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        scaling_report.show(record)
+
+
+def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
+    """The points of --points, or of the runs of a study, which are made where they lack."""
+    if arguments.points is not None:
+        if arguments.file is not None or arguments.axis or overrides:
+            raise UserError("--points has all the numbers: leave FILE, --axis and overrides out")
+        from gptjax.study.scaling import points_from_csv
+
+        return points_from_csv(arguments.points)
+    ladder = study_of(arguments, overrides)
+    if arguments.file is None:
+        ladder = dataclasses.replace(ladder, equal="nothing")  # train.steps may be an axis
+    prepare_jax(None)
+    from gptjax.progress import say
+    from gptjax.study import results, run
+
+    tell(results.read(ladder, arguments.store), arguments.store, say)
+    return _points(run.run(ladder, arguments.store))
+
+
+def _points(found: Results) -> Points:
+    """A point for each arm at each scale, its loss the mean over seeds."""
+    import numpy as np
+
+    from gptjax.progress import say
+    from gptjax.study import equalise
+    from gptjax.study.scaling import Points
+
+    study, rows = found.study, []
+    if study.metric != "val_loss":
+        raise UserError(f"{study.name} decides by {study.metric}: a law of scale is of val_loss")
+    for scale in study.scales:
+        for arm in study.all_arms:
+            runs = [o for o in found.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
+            if lost := [o for o in runs if o.status != "finished"]:
+                say(f"left out, {lost[0].status}: {lost[0].cell.label} ({lost[0].reason})")
+                continue
+            config = runs[0].cell.config
+            loss = float(np.mean([o.metric for o in runs]))
+            rows.append((equalise.parameters(config), equalise.tokens(config), loss))
+    return Points(*np.array(rows, np.float64).reshape(-1, 3).T)
+
+
+def check_picture(path: Path | None) -> None:
+    """Refuses, before any work is done, a picture that could not be written."""
+    if path is None:
+        return
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--png={path}: name it .png, .svg or .pdf")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--png={path}: no folder {path.parent}, make it first")
+
+
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    add_study(parser)
+    parser.add_argument(
+        "--points",
+        type=Path,
+        metavar="FILE",
+        help="instead of runs: a CSV table with the columns parameters, tokens, loss",
+    )
+    parser.add_argument(
+        "--flops",
+        type=float,
+        nargs="+",
+        default=[],
+        help="budgets to share out between parameters and tokens",
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also a picture")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+COMMANDS: dict[str, Command] = {
+    "scaling": Command(
+        scaling,
+        _add_scaling,
+        "A law of scale through a ladder of sizes: loss = E + A/N^a + B/D^b.",
+        f"""\
+Runs every arm of a study's FILE, or every crossing of axes of size, as a rung of a ladder (its
+loss is the mean over seeds), or reads a table; and prints the law's constants with 95% intervals,
+how well the smaller sizes foretell the largest, and the best sizes for a budget. Refuses where
+the sizes do not exceed the constants.
+
+  scaling --points=ladder.csv --flops 1e18 1e19 --png=law.png
+  scaling --config=configs/ablation.py --seeds=1 --axis model.width=32,48,64,96
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+}

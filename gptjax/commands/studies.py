@@ -1,0 +1,274 @@
+"""Commands that run studies and say what they found."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptjax.commands.command import (
+    DEFAULT_RECIPE,
+    EXITS,
+    OVERRIDES,
+    Command,
+    prepare_jax,
+)
+from gptjax.config import UserError
+
+if TYPE_CHECKING:
+    from gptjax.study.results import Results
+    from gptjax.study.spec import Study
+
+STORE, OUT = Path("runs/cells"), Path("runs/studies")
+SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
+
+
+def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    asked = study_of(arguments, overrides)
+    prepare_jax(None)
+    from gptjax.progress import say
+    from gptjax.study import results, run
+
+    found = results.read(asked, arguments.store)
+    tell(found, arguments.store, print if arguments.dry_run else say)
+    if not arguments.dry_run:
+        _report(run.run(asked, arguments.store), arguments.out)
+
+
+def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    asked = study_of(arguments, overrides)
+    from gptjax.study import results
+
+    _report(results.read(asked, arguments.store), arguments.out)
+
+
+def _report(found: Results, out: Path | None) -> None:
+    from gptjax.study import analysis, report, tables
+
+    made = analysis.analyse(found)
+    folder = out or OUT / found.study.name
+    report.write(made, folder)
+    tables.show(made)
+    print(f"the report: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
+
+
+def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
+    """The study of FILE, or of --axis over --config, changed by the command line."""
+    from gptjax.study import spec
+
+    if (arguments.file is None) == (not arguments.axis):
+        raise UserError("name either a study's FILE or, with --config=RECIPE, one --axis or more")
+    if arguments.file is None:
+        found = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
+    elif arguments.config is None:
+        found = spec.load(arguments.file)
+    else:
+        raise UserError(f"{arguments.file} names its own base: leave --config out")
+    seeds = found.seeds if arguments.seeds is None else arguments.seeds
+    return dataclasses.replace(found, seeds=seeds, overrides=(*found.overrides, *overrides))
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="a file with STUDY = Study(...)"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE[:ARG]",
+        help=f"instead of FILE: the recipe that --axis changes ({DEFAULT_RECIPE})",
+    )
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="KNOB=V1,V2",
+        help="a knob and its values, the first the baseline's; several axes are crossed",
+    )
+    parser.add_argument("--seeds", type=int, help="runs of each arm; default: the study's")
+    add_store(parser)
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        type=Path,
+        default=STORE,
+        metavar="DIR",
+        help="where the runs of all studies lie, each in a folder named by its config (%(default)s)",
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    add_study(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"of the report; default: {OUT}/ and its name"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    _add_report(parser)
+    parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
+
+
+def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
+    """Says what a study asks, what its arms are, and how much of it is there."""
+    from gptjax.study.equalise import EQUAL
+    from gptjax.study.tables import settings, stated
+
+    asked, (measure, _) = found.study, EQUAL[found.study.equal]
+    shared = filter(None, (asked.base, settings(asked.settings), *asked.overrides))
+    for line in (f"{asked.name}: {asked.hypothesis}", *stated(asked), f"Base: {' '.join(shared)}"):
+        say(line)
+    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
+    # Where tuning has not chosen, a run that tunes shows what was solved for.
+    known = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(every)}
+    cells = {(scale, arm): known[scale, arm] for scale in asked.scales for arm in asked.all_arms}
+    names = [", ".join(filter(None, place)) for place in cells]
+    for name, (scale, arm) in zip(names, cells, strict=True):
+        cell = cells[scale, arm]
+        parts = [settings({**asked.scales[scale], **asked.all_arms[arm]})]
+        if cell.solved:
+            parts.append(f"solved for: {settings(cell.solved)}")
+        if asked.equal != "nothing":
+            parts.append(f"{measure(cell.config):,.0f} {asked.equal}")
+        say(f"  {name:<{max(map(len, names))}}  {'; '.join(filter(None, parts))}")
+    say(f"{counted(found)}, in {store}")
+
+
+def counted(found: Results) -> str:
+    """How many runs there are, and of what status."""
+    from gptjax.study.run import ENDED
+
+    asked = found.study
+    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
+    status = {o.cell.address: o.status for o in every}  # arms may share runs
+    # What tuning has not chosen yet has no address.
+    chosen = {(o.cell.scale, o.cell.arm) for o in found.outcomes}
+    arms = len(asked.scales) * len(asked.all_arms)
+    unknown = (arms - len(chosen)) * asked.seeds
+    ended = sum(s in ENDED for s in status.values())
+    lost = [f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))]
+    told = f" ({', '.join(lost)})" if lost else ""
+    count = len(status) + unknown
+    return f"{count} runs: {ended} there, {count - ended} to run{told}"
+
+
+def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.study.spec import Study
+
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
+    if arguments.effect <= 0:
+        raise UserError(f"--effect={arguments.effect:g} must be above 0")
+    asked = Study(
+        hypothesis="How much does the loss vary from seed to seed?",
+        base=arguments.config,
+        arms={},
+        seeds=arguments.seeds,
+        smallest=arguments.effect,
+        overrides=tuple(overrides),
+        name="noise",
+    )
+    prepare_jax(None)
+    from gptjax.progress import say
+    from gptjax.study import results, run
+
+    say(f"{asked.base}: {counted(results.read(asked, arguments.store))}, in {arguments.store}")
+    for line in _noise(run.run(asked, arguments.store)):
+        print(line)
+
+
+def _noise(found: Results) -> Iterator[str]:
+    """The noise floor and what can be seen above it, for a person."""
+    import numpy as np
+
+    from gptjax.study import statistics
+
+    asked = found.study
+    finished = [o for o in found.outcomes if o.status == "finished"]
+    for o in found.outcomes:
+        if o.status != "finished":
+            yield f"left out, {o.status}: {o.cell.label} ({o.reason})"
+    measured = statistics.noise(np.array([o.metric for o in finished]))
+    low, high = measured.interval
+    yield f"{asked.base}: {asked.metric} {measured.mean:.4f} {asked.unit}, {measured.seeds} seeds"
+    yield f"sd between seeds: {measured.sd:.2g} (95%: {low:.2g} to {high:.2g})"
+    # As if pairs had nothing in common: how much they have only the arms of a study can tell.
+    one, most = (statistics.difference_sd(sd, 0.0) for sd in (measured.sd, high))
+    yield (
+        "A study of one arm sees a difference with 80% power at the sd above (at the interval's "
+        "upper end), if pairing gains nothing:"
+    )
+    for seeds in SEEDS_SHOWN:
+        smallest, largest = (statistics.smallest_effect(seeds, sd) for sd in (one, most))
+        yield f"  {seeds:>3} seeds: from {smallest:.2g} ({largest:.2g})"
+    needed, at_most = (statistics.seeds_to_see(asked.smallest, sd) for sd in (one, most))
+    yield f"  a difference of {asked.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
+
+
+def _seeds(count: int | None) -> str:
+    from gptjax.study.statistics import MOST_SEEDS
+
+    return f"more than {MOST_SEEDS:,}" if count is None else f"{count:,}"
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs (%(default)s)")
+    parser.add_argument(
+        "--effect",
+        type=float,
+        default=0.01,
+        help="the difference to see, in nats/token (%(default)s)",
+    )
+    add_store(parser)
+
+
+COMMANDS: dict[str, Command] = {
+    "study": Command(
+        study,
+        _add_run,
+        "Does it help? Run what an ablation lacks, and give the answer.",
+        f"""\
+A study's FILE states hypothesis, base, arms, seeds, metric, and what is held equal: tokens, FLOPs
+or parameters. Or cross axes on the spot. Arms with the same seed share batches and initial values
+and are compared in pairs. Every run lies in the store under its config: none runs twice, what
+broke goes on, and several processes may run the same study. --dry_run tells the plan alone.
+
+  study experiments/positions.py --seeds=5
+  study --config=configs/ablation.py --axis model.position=rope,alibi --axis optim.peak_lr=5e-3,1e-2
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+    "report": Command(
+        report,
+        _add_report,
+        "The answer of a study so far, as table, page, Markdown, CSV and LaTeX.",
+        f"""\
+Reads whatever has finished, at any time, and runs nothing. Runs of different code, packages or
+data are refused in one table. Give the same words as to `study`.
+
+  report experiments/positions.py --out=report
+
+{OVERRIDES}""",
+    ),
+    "noise": Command(
+        noise,
+        _add_noise,
+        "How much a recipe's loss varies between seeds, and what can be seen above it.",
+        f"""\
+Runs the recipe with several seeds, or reads the runs where a study made them, and prints the
+standard deviation, the smallest difference that some numbers of seeds see with 80% power, and
+the seeds that --effect needs.
+
+  noise --config=configs/ablation.py --seeds=5 --effect=0.005
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+}
