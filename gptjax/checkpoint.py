@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -160,6 +160,10 @@ class Checkpoints:
         """
         return self._read_meta(step)["meta"]
 
+    def drop_after(self, step: int) -> None:
+        """Removes the complete steps after `step`: the run goes on from there, and saves them anew."""
+        self._remove([s for s in self.steps() if s > step])
+
     def restore(self, step: int, abstract_state: State) -> State:
         """The state of `step`, bitwise as saved, on the shardings of `abstract_state`.
 
@@ -216,13 +220,13 @@ class Checkpoints:
                 _write(partial / META, meta.encode())
                 _write(partial / MANIFEST, _manifest(partial))
                 os.rename(partial, self._final(step))
-                self._remove_old()
+                self._remove(self.steps()[: -(self._keep or 0)])
         except Exception as error:
             raise self._failed(step, error) from error
 
-    def _remove_old(self) -> None:
-        """Keeps the latest `keep` steps; renamed first, so that a kill leaves no half of one."""
-        for step in self.steps()[: -(self._keep or 0)]:
+    def _remove(self, steps: Iterable[int]) -> None:
+        """Removes complete steps; renamed first, so that a kill leaves no half of one."""
+        for step in steps:
             os.rename(self._final(step), self._partial(step))
             shutil.rmtree(self._partial(step))
 

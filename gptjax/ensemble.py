@@ -1,0 +1,364 @@
+"""Many runs in one compiled program: `vmap` over stacked states, the members split over devices.
+
+Runs go together when their configs differ in nothing but the numbers of `VARIED`. Each keeps an
+ordinary folder, as `loop.train` would write it, and beside that
+
+    WORKDIR/ensemble.json    {"member": 1, "members": 4, "varied": {"seed": [0, 1, 2, 3]}}
+    WORKDIR/diverged.json    {"step": 40, "reason": "..."}, of a member that diverged
+
+A member's numbers are those of the run alone to rounding: XLA sums a batched product in another
+order, and a varied number is rounded to float32 before it enters the update instead of after. The
+same group on as many devices gives the same bits, so a group is resumed whole: its members are
+part of each run's identity. Members share no value: what one does changes no bit of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import loop, sharding, state
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, UserError, flatten, from_dict, to_dict
+from gptjax.progress import Progress, say
+from gptjax.records import CONFIG, disk, open_run, replace_file
+
+ENSEMBLE = "ensemble.json"
+
+# The knobs in which members may differ. Those of the first line enter the program as arguments;
+# the second acts on initial values alone.
+TRACED = (
+    *("seed", "optim.peak_lr", "optim.final_lr_fraction", "optim.weight_decay"),
+    *("optim.b1", "optim.b2", "optim.eps", "optim.momentum"),
+)
+VARIED = (*TRACED, "model.init_scale")
+
+
+def key(config: Config) -> str:
+    """Runs with equal keys train together; no two keys of runs that cannot are equal."""
+    knobs = flatten(to_dict(config))
+    if config.mesh.fsdp == config.mesh.tensor == 1 and jax.process_count() == 1:
+        knobs = {name: value for name, value in knobs.items() if name not in VARIED}
+    return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
+
+
+def check(configs: Sequence[Config]) -> None:
+    """Refuses runs that cannot train together.
+
+    Raises:
+        UserError: naming the knob that keeps them apart.
+    """
+    if jax.process_count() > 1:
+        raise UserError("runs train together in one process only: start them one after another")
+    first, *others = (flatten(to_dict(config)) for config in configs)
+    for name in ("mesh.fsdp", "mesh.tensor"):
+        if first[name] > 1:
+            raise UserError(
+                f"{name}={first[name]} splits a model over devices, and runs that train together "
+                "are split over them whole: set it to 1, or start them one after another"
+            )
+    for other in others:
+        differ = [name for name in first if first[name] != other[name] and name not in VARIED]
+        if differ:
+            name = differ[0]
+            raise UserError(
+                f"runs that differ in {name} ({first[name]!r} and {other[name]!r}) cannot train "
+                f"together: start them one after another; what may differ: {', '.join(VARIED)}"
+            )
+
+
+def varied(configs: Sequence[Config]) -> dict[str, list[Any]]:
+    """The knobs in which the members differ, each with all members' values."""
+    knobs = [flatten(to_dict(config)) for config in configs]
+    values = {name: [k[name] for k in knobs] for name in VARIED}
+    return {name: found for name, found in values.items() if found.count(found[0]) < len(found)}
+
+
+def group_of(workdir: Path) -> tuple[list[Config], int]:
+    """The configs of the group that a run was trained in, and which of them is its own.
+
+    Raises:
+        UserError: if the folder holds no run that was trained with others.
+    """
+    try:
+        config = json.loads((workdir / CONFIG).read_bytes())
+        told = json.loads((workdir / ENSEMBLE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{workdir} holds no run that was trained with others") from None
+    configs: list[Config] = []
+    for member in range(told["members"]):
+        tree = copy.deepcopy(config)
+        for name, values in told["varied"].items():
+            section, _, field = name.rpartition(".")
+            (tree[section] if section else tree)[field] = values[member]
+        configs.append(from_dict(tree))
+    return configs, told["member"]
+
+
+def train(
+    configs: Sequence[Config],
+    workdirs: Sequence[Path],
+    devices: Sequence[jax.Device] | None = None,
+    until: int | None = None,
+) -> list[dict[str, Any] | None]:
+    """Trains all runs to `train.steps`, each in its folder, from the latest step that all have.
+
+    No mesh may be set: steps run on one of their own, and each member is saved and scored on that
+    of its config, as alone. A member that diverges leaves the group, its folder says so, and the
+    others go on.
+
+    Args:
+        configs: of the members, which `check` lets train together.
+        workdirs: their folders.
+        devices: to use; None takes all.
+        until: an earlier step to end at, as in `loop.train`.
+
+    Returns:
+        For each member None if it finished, or what its diverged.json holds.
+
+    Raises:
+        Stopped: on SIGTERM or Ctrl-C, once all members are saved.
+        UserError: on whatever the user can mend.
+    """
+    check(configs)
+    mesh = sharding.make_mesh(configs[0].mesh, devices)
+    steps = configs[0].train.steps
+    # Members are saved one after another: with two checkpoints each, one step is common to all.
+    keep = max(2, configs[0].train.keep_checkpoints)
+    with ExitStack() as stack:
+        with jax.set_mesh(mesh):
+            setups = [loop.set_up(config) for config in configs]
+            _claim(configs, workdirs)
+            saved = {
+                r: stack.enter_context(Checkpoints(workdir / loop.CHECKPOINTS, keep))
+                for r, workdir in enumerate(workdirs)
+                if diverged(workdir) is None
+            }
+            start = _common_step(saved.values())
+            members = [
+                _Member(r, setups[r], to_dict(configs[r]), workdirs[r], checkpoints, start, stack)
+                for r, checkpoints in saved.items()
+            ]
+            where = "new" if start is None else f"at step {start} of {steps}"
+            differ = ", ".join(varied(configs)) or "nothing"
+            say(f"{len(setups)} runs that differ in {differ}: {where}, {len(members)} to go on")
+            if not members or start == steps:
+                return [diverged(workdir) for workdir in workdirs]
+            say(f"each: {loop.describe(setups[0].config)}")
+            group = _Group(configs, setups, members, mesh, start)
+        # That of the last member to leave, when none is left.
+        with contextlib.suppress(loop.Diverged):
+            loop.drive(group, setups[0].config, group.devices, start or 0, until)
+    return [diverged(workdir) for workdir in workdirs]
+
+
+def diverged(workdir: Path) -> dict[str, Any] | None:
+    """{"step", "reason"} of a run that diverged."""
+    file = workdir / loop.DIVERGED
+    return json.loads(file.read_bytes()) if file.exists() else None
+
+
+def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
+    """Writes each folder's ensemble.json; refuses folders of other runs before that."""
+    members, knobs = len(configs), varied(configs)
+    told = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
+    for workdir, mine in zip(workdirs, told, strict=True):
+        file = workdir / ENSEMBLE
+        if not file.exists() and (workdir / CONFIG).exists():
+            raise UserError(f"{workdir} holds a run begun alone: finish it so, or use another one")
+        if file.exists() and (before := json.loads(file.read_bytes())) != mine:
+            raise UserError(
+                f"{workdir} holds a run of another group, member {before['member']} of "
+                f"{before['members']} with {before['varied']}: train it with the same members, "
+                "in the same order, or use another folder"
+            )
+    for workdir, mine in zip(workdirs, told, strict=True):
+        with disk(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            replace_file(workdir / ENSEMBLE, json.dumps(mine).encode())
+
+
+def _common_step(saved: Iterable[Checkpoints]) -> int | None:
+    """The latest step that all have saved."""
+    steps = [set(checkpoints.steps()) for checkpoints in saved]
+    return max(set.intersection(*steps), default=None) if steps else None
+
+
+class _Member:
+    """A run that goes on: its records and checkpoints, opened after step `start`."""
+
+    def __init__(
+        self,
+        index: int,
+        setup: loop.Setup,
+        record: dict[str, Any],
+        workdir: Path,
+        checkpoints: Checkpoints,
+        start: int | None,
+        stack: ExitStack,
+    ) -> None:
+        self.index, self.setup, self.checkpoints = index, setup, checkpoints
+        self.meta = {"config": record, "fingerprints": setup.fingerprints}
+        self.run = stack.enter_context(open_run(workdir, record, setup.fingerprints, start))
+        checkpoints.drop_after(start or 0)
+
+
+class _Group:
+    """Runs that take each step together; members that diverged ride along unheard."""
+
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        setups: Sequence[loop.Setup],
+        members: list[_Member],
+        mesh: Mesh,
+        start: int | None,
+    ) -> None:
+        self.title = f"training {len(setups)} runs"
+        self._setups, self._left, self._mesh = setups, members, mesh
+        count = len(setups)
+        ways = max(n for n in range(1, mesh.devices.size + 1) if count % n == 0)
+        self.devices = mesh.devices.flatten()[:ways].tolist()
+        self._split = over_members(self.devices)
+        self._knobs = self._place(stack_knobs(configs))
+        settled = setups[0].config
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, state.abstract(settled))
+        states = [jax.device_get(state.create(s.config)) for s in setups]
+        if start is not None:
+            for m in members:
+                found = m.checkpoints.restore(start, state.abstract(settled))
+                states[m.index] = jax.device_get(found)
+        self._states = self._place(_stack(states))
+
+    def _place(self, stacked: Any) -> Any:
+        return jax.device_put(stacked, self._split)
+
+    def _batch(self, index: int) -> state.Batch:
+        c = self._setups[0].config
+        rows = c.data.batch_size // c.train.accumulation
+        return self._place(_stack([loop.read(s, index, 0, rows) for s in self._setups]))
+
+    def compile(self, start: int) -> None:
+        step = make_step(self._setups[0].config, self._split)
+        arguments = self._states, self._batch(start), self._knobs
+        self._step, cost = loop.compile_step(step, *arguments)
+        if "program_bytes" in cost:  # of a device; a member's share adds up to the whole
+            cost["program_bytes"] *= len(self.devices) / len(self._setups)
+        self._logs = {m.index: loop.Log(m.setup.config, m.run, start, cost) for m in self._left}
+
+    def step(self, index: int) -> state.Metrics:
+        self._states, metrics = self._step(self._states, self._batch(index), self._knobs)
+        return metrics
+
+    def record(
+        self, step: int, metrics: state.Metrics, speed: dict[str, float]
+    ) -> tuple[dict[str, float], bool]:
+        recorded, losses = False, []
+        for m in list(self._left):
+            values = {name: float(values[m.index]) for name, values in metrics.items()}
+            losses.append(values["loss"])
+            try:
+                recorded |= self._logs[m.index].write(step, values | speed)
+            except loop.Diverged as error:
+                error.write(m.run.folder)
+                say(f"{m.run.folder}: {error}. The other runs go on")
+                self._left.remove(m)
+                if not self._left:
+                    raise
+        whole = {name: value * len(self._setups) for name, value in speed.items()}
+        return {"loss": float(np.mean(losses))} | whole, recorded
+
+    def evaluate(self, step: int, progress: Progress) -> None:
+        total = sum(loop.count(m.setup.evaluators) for m in self._left)
+        with progress.task("evaluating", total) as advance, jax.set_mesh(self._mesh):
+            for m, train_state in self._each():
+                params = state.evaluation_params(train_state)
+                scores = loop.score(m.setup.evaluators, params, advance)
+                loop.log_scores(m.run, step, scores, f"member {m.index}, ")
+
+    def save(self, step: int, wait: bool) -> None:
+        for m in self._left:
+            m.checkpoints.wait()  # so that none is ever two steps behind another
+        with jax.set_mesh(self._mesh):
+            for m, train_state in self._each():
+                m.checkpoints.save(step, train_state, m.meta | {"step": step})
+        if wait:
+            for m in self._left:
+                m.checkpoints.wait()
+
+    def check(self) -> None:
+        for m in self._left:
+            m.checkpoints.check()
+
+    def _each(self) -> Iterator[tuple[_Member, state.TrainState]]:
+        """Each member with its state on the mesh that it would have alone."""
+        host = jax.device_get(self._states)
+        for m in self._left:
+            mine = jax.tree.map(lambda leaf, r=m.index: np.array(leaf[r]), host)
+            yield m, jax.device_put(mine, self._shardings)
+
+
+def over_members(devices: Sequence[jax.Device]) -> NamedSharding:
+    """The leading dim split over `devices`, of whatever is stacked over members."""
+    mesh = Mesh(np.array(devices), ("member",), (AxisType.Auto,))
+    return NamedSharding(mesh, P("member"))
+
+
+def make_step(
+    config: Config, split: NamedSharding | None = None
+) -> Callable[..., tuple[state.TrainState, state.Metrics]]:
+    """The jitted update of all members; it donates their states.
+
+    Args:
+        config: of any member.
+        split: how the leading dim of what it returns lies on devices.
+
+    Returns:
+        (states, batches, knobs) -> (states, metrics): those of `state.make_train_step` and of
+        `stack_knobs`, each with a leading dim of members.
+    """
+
+    def one(
+        train_state: state.TrainState, batch: state.Batch, knobs: dict[str, jax.Array]
+    ) -> tuple[state.TrainState, state.Metrics]:
+        return state.make_train_step(_with(config, knobs))(train_state, batch)
+
+    return jax.jit(jax.vmap(one), donate_argnums=0, out_shardings=split)
+
+
+def stack_knobs(configs: Sequence[Config]) -> dict[str, np.ndarray]:
+    """The numbers in which members differ as they enter the step, each of shape (members,)."""
+    kinds = {"seed": np.int32}
+    return {
+        # int64 first: a seed beyond 32 bits wraps, as jax.random.key lets it.
+        name: np.asarray(values).astype(kinds.get(name, np.float32))
+        for name, values in varied(configs).items()
+        if name in TRACED
+    }
+
+
+def _with(config: Config, knobs: Mapping[str, Any]) -> Config:
+    """`config` with some numbers traced, which the checks of `dataclasses.replace` cannot bear."""
+    config = copy.copy(config)
+    for name, value in knobs.items():
+        section, _, field = name.rpartition(".")
+        owner = copy.copy(getattr(config, section)) if section else config
+        object.__setattr__(owner, field, value)
+        if section:
+            object.__setattr__(config, section, owner)
+    return config
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
