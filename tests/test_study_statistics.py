@@ -200,6 +200,14 @@ def test_a_plan_by_the_estimate_alone_would_promise_too_much():
     assert not share_within(np.array(decided), POWER, 1)
 
 
+def test_the_plan_serves_the_dearer_of_the_two_claims():
+    # Quantiles as printed tables have them. With 2 degrees a difference is dearer to show
+    # (4.303 + 1.061) than none (2.920 + 1.886); with 19 it is none (1.729 + 1.328 over
+    # 2.093 + 0.861).
+    assert seeds_to_decide(100, 3, 1, arms=1) == pytest.approx((100 * 5.364) ** 2, rel=1e-3)
+    assert seeds_to_decide(100, 20, 1, arms=1) == pytest.approx((100 * 3.057) ** 2, rel=1e-3)
+
+
 def test_more_seeds_is_what_the_plan_lacks():
     d_S = draw(5, (0,), studies=1)[0, 0]
     found = compare({"a": d_S, "b": d_S + 0.0001}, 0.0005)
