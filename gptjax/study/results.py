@@ -117,12 +117,12 @@ def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
 
 
 def _status(cell: Cell, folder: Path) -> tuple[Status, str]:
+    if not folder.is_dir():
+        return "missing", ""
     for status, name in (("diverged", DIVERGED), ("failed", FAILED)):
         # Another process, which tries a failed cell again, may remove it at any time.
         with contextlib.suppress(FileNotFoundError):
             return status, json.loads((folder / name).read_text())["reason"]  # type: ignore[return-value]
-    if not folder.is_dir():
-        return "missing", ""
     # The last checkpoint appears by one rename, after everything that the run had to record.
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         done = cell.config.train.steps in checkpoints.steps()
