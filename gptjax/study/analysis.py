@@ -217,7 +217,10 @@ def _verdict(
         verdict = BASELINE_DIVERGED
         words = f"finished {finished} of {study.seeds}; the baseline {base}"
     else:
-        verdict, words = comparison.verdict, comparison.words
+        verdict = comparison.verdict
+        # How many seeds more it takes is a question for when those that are planned are there.
+        undecided = preliminary and verdict == statistics.UNDECIDED
+        words = verdict if undecided else comparison.words
     if preliminary:
         pairs = len(_pairs(results, scale, arm)[0])
         words = f"preliminary, {pairs} of {study.seeds} pairs: {words}"

@@ -67,7 +67,7 @@ def html(table: Table) -> str:
         return f"<tr>{found}</tr>"
 
     body = "".join(line("td", row) for row in table.rows)
-    return f'<div class="wide"><table>{line("th", table.headings)}{body}</table></div>'
+    return f'<div class="wide dense"><table>{line("th", table.headings)}{body}</table></div>'
 
 
 # What LaTeX would take for a command, and at the start of a row for an argument of \\.

@@ -18,8 +18,8 @@ WIDTH = 8.2  # inches, the legend beside the picture included
 DASHES = ("-", "--", ":")  # of arms beyond the number of colours
 MARKERS = "osD^vP"  # of scales
 # A forest of intervals whose ends lie beyond so many smallest differences is drawn on a
-# logarithm outside of FAR / 4 of them.
-FAR = 20
+# logarithm outside of FAR / 6 of them.
+FAR = 60
 AXES = {"flops": "training FLOPs", "seconds": "training time, s"}
 
 
@@ -53,7 +53,7 @@ def learning(a: Analysis, scale: str) -> str:
 
 
 def differences(a: Analysis, scale: str) -> str:
-    """Arm less baseline along the run, mean over pairs, with Student's 95% interval."""
+    """Arm less baseline along the run, mean over pairs, with Student's 95% interval; "" without."""
     axes = new_axes(WIDTH, 3.6, "step", f"difference, {a.study.unit}")
     _zone(axes.axhspan, axes.axhline, a.study)
     for arm, style in _styles(a.study).items():
@@ -65,7 +65,7 @@ def differences(a: Analysis, scale: str) -> str:
         ends = np.array([statistics.t_interval(d_S) for d_S in d_SE.T])
         axes.fill_between(steps_E, *ends.T, color=style["color"], alpha=0.15, lw=0)
         axes.plot(steps_E, d_SE.mean(0), **style, lw=1.5, label=arm)
-    return _with_legend(axes)
+    return _with_legend(axes) if len(axes.lines) > 1 else ""
 
 
 def forest(a: Analysis) -> str:
@@ -96,8 +96,9 @@ def forest(a: Analysis) -> str:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     reach = max(map(abs, ends))
     if reach > FAR * a.study.smallest:
-        straight = FAR / 4 * a.study.smallest
+        straight = FAR / 6 * a.study.smallest
         axes.set_xscale("symlog", linthresh=straight)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{axes.get_xlabel()} (on a logarithm beyond {straight:g})")
     low, high = (min(ends), max(ends))
     room = 0.08 * (high - low) + a.study.smallest / 2
@@ -128,8 +129,10 @@ def pareto(a: Analysis, cost: str) -> str:
     xs = [x for x, _, _ in points]
     if max(xs) > 8 * min(xs):
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
     elif max(xs) < 1.02 * min(xs):
         axes.set_xlim(0.9 * min(xs), 1.1 * max(xs))
+    axes.xaxis.set_major_formatter("{x:.3g}")
     return _with_legend(axes)
 
 

@@ -98,11 +98,15 @@ def page(a: Analysis) -> str:
             '<p class="soft">Means over the runs that finished, with a band of one standard '
             "deviation; other runs are thin.</p>",
             plots.learning(a, scale),
-            f"<h2>Difference along the run{at}</h2>",
-            '<p class="soft">Arm less baseline, mean over pairs, with Student\'s interval at each '
-            "point by itself. Points in mid-run stand before the learning rate's decay.</p>",
-            plots.differences(a, scale),
         ]
+        if picture := plots.differences(a, scale):
+            body += [
+                f"<h2>Difference along the run{at}</h2>",
+                '<p class="soft">Arm less baseline, mean over pairs, with Student\'s interval at '
+                "each point by itself. Points in mid-run stand before the learning rate's "
+                "decay.</p>",
+                picture,
+            ]
     for cost, title in (("flops", "Loss against FLOPs"), ("seconds", "Loss against time")):
         if picture := plots.pareto(a, cost):
             told = "Dashed, with filled marks: the front, which no arm beats in both."

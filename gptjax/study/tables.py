@@ -55,7 +55,7 @@ def verdicts(a: Analysis) -> Table:
         )
         for r in a.rows
     ]
-    return Table(headings, rows, {*_place(study), "verdict", "in steps"})
+    return Table(headings, rows, {*_place(study), "verdict"})
 
 
 def changes(a: Analysis) -> Table:
