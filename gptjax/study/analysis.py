@@ -172,7 +172,7 @@ def _ends(study: Study) -> tuple[str, str]:
 def _row(results: Results, scale: str, arm: str, comparison: statistics.Comparison | None) -> Row:
     study = results.study
     outcomes = _of(results, scale, arm)
-    config, base = (_config(results, scale, name) for name in (arm, study.baseline))
+    config, base = _configs(results, scale, arm)
     tuned = results.tuned.get((scale, arm), {})
     solved = outcomes[0].cell.solved if outcomes else {}
     metrics = np.array([o.metric for o in outcomes if o.status == "finished"])
@@ -265,12 +265,16 @@ def _counts(results: Results, scale: str, arm: str) -> dict[str, int]:
     return {status: found.count(status) for status in STATUSES}
 
 
-def _config(results: Results, scale: str, arm: str) -> Config:
-    """An arm's config at its first seed; of its first tuning run where tuning is not done."""
-    both = {(scale, arm), (scale, results.study.baseline)}
-    tuned = all(_of(results, *place) for place in both)
+def _configs(results: Results, scale: str, arm: str) -> tuple[Config, Config]:
+    """An arm's config and the baseline's at their first seed.
+
+    Those of their first tuning runs where one of the two is not tuned yet: they try the same.
+    """
+    pair = arm, results.study.baseline
+    tuned = all(_of(results, scale, name) for name in pair)
     outcomes = results.outcomes if tuned else [o for o, _ in results.tuning]
-    return next(o.cell.config for o in outcomes if (o.cell.scale, o.cell.arm) == (scale, arm))
+    first = {(o.cell.scale, o.cell.arm): o.cell.config for o in reversed(outcomes)}
+    return first[scale, pair[0]], first[scale, pair[1]]
 
 
 def _pairs(results: Results, scale: str, arm: str) -> tuple[list[Outcome], list[Outcome]]:
