@@ -27,14 +27,24 @@ SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     asked = study_of(arguments, overrides)
+    if arguments.dry_run:
+        from gptjax.study import results
+
+        tell(results.read(asked, arguments.store), arguments.store, print)
+    else:
+        _report(run_all(arguments, asked), arguments.out)
+
+
+def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
+    """Says what is planned, runs what is not there, and reads all."""
+    if arguments.together < 1:
+        raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
     from gptjax.progress import say
     from gptjax.study import results, run
 
-    found = results.read(asked, arguments.store)
-    tell(found, arguments.store, print if arguments.dry_run else say)
-    if not arguments.dry_run:
-        _report(run.run(asked, arguments.store), arguments.out)
+    tell(results.read(asked, arguments.store), arguments.store, say)
+    return run.run(asked, arguments.store, arguments.together)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -87,16 +97,26 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         help="a knob and its values, the first the baseline's; several axes are crossed",
     )
     parser.add_argument("--seeds", type=int, help="runs of each arm; default: the study's")
-    add_store(parser)
+    _add_store(parser)
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
+def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store",
         type=Path,
         default=STORE,
         metavar="DIR",
         help="where the runs of all studies lie, each in a folder named by its config (%(default)s)",
+    )
+
+
+def add_together(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N runs that differ in numbers alone in one program (%(default)s)",
     )
 
 
@@ -109,7 +129,16 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_report(parser)
+    add_together(parser)
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N runs in one program, where seed or numbers of the optimiser are all "
+        "they differ in: for small models on a GPU or TPU (%(default)s)",
+    )
 
 
 def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
@@ -171,12 +200,7 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
-    prepare_jax(None)
-    from gptjax.progress import say
-    from gptjax.study import results, run
-
-    say(f"{asked.base}: {counted(results.read(asked, arguments.store))}, in {arguments.store}")
-    for line in _noise(run.run(asked, arguments.store)):
+    for line in _noise(run_all(arguments, asked)):
         print(line)
 
 
@@ -225,7 +249,8 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="the difference to see, in nats/token (%(default)s)",
     )
-    add_store(parser)
+    _add_store(parser)
+    add_together(parser)
 
 
 COMMANDS: dict[str, Command] = {

@@ -6,15 +6,22 @@ import contextlib
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
-from gptjax import loop, speak
-from gptjax.config import UserError
+from gptjax import ensemble, loop, speak, trained
+from gptjax.config import Config, UserError
 from gptjax.progress import say
-from gptjax.records import code_fingerprint, disk, environment, read_environment, replace_file
+from gptjax.records import (
+    CONFIG,
+    code_fingerprint,
+    disk,
+    environment,
+    read_environment,
+    replace_file,
+)
 from gptjax.sharding import make_mesh
 from gptjax.study.results import (
     FAILED,
@@ -26,26 +33,33 @@ from gptjax.study.results import (
     outcome,
     read,
 )
-from gptjax.study.spec import Cell, Study, tuning_cells
+from gptjax.study.spec import Cell, Study, address, tuning_cells
 
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
 ENDED = ("finished", "diverged")
 
 
-def run(study: Study, store: Path) -> Results:
+def run(study: Study, store: Path, together: int = 1) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
     Several processes, on several hosts that share the store, may run the same study or others:
     each takes cells that nobody holds. A cell that diverged is left as it is; one that failed is
     tried once more.
 
+    Args:
+        study: what is asked.
+        store: the folder of all cells.
+        together: so many cells at most train in one program, where they differ in numbers alone
+            (`ensemble.VARIED`). One that was begun goes on as it was begun, with its group or
+            alone.
+
     Raises:
-        Stopped: on SIGTERM or Ctrl-C, once the running cell is saved.
+        Stopped: on SIGTERM or Ctrl-C, once the running cells are saved.
         UserError: if finished cells were made by other code, or some cell cannot run.
     """
-    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store)
+    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together)
     results = read(study, store)
-    failures += _run(study, [o.cell for o in results.outcomes], store)
+    failures += _run(study, [o.cell for o in results.outcomes], store, together)
     if failures:
         raise UserError(
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
@@ -54,9 +68,9 @@ def run(study: Study, store: Path) -> Results:
     return read(study, store)
 
 
-def _run(study: Study, cells: Sequence[Cell], store: Path) -> list[Outcome]:
+def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
-    tried: dict[str, Cell] = {}
+    tried: set[str] = set()
     waiting = False
     while True:
         outcomes = [outcome(study, cell, store) for cell in cells]
@@ -65,12 +79,16 @@ def _run(study: Study, cells: Sequence[Cell], store: Path) -> list[Outcome]:
         if not todo:
             return [o for o in outcomes if o.status == "failed"]
         ran = False
-        for cell in todo:
-            with _claim(store, cell) as mine:
-                if mine and outcome(study, cell, store).status not in ENDED:
-                    say(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.label}")
-                    tried[cell.address] = cell
-                    train(cell, store / cell.address)
+        for group in _groups(todo, store, together):
+            here = {address(config): config for config in group}
+            mine = [cell for cell in todo if cell.address in here]
+            with _claim(store, here) as held:
+                if held and any(outcome(study, c, store).status not in ENDED for c in mine):
+                    for cell in mine:
+                        say(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.label}")
+                    tried.update(here)
+                    train(here, store)
+                    _sample([cell for cell in mine if cell.seed == 0], store)
                     ran = True
         if not ran:
             if not waiting:
@@ -79,46 +97,89 @@ def _run(study: Study, cells: Sequence[Cell], store: Path) -> list[Outcome]:
             time.sleep(POLL_SECONDS)
 
 
-def train(cell: Cell, folder: Path) -> None:
-    """Runs or goes on with one cell; what ends it early is written into its folder."""
-    (folder / FAILED).unlink(missing_ok=True)
+def _groups(cells: Sequence[Cell], store: Path, together: int) -> Iterator[list[Config]]:
+    """What trains in one program each; between them all cells, each once.
+
+    A group that was begun stays as it is, whichever of its members `cells` has, so that what a
+    kill broke off gives the same bits as what ran through.
+    """
+    fresh: dict[str, list[Config]] = {}
+    begun: set[str] = set()
+    for cell in cells:
+        folder = store / cell.address
+        if cell.address in begun:
+            continue
+        if (folder / CONFIG).is_file():
+            alone = not (folder / ensemble.ENSEMBLE).is_file()
+            group = [cell.config] if alone else ensemble.group_of(folder)[0]
+            begun.update(address(config) for config in group)
+            yield group
+        else:
+            alike = cell.address if together == 1 else ensemble.key(cell.config)
+            fresh.setdefault(alike, []).append(cell.config)
+    for configs in fresh.values():
+        left = [config for config in configs if address(config) not in begun]
+        for i in range(0, len(left), together):
+            yield left[i : i + together]
+
+
+def train(group: Mapping[str, Config], store: Path) -> None:
+    """Runs or goes on with the cells of a group, by address; what ends one is in its folder."""
+    folders = [store / name for name in group]
+    for folder in folders:
+        (folder / FAILED).unlink(missing_ok=True)
     try:
-        vocabulary = loop.load_tokenizer(cell.config)
-        speak.check(cell.config, vocabulary)
-        with jax.set_mesh(make_mesh(cell.config.mesh)):
-            params = loop.train(cell.config, folder)
-            if params is not None and cell.seed == 0 and not (folder / SAMPLE).exists():
-                texts = speak.generate(loop.settle(cell.config), params, vocabulary)
-                with disk(folder):
-                    replace_file(folder / SAMPLE, "\n".join(texts).encode())
+        for config in group.values():  # else found out after the training
+            speak.check(config, loop.load_tokenizer(config))
+        if len(group) > 1:
+            ensemble.train(list(group.values()), folders)
+            return
+        (config,), (folder,) = group.values(), folders
+        with jax.set_mesh(make_mesh(config.mesh)):
+            loop.train(config, folder)
     except loop.Diverged as error:
         say(f"{folder}: {error}")
         with disk(folder):
             error.write(folder)
     except UserError as error:
-        say(f"{folder}: {error}")
+        for folder in folders:
+            say(f"{folder}: {error}")
+            with disk(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                replace_file(folder / FAILED, json.dumps({"reason": str(error)}).encode())
+
+
+def _sample(cells: Sequence[Cell], store: Path) -> None:
+    """Lets each finished cell speak, for the report."""
+    for cell in cells:
+        folder = store / cell.address
+        if (folder / FAILED).exists() or (folder / loop.DIVERGED).exists():
+            continue
+        with trained.opened(cell.config, folder) as m:
+            texts = speak.generate(m.config, m.params, m.tokenizer)
         with disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / FAILED, json.dumps({"reason": str(error)}).encode())
+            replace_file(folder / SAMPLE, "\n".join(texts).encode())
 
 
 @contextlib.contextmanager
-def _claim(store: Path, cell: Cell) -> Iterator[bool]:
-    """Holds a cell for as long as the context lasts, or tells that another process holds it.
+def _claim(store: Path, addresses: Iterable[str]) -> Iterator[bool]:
+    """Holds cells for as long as the context lasts, or tells that another process has one.
 
     The lock is the operating system's and falls with the process, however that ends.
     """
     locks = store / ".locks"
-    with disk(store):
-        locks.mkdir(parents=True, exist_ok=True)
-        file = (locks / cell.address).open("w")
-    with file:
+    with contextlib.ExitStack() as stack:
+        with disk(store):
+            locks.mkdir(parents=True, exist_ok=True)
+            files = [stack.enter_context((locks / name).open("w")) for name in addresses]
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file in files:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            held = False
         else:
-            yield True
+            held = True
+        yield held
 
 
 def _made_by_this_code(outcomes: Sequence[Outcome]) -> None:

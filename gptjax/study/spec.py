@@ -124,11 +124,16 @@ class Cell:
     @property
     def address(self) -> str:
         """The name of its folder in the store of cells: what it is decides where it is."""
-        return fingerprint(self.config)[:16]
+        return address(self.config)
 
     @property
     def label(self) -> str:
         return f"{self.scale + ', ' if self.scale else ''}{self.arm}, seed {self.config.seed}"
+
+
+def address(config: Config) -> str:
+    """The name of a run's folder in the store of cells."""
+    return fingerprint(config)[:16]
 
 
 # (scale, arm) -> the values that tuning chose.

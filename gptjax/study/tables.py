@@ -25,7 +25,6 @@ HELD_EQUAL = {
     "flops": "training FLOPs (steps are solved for)",
     "parameters": "parameters (widths are solved for)",
     "nothing": "nothing: arms may differ in size and length",
-    "nothing": "nothing",
 }
 
 
