@@ -8,8 +8,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptjax.commands.command import EXITS, OVERRIDES, Command, prepare_jax
-from gptjax.commands.studies import add_study, study_of, tell
+from gptjax.commands.command import (
+    DEFAULT_RECIPE,
+    EXIT_FAILED,
+    EXITS,
+    OVERRIDES,
+    Command,
+    prepare_jax,
+)
+from gptjax.commands.studies import add_study, add_together, run_all, study_of
 from gptjax.config import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    check_picture(arguments.png)
+    _check_files(arguments)
     points = _read(arguments, overrides)
     from gptjax.study import scaling, scaling_report
 
@@ -44,12 +51,7 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
     ladder = study_of(arguments, overrides)
     if arguments.file is None:
         ladder = dataclasses.replace(ladder, equal="nothing")  # train.steps may be an axis
-    prepare_jax(None)
-    from gptjax.progress import say
-    from gptjax.study import results, run
-
-    tell(results.read(ladder, arguments.store), arguments.store, say)
-    return _points(run.run(ladder, arguments.store))
+    return _points(run_all(arguments, ladder))
 
 
 def _points(found: Results) -> Points:
@@ -75,18 +77,19 @@ def _points(found: Results) -> Points:
     return Points(*np.array(rows, np.float64).reshape(-1, 3).T)
 
 
-def check_picture(path: Path | None) -> None:
-    """Refuses, before any work is done, a picture that could not be written."""
-    if path is None:
-        return
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--png={path}: name it .png, .svg or .pdf")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--png={path}: no folder {path.parent}, make it first")
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Refuses, before any work is done, a picture or page that could not be written."""
+    for flag, suffixes in (("png", (".png", ".svg", ".pdf")), ("html", (".html",))):
+        path = getattr(arguments, flag, None)
+        if path is not None and path.suffix not in suffixes:
+            raise UserError(f"--{flag}={path} must end in {' or '.join(suffixes)}")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{flag}={path}: no folder {path.parent}, make it first")
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add_study(parser)
+    add_together(parser)
     parser.add_argument(
         "--points",
         type=Path,
@@ -104,6 +107,50 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
+def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _check_files(arguments)
+    widths, depths = (_sizes(arguments, flag) for flag in ("widths", "depths"))
+    from gptjax import configure
+
+    config = configure.from_file(arguments.config, overrides)
+    prepare_jax(None)
+    from gptjax.audit.report import write
+    from gptjax.study import coordinates, coordinates_report
+
+    record = coordinates.run(config, widths, depths, arguments.steps, arguments.seeds)
+    if arguments.png is not None:
+        coordinates_report.figure(record).savefig(arguments.png, dpi=150)
+    if arguments.html is not None:
+        write(arguments.html, coordinates_report.page(record))
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        coordinates_report.show(record)
+    return 0 if record["passed"] else EXIT_FAILED
+
+
+def _sizes(arguments: argparse.Namespace, flag: str) -> list[int]:
+    """The numbers of --widths=64,128."""
+    given = getattr(arguments, flag)
+    try:
+        return [int(word) for word in given.split(",")] if given else []
+    except ValueError:
+        raise UserError(f"--{flag}={given}: write whole numbers, such as 64,128,256") from None
+
+
+def _add_coord_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument("--widths", metavar="W1,W2", help="of model.width, two or more")
+    parser.add_argument("--depths", metavar="L1,L2", help="of model.layers, two or more")
+    parser.add_argument("--steps", type=int, default=4, help="of training (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each size (%(default)s)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also a picture")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
 COMMANDS: dict[str, Command] = {
     "scaling": Command(
         scaling,
@@ -117,6 +164,20 @@ the sizes do not exceed the constants.
 
   scaling --points=ladder.csv --flops 1e18 1e19 --png=law.png
   scaling --config=configs/ablation.py --seeds=1 --axis model.width=32,48,64,96
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+    "coord-check": Command(
+        coord_check,
+        _add_coord_check,
+        "Do updates keep their size as the model grows, as muP promises?",
+        f"""\
+Trains a few steps at each size and prints the slope, in powers of the width or depth, of every
+activation's size at the start and of its change since. Fails where a change grows, or shrinks
+where it must not.
+
+  coord-check --config=configs/ablation.py --config.model.parametrisation=mup --widths=64,128,256
 
 {OVERRIDES}
 {EXITS}""",
