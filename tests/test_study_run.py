@@ -1,0 +1,563 @@
+"""Each cell runs once, whatever is killed, fails or diverges; what is in one table compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import loop
+from gptjax.config import Mesh, UserError
+from gptjax.records import read_environment, read_metrics
+from gptjax.sharding import make_mesh
+from gptjax.study import results, run
+from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
+from gptjax.study.spec import Cell, Study, cells, load, tuning_cells
+from tests import tiny
+from tests.test_loop import timeless
+
+REPO = Path(__file__).parents[1]
+DEVICES = jax.devices()
+ARMS = {"rope": {"model.position": "rope"}}
+LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the processes of their own, which have one: the same programs, bit for bit."""
+    monkeypatch.setattr(run, "make_mesh", lambda mesh: make_mesh(Mesh(1, 1, 1), DEVICES[:1]))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_store(tmp_path_factory.mktemp("text"))
+
+
+def study(text: Path, arms: dict[str, Any] = ARMS, **fields: Any) -> Study:
+    return Study("?", tiny.RECIPE, arms, overrides=tuple(tiny.overrides(text)), **fields)
+
+
+# A process of its own: runs the study of a file and prints its table, all digits.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from gptjax.study import run, spec
+found = run.run(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
+print(json.dumps([
+    [o.cell.label, o.status, o.metric, *(a.tolist() for a in o.curve)] for o in found.outcomes
+]))
+"""
+
+
+@pytest.fixture(scope="module")
+def file(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "positions.py"
+    words = tuple(tiny.overrides(text))
+    path.write_text(
+        "from gptjax.study.spec import Study\n"
+        f"STUDY = Study('?', {tiny.RECIPE!r}, {ARMS!r}, seeds=2, overrides={words!r})\n"
+    )
+    return path
+
+
+def start(file: Path, cells: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(file), str(cells)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+    )
+
+
+def table(stdout: str) -> list[Any]:
+    """Its last line, below the samples."""
+    return json.loads(stdout.splitlines()[-1])
+
+
+def begun(stderr: str) -> list[str]:
+    """The cells that a process says to run, in order."""
+    lines = [line for line in stderr.splitlines() if line.startswith("[")]
+    return [line.partition("] ")[2] for line in lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A study that nothing interrupted.
+
+    Attributes:
+        cells: the store.
+        table: what it printed.
+        seconds: from its first cell to its end.
+    """
+
+    study: Study
+    cells: Path
+    table: list[Any]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def whole(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    store = tmp_path_factory.mktemp("whole")
+    process = start(file, store)
+    assert process.stderr is not None
+    told = []
+    while not (told and told[-1].startswith("[")):
+        told.append(process.stderr.readline())
+        assert told[-1], "".join(told)
+    first = time.monotonic()
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert begun("".join(told) + err) == LABELS
+    return Whole(load(file), store, table(out), time.monotonic() - first)
+
+
+@pytest.fixture
+def copied(whole: Whole, tmp_path: Path) -> Path:
+    """Its cells, to alter."""
+    return Path(shutil.copytree(whole.cells, tmp_path / "cells"))
+
+
+def starts(store: Path) -> dict[str, int]:
+    """How often each cell was started."""
+    folders = [f for f in store.iterdir() if f.name != ".locks"]
+    return {f.name: len(read_environment(f)) for f in folders}
+
+
+def content(store: Path) -> dict[Path, bytes]:
+    files = [p for p in store.rglob("*") if p.is_file() and ".locks" not in p.parts]
+    return {p.relative_to(store): p.read_bytes() for p in files}
+
+
+def logs(store: Path) -> dict[str, Any]:
+    """What every cell logged, but for the time it took."""
+    return {name: timeless(store / name) for name in starts(store)}
+
+
+# ---- each cell once
+
+
+def test_a_cell_is_an_ordinary_run_at_its_address(whole: Whole) -> None:
+    expected = cells(whole.study, {})
+    assert [cell.label for cell in expected] == LABELS
+    assert starts(whole.cells) == {cell.address: 1 for cell in expected}
+    for cell in expected:
+        folder = whole.cells / cell.address
+        assert {"config.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in folder.iterdir()}
+        assert json.loads((folder / "config.json").read_text())["seed"] == cell.config.seed
+        # A sample of the first seed alone.
+        assert (folder / "sample.txt").exists() == (cell.seed == 0)
+
+
+def test_an_outcome_is_what_the_run_logged(whole: Whole) -> None:
+    found = read(whole.study, whole.cells)
+    assert found.tuning == [] and found.tuned == {}
+    assert len(found.outcomes) == 4
+    for o, (label, status, metric, steps, curve) in zip(found.outcomes, whole.table, strict=True):
+        lines = read_metrics(o.folder)
+        scored = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        assert (o.cell.label, o.status, o.reason) == (label, "finished", "") == (label, status, "")
+        assert list(scored) == [10, 20] == steps == o.curve[0].tolist()
+        assert list(scored.values()) == curve == o.curve[1].tolist()
+        assert o.metric == metric == scored[20]
+        speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+        assert o.tokens_per_second == np.median(speeds) > 0
+        (cost,) = (line for line in lines if "compile_seconds" in line)
+        assert o.compile_seconds == cost["compile_seconds"] > 0
+        assert o.program_bytes == cost["program_bytes"] > 0
+    assert len({o.metric for o in found.outcomes}) == 4
+    # Another metric of the same runs.
+    by_byte = read(dataclasses.replace(whole.study, metric="val_bits_per_byte"), whole.cells)
+    for nats, bits in zip(found.outcomes, by_byte.outcomes, strict=True):
+        assert bits.metric == read_metrics(bits.folder)[-1]["val_bits_per_byte"] != nats.metric
+
+
+def test_a_second_run_does_nothing(whole: Whole) -> None:
+    before = content(whole.cells)
+    found = run.run(whole.study, whole.cells)
+    assert [o.metric for o in found.outcomes] == [row[2] for row in whole.table]
+    assert content(whole.cells) == before
+
+
+def test_studies_share_their_cells(whole: Whole, copied: Path, text: Path) -> None:
+    """The other's arm is this one's baseline, and only a third arm is missing."""
+    other = study(
+        text,
+        {"learned": {"model.position": "learned"}, "none": {"model.position": "none"}},
+        settings={"model.position": "rope"}, baseline="rope", seeds=1,
+    )  # fmt: skip
+    assert [o.status for o in read(other, copied).outcomes] == ["finished", "finished", "missing"]
+    before = content(copied)
+    found = run.run(other, copied)
+    assert [o.status for o in found.outcomes] == ["finished"] * 3
+    by_label = {row[0]: row[2] for row in whole.table}
+    assert found.outcomes[0].metric == by_label["rope, seed 0"]
+    assert found.outcomes[1].metric == by_label["base, seed 0"]
+    assert {p: b for p, b in content(copied).items() if p in before} == before
+    assert starts(copied) == dict.fromkeys([*starts(whole.cells), found.outcomes[2].folder.name], 1)
+
+
+def test_a_process_that_holds_a_cell_is_waited_for(
+    copied: Path, text: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is at the first cell, and finishes it while this one waits."""
+    first = cells(whole.study, {})[0]
+    away = copied.parent / "away"
+    (copied / first.address).rename(away)
+    naps: list[float] = []
+    with run._claim(copied, [first.address]) as mine:
+        assert mine
+        with run._claim(copied, [first.address]) as again:
+            assert not again
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            if len(naps) == 2:
+                away.rename(copied / first.address)
+
+        monkeypatch.setattr(run.time, "sleep", nap)
+        found = run.run(whole.study, copied)
+    assert naps == [run.POLL_SECONDS] * 2
+    assert [o.metric for o in found.outcomes] == [row[2] for row in whole.table]
+    assert set(starts(copied).values()) == {1}
+
+
+# ---- what goes wrong
+
+
+def test_a_diverged_cell_is_kept_with_its_reason(
+    text: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 2)
+    wild = study(text, {"wild": {"optim.peak_lr": 1e30, "optim.clip": None}}, seeds=1)
+    base, o = run.run(wild, copied).outcomes
+    assert (base.status, o.status) == ("finished", "diverged")
+    assert "2 updates in a row" in o.reason and math.isnan(o.metric)
+    assert not (o.folder / "sample.txt").exists()
+    before = content(copied)
+    base, again = run.run(wild, copied).outcomes
+    assert (again.status, again.reason) == ("diverged", o.reason)
+    assert content(copied) == before
+
+
+def test_a_run_that_ends_without_a_number_has_diverged(whole: Whole, copied: Path) -> None:
+    cell = cells(whole.study, {})[1]
+    path = copied / cell.address / "metrics.jsonl"
+    *lines, last = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"val_loss": "NaN"})]) + "\n")
+    o = outcome(whole.study, cell, copied)
+    assert (o.status, o.reason) == ("diverged", "val_loss is nan at the last step")
+    assert math.isnan(o.metric)
+
+
+def test_a_finished_run_whose_log_was_lost_is_told(whole: Whole, copied: Path) -> None:
+    cell = cells(whole.study, {})[1]
+    path = copied / cell.address / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+    with pytest.raises(UserError, match=r"lacks val_loss of the last step: remove .* to run it"):
+        read(whole.study, copied)
+    path.unlink()
+    with pytest.raises(UserError, match=r"lacks val_loss of the last step: remove .* to run it"):
+        run.run(whole.study, copied)
+
+
+def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: Path) -> None:
+    """Its fault shows only when its data is opened; it stands before an arm that is missing."""
+    arms = {"bad": {"data.packing": "pack"}, "fine": {"optim.weight_decay": 0.2}}
+    broken = study(text, arms, seeds=1)
+    with pytest.raises(UserError) as error:
+        run.run(broken, copied)
+    told = str(error.value)
+    assert told.startswith("1 cells could not run; the first, bad, seed 0: data.packing='pack' is")
+    assert "\n" not in told
+    base, bad, fine = read(broken, copied).outcomes
+    assert [o.status for o in (base, bad, fine)] == ["finished", "failed", "finished"]
+    assert bad.reason.startswith("data.packing='pack' is not one of: stream, masked, document")
+    assert math.isnan(bad.metric)
+    before = content(copied)
+    with pytest.raises(UserError, match="bad, seed 0"):
+        run.run(broken, copied)
+    assert content(copied) == before
+
+
+def test_what_a_full_disk_broke_is_run_again(
+    small_disk: Path, text: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = study(text, {}, seeds=1)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(2**21 - 2**18))
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")  # no git, whose diff could fill the disk alone
+        with pytest.raises(UserError, match="could not run; .*No space left on device"):
+            run.run(one, small_disk / "cells")
+    (o,) = read(one, small_disk / "cells").outcomes
+    assert o.status == "failed" and "No space left on device" in o.reason
+    ballast.unlink()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        (o,) = run.run(one, small_disk / "cells").outcomes
+    assert (o.status, o.reason, o.metric) == ("finished", "", whole.table[0][2])
+    assert not (o.folder / results.FAILED).exists()
+
+
+def test_a_store_that_cannot_be_written_is_told(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        run.run(study(text), tmp_path / "file" / "cells")
+
+
+def test_a_prompt_that_cannot_be_continued_costs_no_training(text: Path, tmp_path: Path) -> None:
+    long = study(text, {}, seeds=1, settings={"optim.b1": 0.8})
+    words = (*long.overrides, f"--config.sample.prompt={'x' * 17}")
+    with pytest.raises(UserError, match="sample.prompt has 17 tokens"):
+        run.run(dataclasses.replace(long, overrides=words), tmp_path)
+    assert set(starts(tmp_path).values()) == {0}
+
+
+# ---- tuning
+
+
+def test_tuning_chooses_and_the_choice_decides(text: Path, tmp_path: Path) -> None:
+    """A rate at which nothing is learned cannot win."""
+    tuned = study(text, {}, seeds=1, tune={"optim.peak_lr": (1e-9, 1e-2)})
+    found = run.run(tuned, tmp_path)
+    best = {"optim.peak_lr": 1e-2}
+    assert found.tuned == {("", "base"): best}
+    assert [(o.status, v["optim.peak_lr"]) for o, v in found.tuning] == [
+        ("finished", 1e-9),
+        ("finished", 1e-2),
+    ]
+    worse, better = (o.metric for o, _ in found.tuning)
+    assert better < worse
+    (o,) = found.outcomes
+    assert (o.status, o.cell.config.optim.peak_lr, o.cell.config.seed) == ("finished", 1e-2, 0)
+    assert o.metric != better
+    assert set(starts(tmp_path).values()) == {1} and len(starts(tmp_path)) == 3
+    assert at_edge(tuned, best) == ["optim.peak_lr"]
+
+
+def tried(text: Path, *metrics: float | str) -> tuple[Study, list[Any]]:
+    """Two tuning runs at each of three rates; a word is the status of one that has no number."""
+    tuned = study(text, {}, tune={"optim.peak_lr": (1e-3, 1e-2, 1e-1)}, tuning_seeds=2)
+    none = np.array([])
+    found = [
+        (
+            Outcome(
+                cell, Path(), "finished" if isinstance(m, float) else m, "",
+                m if isinstance(m, float) else math.nan, (none, none), 0.0, 0.0, 0.0,
+            ),
+            values,
+        )
+        for m, (cell, values) in zip(metrics, tuning_cells(tuned), strict=True)
+    ]  # fmt: skip
+    return tuned, found
+
+
+@pytest.mark.parametrize(
+    "metrics, rate",
+    [
+        ((3.0, 3.0, 2.0, 3.5, 2.5, 4.0), 1e-2),  # means 3.0, 2.75, 3.25
+        ((3.0, 3.0, 2.0, 4.5, 1.0, "diverged"), 1e-3),  # a rate at which one run diverges is out
+        (("diverged", "diverged", 2.0, 4.5, 1.0, 1.0), 1e-1),
+        ((3.0, 3.0, 2.0, 2.0, 1.0, "started"), None),  # not yet
+        ((3.0, 3.0, 2.0, 2.0, "failed", 1.0), None),
+        (("missing",) * 6, None),
+        (("diverged",) * 6, None),
+    ],
+)
+def test_the_best_is_the_lowest_mean(text: Path, metrics: Any, rate: float | None) -> None:
+    best = results._best(*tried(text, *metrics))
+    assert best == ({} if rate is None else {("", "base"): {"optim.peak_lr": rate}})
+
+
+def test_a_best_value_at_the_edge_is_told(text: Path) -> None:
+    tune = {
+        "optim.peak_lr": (1e-2, 1e-3, 1e-1),  # in any order
+        "optim.clip": (None, 0.5, 1.0, 2.0),
+        "optim.schedule": ("cosine", "wsd"),  # has no edge
+        "optim.b2": (0.9,),  # was not searched
+    }
+    tuned = study(text, {}, tune=tune)
+    rest = {"optim.schedule": "cosine", "optim.b2": 0.9}
+    for rate, clip, told in (
+        (1e-2, 1.0, []),
+        (1e-3, None, ["optim.peak_lr"]),
+        (1e-1, 0.5, ["optim.peak_lr", "optim.clip"]),
+        (1e-2, 2.0, ["optim.clip"]),
+    ):
+        assert at_edge(tuned, {"optim.peak_lr": rate, "optim.clip": clip, **rest}) == told
+
+
+# ---- one table, one code, one data
+
+
+def alter(store: Path, cell: Cell, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Changes the last start that a cell's folder tells of."""
+    path = store / cell.address / "environment.json"
+    history = json.loads(path.read_text())
+    change(history[-1])
+    path.write_text(json.dumps(history))
+    return path.parent
+
+
+def set_to(*keys: str) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        name = next(k for k in record if k.startswith(keys[-1]))
+        record[name] = "another"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (set_to("code"), "different code in one table"),
+        (set_to("versions", "jax"), "different version of jax in one table"),
+        (set_to("fingerprints", "data."), "different data."),
+        (set_to("fingerprints", "held_out."), "different held_out."),
+        (set_to("fingerprints", "tokenizer"), "different tokenizer"),
+    ],
+    ids=["code", "version", "data", "held-out", "tokenizer"],
+)
+def test_a_mixture_is_refused_and_both_are_named(
+    change: Any, told: str, whole: Whole, copied: Path
+) -> None:
+    first, *_, last = cells(whole.study, {})
+    folder = alter(copied, last, change)
+    for attempt in (read, run.run):
+        with pytest.raises(UserError) as error:
+            attempt(whole.study, copied)
+        said = str(error.value)
+        assert told in said and "\n" not in said
+        assert f"another in {folder} (rope, seed 1)" in said
+        assert f"{copied / first.address} (base, seed 0)" in said
+
+
+def test_a_run_that_went_on_under_other_code_is_a_mixture_itself(
+    whole: Whole, copied: Path
+) -> None:
+    cell = cells(whole.study, {})[0]
+    path = copied / cell.address / "environment.json"
+    (record,) = json.loads(path.read_text())
+    path.write_text(json.dumps([record | {"code": "older"}, record]))
+    with pytest.raises(UserError, match="different code in one table: older in"):
+        read(whole.study, copied)
+
+
+@pytest.mark.parametrize("what", ["code", "version of jax"])
+def test_cells_of_other_code_are_refused_before_any_is_run(
+    what: str, whole: Whole, copied: Path
+) -> None:
+    """All agree, but not with what would run now."""
+    change = set_to("code") if what == "code" else set_to("versions", "jax")
+    first, *others = cells(whole.study, {})
+    shutil.rmtree(copied / first.address)
+    for cell in others:
+        alter(copied, cell, change)
+    read(whole.study, copied)
+    with pytest.raises(UserError) as error:
+        run.run(whole.study, copied)
+    said = str(error.value)
+    assert f"was run with another {what}, another, than this, " in said and "\n" not in said
+    assert str(copied / others[0].address) in said
+    assert not (copied / first.address).exists()
+
+
+def test_two_tokenizers_are_no_mixture_of_data(whole: Whole, copied: Path) -> None:
+    """Each has its own tokens of the text; two data of one tokenizer are still refused."""
+    first, *_, last = read(whole.study, copied).outcomes
+    alter(copied, last.cell, set_to("fingerprints", "data."))
+    with pytest.raises(UserError, match="different data."):
+        check_alike([first, last])
+    config = last.cell.config
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="gpt2"))
+    last = dataclasses.replace(last, cell=dataclasses.replace(last.cell, config=other))
+    check_alike([first, last])
+    alter(copied, first.cell, set_to("code"))
+    with pytest.raises(UserError, match="different code"):
+        check_alike([first, last])
+
+
+# ---- interruptions
+
+
+def test_sigterm_saves_stops_and_goes_on(
+    text: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = study(text, {}, seeds=1)
+    load_batch = loop.load
+
+    def planted(setup: loop.Setup, step: int) -> Any:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load_batch(setup, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "load", planted)
+        with pytest.raises(loop.Stopped):
+            run.run(one, tmp_path)
+    (o,) = read(one, tmp_path).outcomes
+    assert (o.status, o.reason) == ("started", "") and math.isnan(o.metric)
+    (o,) = run.run(one, tmp_path).outcomes
+    assert (o.status, o.metric) == ("finished", whole.table[0][2])
+    assert [r["resume_step"] for r in read_environment(o.folder)] == [None, 8]
+    assert timeless(o.folder) == timeless(whole.cells / o.folder.name)
+
+
+def test_two_processes_share_the_cells(file: Path, whole: Whole, tmp_path: Path) -> None:
+    both = [start(file, tmp_path) for _ in range(2)]
+    ended = [process.communicate(timeout=500) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert [table(out) for out, _ in ended] == [whole.table] * 2
+    assert sorted(label for _, err in ended for label in begun(err)) == LABELS
+    assert set(starts(tmp_path).values()) == {1}
+    assert logs(tmp_path) == logs(whole.cells)
+
+
+@pytest.mark.slow
+def test_a_study_killed_ten_times_has_the_same_table(
+    file: Path, whole: Whole, tmp_path: Path
+) -> None:
+    """Each time at a random moment after its first cell of that start has begun."""
+    chance, killed = random.Random(4), 0
+    while killed < 10:
+        process = start(file, tmp_path)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("["):
+                break
+        # A start repeats what the kill before it undid: these ten seldom suffice to finish.
+        time.sleep(chance.uniform(0.05, 0.35) * whole.seconds)
+        process.kill()
+        out, err = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err
+        killed += 1
+    assert killed >= 5
+    # Kills found runs at work, before and after their first checkpoint.
+    records = [read_environment(tmp_path / name) for name in starts(tmp_path)]
+    assert sum(map(len, records)) > len(records)
+    process = start(file, tmp_path)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert table(out) == whole.table
+    assert logs(tmp_path) == logs(whole.cells)
