@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gptjax import configure
 from gptjax.config import UserError
-from gptjax.study import formats, report, tables
+from gptjax.study import formats, report, statistics, tables
 from gptjax.study.analysis import Reach, analyse, crossing, environment, front
 from gptjax.study.results import Outcome, Results
 from gptjax.study.spec import TUNING, Cell, Study
@@ -40,6 +40,12 @@ def configured():
     return functools.cache(
         lambda knobs: configure.override(base, [f"--config.{k}={v}" for k, v in knobs])
     )
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """No test here is of the bootstrap."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)
 
 
 @pytest.fixture
@@ -184,7 +190,7 @@ def test_a_verdict_is_preliminary_while_runs_lack(make, arm):
     assert row.preliminary and row.words == "preliminary, 4 of 5 pairs: better"
     assert found.row("", "bad").preliminary == (arm == "base")
     assert "Preliminary: 14 of 15 runs have ended" in tables.warnings(found)[0]
-    assert "the disk is full" in report.page(found)
+    assert "the disk is full" in report.markdown(found)
     cells = list(tables.runs(found.study, found.row("", arm)).split("\n"))
     assert cells == ["4 of 5", "(1 failed)"]
 
@@ -245,9 +251,10 @@ def test_tuning_is_told_with_its_edge(make):
     assert wild.differs == {"model.qk_norm": (False, True)}
     assert wild.counts["missing"] == 3
     # While tuning goes on an arm has no runs, and the page is written all the same.
-    early = analyse(Results(tuned, [], tries[:1] + tries[2:], {}))
-    assert all(r.preliminary for r in early.rows if r.arm == "arm")
-    assert "preliminary, 0 of 3 pairs" in report.page(early)
+    tries[3] = dataclasses.replace(tries[3][0], **MISSING), tries[3][1]
+    early = analyse(Results(tuned, [], tries, {("", "base"): best["", "base"]}))
+    assert early.row("", "arm").preliminary and early.row("", "arm").verdict == "undecided"
+    assert "preliminary, 0 of 3 pairs" in report.markdown(early)
 
 
 def test_cost_is_told_beside_the_baseline(make):
@@ -405,7 +412,7 @@ def test_the_terminal_shows_every_arm(nasty, capsys):
     tables.show(nasty)
     out = capsys.readouterr().out
     assert "[b] | *c*" in out and "diverged 1 of 5" in out and "preliminary, 2 of 5 pairs" in out
-    assert all(f"1 {status}" in out for status in ("failed", "started", "missing"))
+    assert all(status in out for status in ("failed", "started", "missing"))
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
