@@ -116,7 +116,8 @@ def add_together(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="train up to N runs that differ in numbers alone in one program (%(default)s)",
+        help="train up to N runs in one program, where seed or numbers of the optimiser are all "
+        "they differ in: for small models on a GPU or TPU (%(default)s)",
     )
 
 
@@ -131,14 +132,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_report(parser)
     add_together(parser)
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
-    parser.add_argument(
-        "--together",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train up to N runs in one program, where seed or numbers of the optimiser are all "
-        "they differ in: for small models on a GPU or TPU (%(default)s)",
-    )
 
 
 def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
