@@ -3,12 +3,14 @@
 Verified before anything is computed: config.json against the sha256 that the run's last start
 recorded; the tokenizer and every byte of both splits of the data against the recorded
 fingerprints. Then the run is trained from its beginning, in one go and in a temporary folder, on
-the mesh that it had where so many devices are here; and each number of metrics.jsonl that is a
-result is compared with the new one.
+the mesh that it had where so many devices are here, with the whole group if it was trained in one
+(`gptjax/ensemble.py`), whose program is another; and each number of metrics.jsonl that is a result
+is compared with the new one.
 
 Where versions, code, devices and settings are those of the run, numbers must recur bit for bit.
 Where they are not, sums may be rounded in another order, which training amplifies from step to
-step. Then the numbers may differ by `BOUNDS`, and what differs is said.
+step. Then the numbers may differ by `BOUNDS`, and what differs is said. No bound holds for a run
+that is close to diverging: it amplifies rounding until it is another run.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from typing import Any
 
 import jax
 
-from gptjax import loop, records, tokenizer
+from gptjax import ensemble, loop, records, tokenizer
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, UserError, flatten, from_dict
+from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
 from gptjax.data.sources import open_source
 from gptjax.progress import say
 from gptjax.sharding import make_mesh
@@ -38,12 +40,12 @@ FACTS = (
     *("python", "versions", "code", "cpu", "backend", "devices", "mesh", "processes"),
     *("xla_flags", "jax_settings"),
 )
-# How far a result may lie from its old self, relative, where the environment differs. Training
-# amplifies rounding, so at step s < GROWN it is s / GROWN of this. Measured over 400 steps of a
-# GPT of 4 layers of width 64, one core against two, meshes of 1 to 8 devices, tensor splits, jax
-# 0.10 against 0.12: at most 8e-7 in the loss and 8e-5 in the norm of the gradient in float32, 2e-3
-# and 0.4 in bfloat16. The rest is room for longer and less steady runs; those of two seeds lie
-# 1e-2 and more apart.
+# How far a result may lie from its old self, relative, where the environment differs; at step
+# s < GROWN it is s / GROWN of this. Measured over 400 steps of a GPT of 4 layers of width 64, one
+# core against two, meshes of 1 to 8 devices, tensor splits, jax 0.10 against 0.12: at most 8e-7 in
+# the loss and 8e-5 in the norm of the gradient in float32, 2e-3 and 0.4 in bfloat16. The rest is
+# room for longer runs. Another seed is 6e-4 away at step 1 and 2e-2 from step 50 on (median). At
+# ten times that learning rate a tensor split alone was 4e-2 away after 200 steps.
 BOUNDS = {
     "float32": {"loss": 1e-3, "gradient_norm": 1e-2},
     "bfloat16": {"loss": 1e-2, "gradient_norm": 1.0},
@@ -66,12 +68,16 @@ class Past:
             the log.
         logged: the log.
         saved: the step of the latest checkpoint, 0 without one: up to it the log is whole.
+        group: the configs of all runs that were trained together, None of a run alone.
+        member: which of them is this run.
     """
 
     config: Config
     starts: list[tuple[int, dict[str, Any]]]
     logged: Numbers
     saved: int
+    group: list[Config] | None
+    member: int
 
     @property
     def last(self) -> int:
@@ -113,10 +119,12 @@ def run(workdir: Path, begin: loop.Start | None = None) -> dict[str, Any]:
     """
     past = verify(workdir, begin)
     mesh = _mesh(past)
-    with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder, jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         differs = differences(past)
-        say(f"{workdir}: config and data are those of the run; training to step {past.last}")
-        now = _train(past, Path(folder), begin)
+    others = f" with {len(past.group) - 1} others" if past.group else ""
+    say(f"{workdir}: config and data are those of the run; training{others} to step {past.last}")
+    with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder:
+        now = _train(past, Path(folder), mesh, begin)
     precision = _precision(past) if differs else None
     return {"workdir": str(workdir), "differs": differs} | compare(past, now, precision)
 
@@ -140,8 +148,9 @@ def verify(workdir: Path, begin: loop.Start | None = None) -> Past:
 
 
 def _verify(workdir: Path, history: list[dict[str, Any]], begin: loop.Start | None) -> Past:
-    tree = _read_config(workdir, history)
-    verify_content(from_dict(tree), history[-1]["fingerprints"], begin)
+    config = _read_config(workdir, history[-1]["config_sha256"])
+    verify_content(config, history[-1]["fingerprints"], begin)
+    group, member = _read_group(workdir, config)
     logged = by_step(records.read_metrics(workdir), workdir)
     with Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints:
         saved = checkpoints.latest() or 0
@@ -150,27 +159,50 @@ def _verify(workdir: Path, history: list[dict[str, Any]], begin: loop.Start | No
     # The log begins with the last start that emptied it.
     begun = max(i for i, record in enumerate(history) if record["resume_step"] is None)
     starts = [(record["resume_step"] or 0, record) for record in history[begun:]]
-    for record in reversed(history[begun + 1 :]):
-        for knob, (before, _) in record["changed_knobs"].items():
-            section, _, name = knob.partition(".")
-            tree[section][name] = before
+    changed = [record["changed_knobs"] for _, record in starts[1:]]
     # A finished run that is started again adds a record, but trains nothing.
     starts = [starts[0], *(start for start in starts[1:] if start[0] < max(logged))]
-    return Past(from_dict(tree), starts, logged, saved)
+    whole = [_before(changed, c) for c in group] if group else None
+    return Past(_before(changed, config), starts, logged, saved, whole, member)
 
 
-def _read_config(workdir: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """config.json, if each byte is what the last start wrote."""
+def _before(changed: list[dict[str, list[Any]]], config: Config) -> Config:
+    """The config before the changes of later starts."""
+    tree = to_dict(config)
+    for knobs in reversed(changed):
+        for knob, (before, _) in knobs.items():
+            section, _, name = knob.partition(".")
+            tree[section][name] = before
+    return from_dict(tree)
+
+
+def _read_config(workdir: Path, sha256: str) -> Config:
+    """That of config.json, if each byte is what the last start wrote."""
     path = workdir / records.CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} holds no run: it has no {records.CONFIG}")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() == history[-1]["config_sha256"]:
-        return json.loads(content)
+    if hashlib.sha256(content).hexdigest() == sha256:
+        return from_dict(json.loads(content))
     raise UserError(
         f"{path} is not what the run wrote: {_altered(workdir, content)}. Restore it to replay "
         "the run"
     )
+
+
+def _read_group(workdir: Path, config: Config) -> tuple[list[Config] | None, int]:
+    """The runs that were trained together with this one, and which of them it is."""
+    file = workdir / ensemble.ENSEMBLE
+    if not file.exists():
+        return None, 0
+    try:
+        group, member = ensemble.group_of(workdir)
+        mine = group[member]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} was altered ({error}): restore it to replay the run") from error
+    if mine != config:
+        raise UserError(f"{file} was altered: its member {member} is not the run of config.json")
+    return group, member
 
 
 def _altered(workdir: Path, content: bytes) -> str:
@@ -285,8 +317,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(facts)
 
 
-def _train(past: Past, folder: Path, begin: loop.Start | None) -> Numbers:
-    """The log of the run trained again, in an empty folder and on the current mesh."""
+def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: loop.Start | None) -> Numbers:
+    """The log of the run trained again, in an empty folder."""
     t = past.config.train
     # Where a start changed the rhythm, one that has all the steps of both.
     log_every = math.gcd(t.log_every, *past.changes("train.log_every"))
@@ -294,15 +326,22 @@ def _train(past: Past, folder: Path, begin: loop.Start | None) -> Numbers:
     t = dataclasses.replace(
         t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1
     )
-    config = dataclasses.replace(past.config, train=t)
+    shape = dataclasses.replace(past.config.mesh, **mesh.shape)
+    group = [
+        dataclasses.replace(config, train=t, mesh=shape) for config in past.group or [past.config]
+    ]
+    folders = [folder / str(member) for member in range(len(group))]
     try:
-        loop.train(config, folder, begin, past.last)
+        if past.group:
+            ensemble.train(group, folders, mesh.devices.flatten().tolist(), past.last)
+        else:
+            with jax.set_mesh(mesh):
+                loop.train(group[0], folders[0], begin, past.last)
     except loop.Stopped:
         raise KeyboardInterrupt from None
-    except UserError:  # it diverged, as the run may have done at this step
-        if max(by_step(records.read_metrics(folder), folder), default=0) < past.last:
-            raise
-    return by_step(records.read_metrics(folder), folder)
+    except loop.Diverged as error:  # as the run may have done: its log tells
+        say(str(error))
+    return by_step(records.read_metrics(folders[past.member]), folder)
 
 
 def _precision(past: Past) -> str:
@@ -338,6 +377,8 @@ def compare(past: Past, now: Numbers, precision: str | None) -> dict[str, Any]:
                 wrong.append(f"step {step}: {name} was {was[name]!r}, is {new[name]!r}")
     largest = max(pairs, default=(0.0, 0, "", 0.0, 0.0))
     others = f" (and {len(wrong) - 1} more that differ)" if len(wrong) > 1 else ""
+    if precision is not None:
+        others += ", beyond what rounding does to a steady run"
     return {
         "same": not wrong,
         "reason": wrong[0] + others if wrong else None,

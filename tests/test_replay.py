@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import loop, model, records, replay
+from gptjax import ensemble, loop, model, records, replay
 from gptjax.config import Config, Mesh, UserError
 from gptjax.sharding import make_mesh
 from tests import tiny
@@ -77,11 +77,13 @@ def test_a_run_recurs_bit_for_bit(finished: Path, capsys: pytest.CaptureFixture[
     assert "it is the same, bit for bit" in out
 
 
-def test_a_run_on_more_devices_than_here_recurs_within_the_bound(
+def test_a_run_recurs_on_its_mesh_and_elsewhere_within_the_bound(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tensor split adds in another order: about 1e-6 in the loss."""
     folder = train(tiny.config(store, **KNOBS), tmp_path / "run", tensor=4)
+    record = replay.run(folder)
+    assert (record["differs"], record["bitwise"]) == ([], True)
     monkeypatch.setattr(jax, "devices", lambda: DEVICES[:1])
     record = replay.run(folder)
     assert record["differs"] == ["mesh.tensor was 4, is 1"]
@@ -120,6 +122,34 @@ def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:
     assert record["bitwise"] and f"the last at step {record['steps']}," in str(caught.value)
     last = records.read_metrics(tmp_path / "run")[-1]
     assert math.isnan(last["loss"]) or math.isinf(last["gradient_norm"])
+
+
+def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path) -> None:
+    """Three runs on one device, for alone a run is rounded otherwise."""
+    group = [
+        dataclasses.replace(tiny.config(store, **KNOBS), seed=seed, mesh=Mesh(1, 1, 1))
+        for seed in (0, 1, 2)
+    ]
+    folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
+    ensemble.train(group, folders, DEVICES[:1])
+    past = replay.verify(folders[1])
+    assert (past.group, past.member, past.config) == (group, 1, group[1])
+    record = replay.run(folders[1])
+    assert (record["differs"], record["bitwise"], record["numbers"]) == ([], True, COUNTED)
+
+    file = folders[1] / "ensemble.json"
+    told = json.loads(file.read_text())
+    for change in ({"member": 2}, {"varied": {"seed": [0, 5, 2]}}):
+        file.write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match="ensemble.json was altered: its member . is not"):
+            replay.verify(folders[1])
+    for change in ({"member": 3}, {"varied": {"seed": [0]}}, {"varied": {"sead": [1, 2, 3]}}):
+        file.write_text(json.dumps(told | change))
+        with pytest.raises(UserError):
+            replay.verify(folders[1])
+    file.unlink()
+    record = replay.run(folders[1])
+    assert not record["same"] and 0 < record["largest"]["relative"] < 1e-4
 
 
 def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Path) -> None:
@@ -434,9 +464,11 @@ def test_a_gpu_recurs_bit_for_bit_only_where_it_is_told_to(
 def test_what_is_no_run_of_this_version_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run: it has no environment.json"):
         replay.run(tmp_path)
-    environment(run, lambda history: history[0].pop("config_sha256"))
-    with pytest.raises(UserError, match=r"recorded less \('config_sha256'\)"):
-        replay.run(run)
+    content = (run / "config.json").read_bytes()
     (run / "config.json").unlink()
     with pytest.raises(UserError, match="holds no run: it has no config.json"):
+        replay.run(run)
+    (run / "config.json").write_bytes(content)
+    environment(run, lambda history: history[0].pop("config_sha256"))
+    with pytest.raises(UserError, match=r"recorded less \('config_sha256'\)"):
         replay.run(run)
