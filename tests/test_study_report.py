@@ -334,6 +334,7 @@ def test_the_page_is_whole_and_asks_for_nothing(nasty):
         "It &lt;helps&gt;.",
     ):
         assert escaped in html
+    assert "<50%>" not in html and "<helps>" not in html
     assert "To be &lt;b&gt;or&lt;/b&gt; not &amp; so on" in html
     assert "c0de" in html and "held_out.text" in html
     assert html == report.page(nasty)

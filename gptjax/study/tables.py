@@ -242,6 +242,8 @@ def method(a: Analysis) -> list[str]:
         "down at the baseline's. Points in mid-run stand before the learning rate's decay, so "
         "this is an approximation that makes effects look small in steps",
     ]
+    if reseeded := [arm for arm, differs in study.arms.items() if "seed" in differs]:
+        found.append(f"{_and(reseeded)} set the seed, so that their pairs have nothing in common")
     if ratios:
         found.append(
             "Variance of paired differences over that of unpaired ones: "
