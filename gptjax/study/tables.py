@@ -15,7 +15,7 @@ from gptjax.study.analysis import Analysis, Row
 from gptjax.study.equalise import parameters, tokens
 from gptjax.study.formats import Table, below, csv_of, terminal
 from gptjax.study.results import Outcome
-from gptjax.study.spec import METRICS, Settings, Study, cross
+from gptjax.study.spec import Settings, Study, cross
 from gptjax.study.statistics import Interval
 
 TIMES = "×"
@@ -393,10 +393,6 @@ def runs(study: Study, r: Row) -> str:
 
 def settings(values: Settings) -> str:
     return ", ".join(f"{knob}={value}" for knob, value in values.items())
-
-
-def metric_name(study: Study) -> str:
-    return f"held-out {METRICS[study.metric]}"
 
 
 def _place(study: Study) -> tuple[str, ...]:
