@@ -174,10 +174,12 @@ def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
     members, knobs = len(configs), varied(configs)
     told = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
     for workdir, mine in zip(workdirs, told, strict=True):
-        file = workdir / ENSEMBLE
-        if not file.exists() and (workdir / CONFIG).exists():
+        if not (workdir / CONFIG).exists():
+            continue  # no run begun, whatever group was killed just before
+        if not (workdir / ENSEMBLE).exists():
             raise UserError(f"{workdir} holds a run begun alone: finish it so, or use another one")
-        if file.exists() and (before := json.loads(file.read_bytes())) != mine:
+        before = json.loads((workdir / ENSEMBLE).read_bytes())
+        if before != mine:
             raise UserError(
                 f"{workdir} holds a run of another group, member {before['member']} of "
                 f"{before['members']} with {before['varied']}: train it with the same members, "
