@@ -71,7 +71,11 @@ def new_axes(width: float, height: float, x: str, y: str) -> Axes:
     # Imported here: only a report needs it, and it takes half a second.
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(width, height), layout="constrained").subplots()
+    return dress(Figure(figsize=(width, height), layout="constrained").subplots(), x, y)
+
+
+def dress(axes: Axes, x: str, y: str) -> Axes:
+    """Labels and the style of all our plots."""
     axes.set_xlabel(x, color=INK, fontsize=9)
     axes.set_ylabel(y, color=INK, fontsize=9)
     axes.tick_params(labelsize=9, colors=INK, length=3)
