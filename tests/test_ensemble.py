@@ -181,6 +181,12 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
+def names(workdir: Path) -> set[str]:
+    """What lies in a run's folder and in its last checkpoint."""
+    last = workdir / "checkpoints" / f"{STEPS:08d}"
+    return {str(f.relative_to(workdir)) for f in (*workdir.iterdir(), *last.iterdir())}
+
+
 def test_a_members_folder_is_that_of_a_run_alone(
     store: Path, whole: list[Path], tmp_path: Path
 ) -> None:
@@ -193,10 +199,7 @@ def test_a_members_folder_is_that_of_a_run_alone(
         found, wanted = ([line[name] for line in lines if name in line] for lines in (mine, other))
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     assert json.loads((whole[1] / "config.json").read_text()) == to_dict(config)
-    ours, theirs = (
-        {str(f.relative_to(w)) for f in w.rglob("*") if "events" not in f.name and "state" not in str(f)}
-        for w in (whole[1], tmp_path / "alone")
-    )  # fmt: skip
+    ours, theirs = (names(w) for w in (whole[1], tmp_path / "alone"))
     assert ours == theirs | {"ensemble.json"}
     (record,), (wanted,) = (records.read_environment(w) for w in (whole[1], tmp_path / "alone"))
     assert record["fingerprints"] == wanted["fingerprints"]
