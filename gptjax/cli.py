@@ -38,15 +38,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments, rest = parser.parse_known_args(words[len(name.split()) :])
+    own, overrides = _apart(words[len(name.split()) :])
+    arguments, rest = parser.parse_known_args(own)
     try:
-        return command.run(arguments, rest) or 0
+        return command.run(arguments, [*overrides, *rest]) or 0
     except BaseException as error:
         status, message = _explain(error)
         if status is None or arguments.debug:
             raise
         print(f"gptjax: {message}" if message else "", file=sys.stderr, end="\n" * bool(message))
         return status
+
+
+def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own words, and the overrides: --config.seed=1, or its two halves.
+
+    argparse takes a value that stands apart, or a word with a space in it, for a file or question.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    wants_value = False
+    for word in words:
+        override = word.startswith("--config.")
+        if override or (wants_value and not word.startswith("--")):
+            overrides.append(word)
+        else:
+            own.append(word)
+        wants_value = override and "=" not in word
+    return own, overrides
 
 
 def _overview(name: str) -> int:

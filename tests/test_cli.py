@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,10 @@ import pytest
 
 from gptjax import cli, configure, loop, records
 from gptjax.cli import COMMANDS, EXIT_USER_ERROR, main
+from gptjax.commands.command import EXIT_FAILED
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
 from gptjax.data import Store
+from gptjax.model import abstract_params
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import END_OF_TEXT
@@ -584,11 +586,230 @@ def test_a_disk_that_fills_while_saving(small_disk: Path, store: Path) -> None:
     assert json.loads(done.out)["step"] == int(told[1]) > 0
 
 
+# ---- studies
+
+LADDER = [f"{10**n},{10**7},{2 + 50 / 10 ** (n * 0.3)}" for n in (4, 5, 6, 7, 8)]
+ARM = 'Study("h", base={base!r}, arms={{"a": {arm}}}, {more})'
+
+
+class Studied(NamedTuple):
+    store: Path
+    words: list[str]
+    done: Done
+
+
+def on_one_device(store: Path) -> list[str]:
+    return knobs(store, mesh__data=1, eval__max_tokens=32, train__eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Commands see one device: the suite's eight would only be slower."""
+    devices = jax.devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices(*a)[:1])
+        yield
+
+
+@pytest.fixture(scope="module")
+def studied(one_device: None, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+    """A planted loss: the second arm learns at a ten-thousandth of the rate."""
+    folder = tmp_path_factory.mktemp("study")
+    axis = ["--axis", "optim.peak_lr=1e-2,1e-6", f"--store={folder / 'cells'}", "--seeds=3"]
+    words = [*on_one_device(store), *axis]
+    done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
+    return Studied(folder / "cells", words, done)
+
+
+def test_a_study_runs_once_and_is_reported(studied: Studied, tmp_path: Path) -> None:
+    assert "6 runs: 0 there, 6 to run" in studied.done.err
+    assert "worse" in studied.done.out and "1 worse of 1 comparison" in studied.done.out
+    made = {folder.name for folder in studied.store.glob("*")}
+    before = files(studied.store)
+    out = f"--out={tmp_path / 'out'}"
+    again = works("study", *studied.words, out)
+    assert "6 runs: 6 there, 0 to run" in again.err and "step 1" not in again.err
+    assert files(studied.store) == before
+    told = works("report", *studied.words, out)
+    last = "the report: "
+    assert told.out == again.out
+    assert told.out.partition(last)[0] == studied.done.out.partition(last)[0]
+    named = told.out.partition(last)[2].strip().split(", ")
+    assert sorted(tmp_path.glob("out/*")) == [Path(name) for name in named]
+    assert {Path(name).suffix for name in named} == {".html", ".md", ".csv", ".tex"}
+    plan = works("study", *studied.words, "--seeds=4", "--dry_run")
+    assert "8 runs: 6 there, 2 to run" in plan.out and not plan.err
+    assert "peak_lr=1e-6  optim.peak_lr=1e-6; 512 tokens" in plan.out
+    assert {folder.name for folder in studied.store.glob("*")} == made
+
+
+def test_noise_of_runs_that_a_study_made(studied: Studied, store: Path) -> None:
+    words = [*on_one_device(store), "--config.optim.peak_lr=1e-2", f"--store={studied.store}"]
+    done = works("noise", *words, "--seeds=3", "--effect=0.5")
+    assert "3 runs: 3 there, 0 to run" in done.err
+    cells = [configure.of_run(f.parent) for f in studied.store.glob("*/config.json")]
+    folders = [f.parent for f in studied.store.glob("*/config.json")]
+    losses = [
+        read_metrics(folder)[-1]["val_loss"]
+        for folder, cell in zip(folders, cells, strict=True)
+        if cell.optim.peak_lr == 1e-2
+    ]
+    assert f"val_loss {np.mean(losses):.4f} nats/token, 3 seeds" in done.out
+    assert f"sd between seeds: {np.std(losses, ddof=1):.2g} " in done.out
+    assert re.search(r"^  a difference of 0.5: \d+ seeds", done.out, re.MULTILINE)
+
+
+def test_runs_of_different_code_are_not_mixed(studied: Studied, tmp_path: Path) -> None:
+    cells = shutil.copytree(studied.store, tmp_path / "cells")
+    path = min(cells.glob(f"*/{records.ENVIRONMENT}"))
+    history = json.loads(path.read_text())
+    code, history[-1]["code"] = history[-1]["code"], "0123456789abcdef"
+    path.write_text(json.dumps(history))
+    words = [*studied.words, f"--store={cells}", f"--out={tmp_path / 'out'}"]
+    both = f"(?=.*{code[:12]})(?=.*0123456789ab)(?=.*{path.parent.name})"
+    for command in ("report", "study"):
+        refused(f"{both}.*different code in one table", command, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ladder_of_runs_is_fitted(one_device: None, store: Path, tmp_path: Path) -> None:
+    """Of the same rungs, by the runs and by a table of what they logged, the same law."""
+    cells, picture = tmp_path / "cells", tmp_path / "law.png"
+    words = ["--axis", "train.steps=4,8,16,32", f"--store={cells}", "--seeds=1"]
+    shared = [word for word in on_one_device(store) if "train.steps" not in word]
+    done = works("scaling", *shared, *words, "--json", f"--png={picture}")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = ["parameters,tokens,loss"]
+    for file in cells.glob(f"*/{records.CONFIG}"):
+        config = configure.of_run(file.parent)
+        count = sum(p.size for p in jax.tree.leaves(abstract_params(config.model)))
+        tokens = config.train.steps * config.data.batch_size * config.model.context
+        table.append(f"{count},{tokens},{read_metrics(file.parent)[-1]['val_loss']!r}")
+    (tmp_path / "ladder.csv").write_text("\n".join([table[0], *sorted(table[1:], key=_tokens)]))
+    again = works("scaling", f"--points={tmp_path / 'ladder.csv'}", "--json")
+    assert len(table) == 5 and again.out == done.out
+    assert set(json.loads(done.out)["constants"]) == {"E", "B", "b"}
+
+
+def _tokens(line: str) -> int:
+    return int(line.split(",")[1])
+
+
+@pytest.mark.parametrize("command", ["study", "report", "scaling"])
+@pytest.mark.parametrize(
+    ("message", "study", "words"),
+    [
+        ("name either a study's FILE or", None, []),
+        ("names its own base", ARM.format(base=RECIPE, arm={"seed": 9}, more=""), [f"--config={RECIPE}"]),
+        ("no study nowhere.py", None, ["nowhere.py"]),
+        ("no config file nowhere.py", None, ["--config=nowhere.py", "--axis", "seed=1,9"]),
+        ("must define STUDY", "None", []),
+        ("cannot be read: NameError", "Nothing", []),
+        ("--axis seed: write a knob and two or more", None, ["--axis", "seed"]),
+        ("unknown config key 'model.positon'", None, ["--axis", "model.positon=rope,none"]),
+        ("--axis seed is given twice", None, ["--axis", "seed=1,9", "--axis", "seed=2,3"]),
+        ("'a' is the same as 'base'", ARM.format(base=RECIPE, arm={"model.position": "learned"}, more=""), []),
+        (
+            "arm 'a': parameters cannot be made equal",
+            ARM.format(base=RECIPE, arm={"model.width": 8, "model.ff_dim": 8}, more="equal='parameters'"),
+            [],
+        ),
+        ("it sets train.steps", ARM.format(base=RECIPE, arm={"train.steps": 2}, more=""), []),
+        ("seeds must be above 0, got 0", None, ["--axis", "optim.b1=0.8,0.9", "--seeds=0"]),
+        ("Unknown command line flag 'sed'", None, ["--axis", "optim.b1=0.8,0.9", "--sed=1"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 45 else "",
+)  # fmt: skip
+def test_a_study_that_cannot_be(
+    command: str,
+    message: str,
+    study: str | None,
+    words: Sequence[str],
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "mine.py"
+    if study is not None:
+        file.write_text(f"from gptjax.study.spec import Study\nSTUDY = {study}\n")
+        words = [str(file), *words]
+    recipe = [f"--config={RECIPE}"] if "--axis" in words and "--config" not in words[0] else []
+    cells = tmp_path / "cells"
+    refused(message, command, *words, *recipe, f"--store={cells}", *tiny.overrides(store))
+    assert not cells.exists()
+
+
+def test_what_the_commands_of_studies_refuse(tmp_path: Path) -> None:
+    axis = ["--axis", "optim.b1=0.8,0.9", f"--config={RECIPE}"]
+    for command, words in (("study", axis), ("scaling", axis), ("noise", [])):
+        refused("--together=0 must be above 0", command, *words, "--together=0")
+    refused("--seeds=1: noise is measured between 2 seeds or more", "noise", "--seeds=1")
+    refused("--effect=0 must be above 0", "noise", "--effect=0")
+    refused("no config file nowhere.py", "noise", "--config=nowhere.py")
+    table = tmp_path / "ladder.csv"
+    refused("cannot read .*ladder.csv as a CSV table: No such file", "scaling", f"--points={table}")
+    table.write_text("parameters,tokens,loss\n" + "\n".join(LADDER))
+    points = f"--points={table}"
+    refused("--points has all the numbers: leave FILE", "scaling", points, "--axis", "seed=1,2")
+    refused("--png=x.gif must end in .png or", "scaling", points, "--png=x.gif")
+    refused(
+        "no folder .*nowhere, make it first", "scaling", points, f"--png={tmp_path}/nowhere/a.png"
+    )
+    refused("a budget is shared out only by a law of both", "scaling", points, "--flops", "1e18")
+    table.write_text("parameters,tokens,loss\n" + "\n".join(LADDER[:3]))
+    refused("3 points of 3 distinct sizes do not exceed the 3 constants", "scaling", points)
+
+
+def test_what_coord_check_refuses(tmp_path: Path) -> None:
+    words = ["coord-check", f"--config={RECIPE}", *tiny.overrides(tmp_path)]
+    refused("needs two or more different --widths, or --depths", *words)
+    refused("needs two or more different --widths", *words, "--widths=32")
+    refused("--depths=2,two: write whole numbers", *words, "--depths=2,two")
+    refused("--html=x.txt must end in .html", *words, "--widths=16,32", "--html=x.txt")
+
+
+def test_coord_check_tells_by_its_status(one_device: None, store: Path, tmp_path: Path) -> None:
+    """Without muP updates grow with the width."""
+    words = [*on_one_device(store), "--widths=16,64", "--steps=1", "--seeds=1"]
+    done = gptjax(
+        "coord-check", *words, f"--png={tmp_path / 'c.png'}", f"--html={tmp_path / 'c.html'}"
+    )
+    assert done.status == EXIT_FAILED and "FAILED" in done.out
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "c.html").read_text()
+
+
+def test_replay_tells_by_its_status(workdir: Path, run: Trained, tmp_path: Path) -> None:
+    done = works("replay", str(workdir))
+    assert "it is the same, bit for bit" in done.out
+    log = workdir / records.METRICS
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[0]["loss"] *= 1.01
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = gptjax("replay", str(workdir), "--json")
+    found = json.loads(done.out)
+    assert done.status == EXIT_FAILED and not found["same"] and "loss" in found["reason"]
+    refused("is no pretrained model", "replay", str(workdir), f"--from={run.workdir}")
+    refused("unexpected argument '--config.seed=1'", "replay", str(workdir), "--config.seed=1")
+    refused("holds no run", "replay", str(tmp_path / "none"))
+    with (workdir / records.CONFIG).open("a") as file:
+        file.write(" ")
+    refused("config.json", "replay", str(workdir))
+
+
 # ---- the frame
 
 
 def test_a_word_that_is_no_command() -> None:
     refused("no command 'evaluate'; commands: train, eval", "evaluate", "--workdir=x")
+
+
+def test_an_override_is_no_file_and_no_question(store: Path) -> None:
+    """Neither where it has a space nor where its value stands apart."""
+    file = str(REPO / "experiments" / "same.py")
+    for words in (["--config.sample.prompt=a b"], ["--config.data.batch_size", "4"]):
+        done = works("study", *words, file, "--seeds=1", "--dry_run", f"--store={store / 'none'}")
+        assert f"{' '.join(words)}\n" in done.out and "3 runs: 0 there, 3 to run" in done.out
+    refused("unexpected argument '4'", "config", f"--config={RECIPE}", "--config.seed=1", "4")
 
 
 def test_debug_shows_where(store: Path, tmp_path: Path) -> None:

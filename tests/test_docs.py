@@ -39,6 +39,28 @@ SMALL |= {
     "data.sources": "shakespeare",
 }
 TRAINS = ("train", "eval", "generate", "tasks")
+# What overrules a command of the README so that it runs here in seconds.
+STUDIED = [
+    *(f"--config.{knob}={value}" for knob, value in (SMALL | {"model.vocab_size": 264}).items()),
+    "--config.sample.max_new_tokens=4",
+]
+FEW: dict[str, list[str]] = {
+    "study": [*STUDIED, "--seeds=1"],
+    "report": [*STUDIED, "--seeds=1"],
+    "noise": [*STUDIED, "--seeds=2"],
+    "coord-check": [*STUDIED, "--widths=64,128", "--steps=1", "--seeds=1"],
+}
+# Stands in for experiments/positions.py, which has five arms.
+STUDY = """
+from gptjax.study.spec import Study
+STUDY = Study("Alike.", "configs/ablation.py", {"alibi": {"model.position": "alibi"}})
+"""
+# An exact law: loss = 2 + 50 / N^0.3 + 90 / D^0.25.
+LADDER = "parameters,tokens,loss\n" + "".join(
+    f"{10**n},{10**7 * d},{2 + 50 / 10 ** (n * 0.3) + 90 / (10**7 * d) ** 0.25}\n"
+    for n in (4, 5, 6)
+    for d in (1, 4, 16)
+)
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
 
 
@@ -53,9 +75,10 @@ def test_every_command_is_shown() -> None:
 
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("configs", "experiments"):
-        if (REPO / name).exists():
-            (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/positions.py").write_text(STUDY)
+    (tmp_path / "ladder.csv").write_text(LADDER)
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text("It was a dark and stormy night.\n" * 40)
     (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": "It was a dark night"}) + "\n")
@@ -67,14 +90,22 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
             more = [word for word in small if "model." not in word]
         if words[0] in ("train", "generate", "ask", "chat"):
             more = [*more, "--config.sample.max_new_tokens=4", "--config.sample.prompt=A"]
-        if (
-            words[0] == "import"
-        ):  # there is no such file here: the model that was exported stands in
+        if words[0] == "import":  # the model that was exported stands in for one that is not here
             words = ["import", "models/mine", *words[2:]]
+        more = [*more, *FEW.get(words[0], [])]
         assert main(words + more) == 0, words
         if words[0] == "import":
             (tmp_path / "models/smollm2/chat_template.jinja").write_text(TEMPLATE)
     assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "<svg" in (tmp_path / "runs/studies/positions/report.html").read_text()
+    # Two arms, two rates and, for the noise, two seeds of one: what is asked twice ran once.
+    assert len(list((tmp_path / "runs/cells").glob("*/config.json"))) == 5
+
+
+def test_studies_that_are_shown_are_there() -> None:
+    files = [word for words in LAUNCHES for word in words if word.startswith("experiments/")]
+    assert files
+    assert all((REPO / file).is_file() for file in files)
 
 
 def test_make_has_its_targets() -> None:

@@ -177,7 +177,7 @@ Trains a few steps at each size and prints the slope, in powers of the width or 
 activation's size at the start and of its change since. Fails where a change grows, or shrinks
 where it must not.
 
-  coord-check --config=configs/ablation.py --config.model.parametrisation=mup --widths=64,128,256
+  coord-check --config.model.parametrisation=mup --config.model.mup_base_width=64 --widths=64,128
 
 {OVERRIDES}
 {EXITS}""",

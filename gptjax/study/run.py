@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,9 @@ def _sample(cells: Sequence[Cell], store: Path) -> None:
         folder = store / cell.address
         if (folder / FAILED).exists() or (folder / loop.DIVERGED).exists():
             continue
-        with trained.opened(cell.config, folder) as m:
+        opened = trained.opened(cell.config, folder)
+        # Shown with the progress: what a command prints is its answer alone.
+        with opened as m, contextlib.redirect_stdout(sys.stderr):
             texts = speak.generate(m.config, m.params, m.tokenizer)
         with disk(folder):
             replace_file(folder / SAMPLE, "\n".join(texts).encode())
