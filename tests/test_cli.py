@@ -682,7 +682,7 @@ def test_a_ladder_of_runs_is_fitted(one_device: None, store: Path, tmp_path: Pat
     table = ["parameters,tokens,loss"]
     for file in cells.glob(f"*/{records.CONFIG}"):
         config = configure.of_run(file.parent)
-        count = sum(p.size for p in jax.tree.leaves(abstract_params(config.model)))
+        count = sum(np.prod(p.shape) for p in jax.tree.leaves(abstract_params(config.model)))
         tokens = config.train.steps * config.data.batch_size * config.model.context
         table.append(f"{count},{tokens},{read_metrics(file.parent)[-1]['val_loss']!r}")
     (tmp_path / "ladder.csv").write_text("\n".join([table[0], *sorted(table[1:], key=_tokens)]))
