@@ -644,19 +644,21 @@ def test_a_study_runs_once_and_is_reported(studied: Studied, tmp_path: Path) -> 
 
 
 def test_noise_of_runs_that_a_study_made(studied: Studied, store: Path) -> None:
-    words = [*on_one_device(store), "--config.optim.peak_lr=1e-2", f"--store={studied.store}"]
-    done = works("noise", *words, "--seeds=3", "--effect=0.5")
-    assert "3 runs: 3 there, 0 to run" in done.err
-    cells = [configure.of_run(f.parent) for f in studied.store.glob("*/config.json")]
-    folders = [f.parent for f in studied.store.glob("*/config.json")]
+    folders = [file.parent for file in studied.store.glob(f"*/{records.CONFIG}")]
     losses = [
         read_metrics(folder)[-1]["val_loss"]
-        for folder, cell in zip(folders, cells, strict=True)
-        if cell.optim.peak_lr == 1e-2
+        for folder in folders
+        if configure.of_run(folder).optim.peak_lr == 1e-2
     ]
+    sd = float(np.std(losses, ddof=1))
+    words = [*on_one_device(store), "--config.optim.peak_lr=1e-2", f"--store={studied.store}"]
+    done = works("noise", *words, "--seeds=3", f"--effect={sd}")
+    assert "3 runs: 3 there, 0 to run" in done.err
     assert f"val_loss {np.mean(losses):.4f} nats/token, 3 seeds" in done.out
-    assert f"sd between seeds: {np.std(losses, ddof=1):.2g} " in done.out
-    assert re.search(r"^  a difference of 0.5: \d+ seeds", done.out, re.MULTILINE)
+    assert f"sd between seeds: {sd:.2g} " in done.out
+    # A difference of independent runs has sqrt(2) of their sd. By tables of the paired t test,
+    # an effect of 0.707 sd is seen by 18 pairs with 80% power.
+    assert re.search(r"^  a difference of \S+: 18 seeds \(", done.out, re.MULTILINE)
 
 
 def test_runs_of_different_code_are_not_mixed(studied: Studied, tmp_path: Path) -> None:
