@@ -848,3 +848,14 @@ def test_what_is_no_mistake_of_the_user_s_keeps_its_traceback(
 def test_distributed_wants_an_address(run: Trained) -> None:
     words = ["eval", f"--workdir={run.workdir}", "--distributed=localhost:1234,2"]
     refused("--distributed=localhost:1234,2 is neither 'auto' nor HOST:PORT", *words)
+
+
+def test_a_study_whose_runs_cannot_run_reports_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["study", "--config=configs/ablation.py", "--axis", "model.position=rope,alibi"]
+    words += ["--seeds=1", f"--store={tmp_path / 'cells'}", f"--out={tmp_path / 'out'}"]
+    assert main([*words, "--config.sample.stop=abc"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("gptjax: 2 cells could not run; the first, position=rope, seed 0: ")
+    assert "(1 failed)" in (tmp_path / "out" / "report.md").read_text()

@@ -27,12 +27,17 @@ SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     asked = study_of(arguments, overrides)
-    if arguments.dry_run:
-        from gptjax.study import results
+    from gptjax.study import results, run
 
+    if arguments.dry_run:
         tell(results.read(asked, arguments.store), arguments.store, print)
-    else:
-        _report(run_all(arguments, asked), arguments.out)
+        return
+    try:
+        found = run_all(arguments, asked)
+    except run.Failed:
+        _report(results.read(asked, arguments.store), arguments.out)
+        raise
+    _report(found, arguments.out)
 
 
 def run_all(arguments: argparse.Namespace, asked: Study) -> Results:

@@ -40,6 +40,10 @@ POLL_SECONDS = 2.0  # between two looks at what other processes are running
 ENDED = ("finished", "diverged")
 
 
+class Failed(UserError):
+    """Some cells could not run; the others did."""
+
+
 def run(study: Study, store: Path, together: int = 1) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
@@ -56,13 +60,14 @@ def run(study: Study, store: Path, together: int = 1) -> Results:
 
     Raises:
         Stopped: on SIGTERM or Ctrl-C, once the running cells are saved.
-        UserError: if finished cells were made by other code, or some cell cannot run.
+        Failed: if some cell cannot run, once all others have.
+        UserError: if finished cells were made by other code.
     """
     failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together)
     results = read(study, store)
     failures += _run(study, [o.cell for o in results.outcomes], store, together)
     if failures:
-        raise UserError(
+        raise Failed(
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
             f"{failures[0].reason}. Mend it and run the same command again"
         )

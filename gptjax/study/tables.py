@@ -180,7 +180,7 @@ def stated(study: Study) -> list[str]:
         f"Metric: {study.metric} in {study.unit}, the mean over the same held-out tokens at the "
         "end of training; lower is better",
         f"Held equal: {HELD_EQUAL[study.equal]}",
-        f"{study.seeds} seeds an arm; the smallest difference that matters is {study.smallest:g} "
+        f"{study.seeds} seed{'s' * (study.seeds > 1)} an arm; the smallest difference that matters is {study.smallest:g} "
         f"{study.unit}",
     ]
     if study.tune:
