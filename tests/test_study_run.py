@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -92,8 +93,7 @@ def table(stdout: str) -> list[Any]:
 
 def begun(stderr: str) -> list[str]:
     """The cells that a process says to run, in order."""
-    lines = [line for line in stderr.splitlines() if line.startswith("[")]
-    return [line.partition("] ")[2] for line in lines]
+    return re.findall(r"^\[\d/\d\] (.*)$", stderr, re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,24 +311,38 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: P
     assert content(copied) == before
 
 
-def test_what_a_full_disk_broke_is_run_again(
+def test_what_failed_is_tried_again(text: Path, whole: Whole, tmp_path: Path) -> None:
+    """The text is away at first, and then back."""
+    here = Path(shutil.copytree(text, tmp_path / "here"))
+    one, away = study(here, {}, seeds=1), here.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="1 cells could not run; .*/here"):
+        run.run(one, tmp_path / "cells")
+    (o,) = read(one, tmp_path / "cells").outcomes
+    assert o.status == "failed" and str(here) in o.reason
+    away.rename(here)
+    (o,) = run.run(one, tmp_path / "cells").outcomes
+    assert (o.status, o.reason, o.metric) == ("finished", "", whole.table[0][2])
+    assert not (o.folder / results.FAILED).exists()
+
+
+def test_what_a_full_disk_broke_goes_on(
     small_disk: Path, text: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = study(text, {}, seeds=1)
+    one, store = study(text, {}, seeds=1), small_disk / "cells"
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(2**21 - 2**18))
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")  # no git, whose diff could fill the disk alone
-        with pytest.raises(UserError, match="could not run; .*No space left on device"):
-            run.run(one, small_disk / "cells")
-    (o,) = read(one, small_disk / "cells").outcomes
-    assert o.status == "failed" and "No space left on device" in o.reason
-    ballast.unlink()
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", "")
-        (o,) = run.run(one, small_disk / "cells").outcomes
-    assert (o.status, o.reason, o.metric) == ("finished", "", whole.table[0][2])
-    assert not (o.folder / results.FAILED).exists()
+        with pytest.raises(UserError, match="No space left on device") as error:
+            run.run(one, store)
+        assert "\n" not in str(error.value)
+        (o,) = read(one, store).outcomes
+        # Whether a word of it still fitted depends on what the save in flight has freed.
+        assert o.status in ("failed", "started")
+        ballast.unlink()
+        (o,) = run.run(one, store).outcomes
+    assert (o.status, o.metric) == ("finished", whole.table[0][2])
+    assert timeless(o.folder) == timeless(whole.cells / o.folder.name)
 
 
 def test_a_store_that_cannot_be_written_is_told(text: Path, tmp_path: Path) -> None:
@@ -559,7 +573,7 @@ def test_a_study_killed_ten_times_has_the_same_table(
         left = chance.randrange(16)  # of 80 steps, and some are lost: ten starts do not finish
         for line in process.stderr:
             left -= line.startswith("step ")
-            if left <= 0 and line.startswith(("[", "step ")):
+            if left <= 0 and (begun(line) or line.startswith("step ")):
                 break
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
