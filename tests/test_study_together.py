@@ -100,3 +100,14 @@ def test_a_killed_group_goes_on_as_it_was_and_ends_the_same(
     assert {label: metrics(found)[label] for label in same} == same
     record = json.loads((tmp_path / cells[0].address / "environment.json").read_text())
     assert len(record) == 2, "the kill came before the first step or after the last"
+
+
+def test_a_sample_that_a_kill_prevented_is_made_later(
+    file: Path, together: tuple[Path, dict[str, float]]
+) -> None:
+    store, first = together[0], spec.cells(spec.load(file), {})[0]
+    sample = store / first.address / "sample.txt"
+    text = sample.read_text()
+    sample.unlink()
+    run.run(spec.load(file), store, together=4)
+    assert text == sample.read_text() != ""

@@ -71,7 +71,13 @@ def run(study: Study, store: Path, together: int = 1) -> Results:
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
             f"{failures[0].reason}. Mend it and run the same command again"
         )
-    return read(study, store)
+    found = read(study, store)
+    for o in found.outcomes:
+        with _claim(store, [o.cell.address]) as held:
+            # One that was killed between its last checkpoint and its sample.
+            if held and o.status == "finished":
+                _sample([o.cell], store)
+    return found
 
 
 def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> list[Outcome]:
@@ -94,7 +100,7 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
                         say(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.label}")
                     tried.update(here)
                     train(here, store)
-                    _sample([cell for cell in mine if cell.seed == 0], store)
+                    _sample(mine, store)
                     ran = True
         if not ran:
             if not waiting:
@@ -156,10 +162,10 @@ def train(group: Mapping[str, Config], store: Path) -> None:
 
 
 def _sample(cells: Sequence[Cell], store: Path) -> None:
-    """Lets each finished cell speak, for the report."""
+    """Lets the first seed of what has finished speak, once, for the report."""
     for cell in cells:
         folder = store / cell.address
-        if (folder / FAILED).exists() or (folder / loop.DIVERGED).exists():
+        if cell.seed or any((folder / f).exists() for f in (FAILED, loop.DIVERGED, SAMPLE)):
             continue
         opened = trained.opened(cell.config, folder)
         # Shown with the progress: what a command prints is its answer alone.
