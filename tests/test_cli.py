@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import io
 import json
@@ -602,8 +603,8 @@ def on_one_device(store: Path) -> list[str]:
     return knobs(store, mesh__data=1, eval__max_tokens=32, train__eval_every=2)
 
 
-@pytest.fixture(scope="module")
-def one_device() -> Iterator[None]:
+@contextlib.contextmanager
+def seeing_one_device() -> Iterator[None]:
     """Commands see one device: the suite's eight would only be slower."""
     devices = jax.devices
     with pytest.MonkeyPatch.context() as patch:
@@ -611,17 +612,26 @@ def one_device() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_device() -> Iterator[None]:
+    with seeing_one_device():
+        yield
+
+
 @pytest.fixture(scope="module")
-def studied(one_device: None, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
+def studied(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
     """A planted loss: the second arm learns at a ten-thousandth of the rate."""
     folder = tmp_path_factory.mktemp("study")
     axis = ["--axis", "optim.peak_lr=1e-2,1e-6", f"--store={folder / 'cells'}", "--seeds=3"]
     words = [*on_one_device(store), *axis]
-    done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
+    with seeing_one_device():
+        done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
     return Studied(folder / "cells", words, done)
 
 
-def test_a_study_runs_once_and_is_reported(studied: Studied, tmp_path: Path) -> None:
+def test_a_study_runs_once_and_is_reported(
+    one_device: None, studied: Studied, tmp_path: Path
+) -> None:
     assert "6 runs: 0 there, 6 to run" in studied.done.err
     assert "worse" in studied.done.out and "1 worse of 1 comparison" in studied.done.out
     made = {folder.name for folder in studied.store.glob("*")}
@@ -643,7 +653,7 @@ def test_a_study_runs_once_and_is_reported(studied: Studied, tmp_path: Path) -> 
     assert {folder.name for folder in studied.store.glob("*")} == made
 
 
-def test_noise_of_runs_that_a_study_made(studied: Studied, store: Path) -> None:
+def test_noise_of_runs_that_a_study_made(one_device: None, studied: Studied, store: Path) -> None:
     folders = [file.parent for file in studied.store.glob(f"*/{records.CONFIG}")]
     losses = [
         read_metrics(folder)[-1]["val_loss"]
@@ -661,7 +671,9 @@ def test_noise_of_runs_that_a_study_made(studied: Studied, store: Path) -> None:
     assert re.search(r"^  a difference of \S+: 18 seeds \(", done.out, re.MULTILINE)
 
 
-def test_runs_of_different_code_are_not_mixed(studied: Studied, tmp_path: Path) -> None:
+def test_runs_of_different_code_are_not_mixed(
+    one_device: None, studied: Studied, tmp_path: Path
+) -> None:
     cells = shutil.copytree(studied.store, tmp_path / "cells")
     path = min(cells.glob(f"*/{records.ENVIRONMENT}"))
     history = json.loads(path.read_text())
