@@ -322,9 +322,10 @@ def make_step(
 ) -> Callable[..., tuple[state.TrainState, state.Metrics]]:
     """The jitted update of all members; it donates their states.
 
-    On a CPU the members of a device take the step one after another, within the one program: all
-    at once, each operation sweeps over all members and finds nothing of its input in the cache,
-    which is slower than runs alone. Accelerators take them at once.
+    On a CPU the members of a device take the step one after another, within the one program. All
+    at once was measured slower than runs alone (docs/bench_ensemble.py), most likely because each
+    operation sweeps over all members and finds nothing of its input in the cache. Accelerators
+    take them at once.
 
     Args:
         config: of any member.
