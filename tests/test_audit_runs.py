@@ -166,9 +166,9 @@ def test_two_processes_give_the_number_of_one(
     ]
     (out, first_err), (silent, second_err) = (p.communicate(timeout=200) for p in pair)
     assert [p.returncode for p in pair] == [0, 0], (first_err, second_err)
-    # gloo itself writes lines on standard output.
-    assert all(line.startswith("[Gloo]") for line in silent.splitlines()) and page.is_file()
-    found, alone = json.loads(out.splitlines()[-1]), evaluate(capsys, *words[:-2])
+    # gloo itself writes on standard output, from threads whose lines may run into each other.
+    assert "{" not in silent and page.is_file()
+    found, alone = json.loads(out[out.index("{") :].splitlines()[0]), evaluate(capsys, *words[:-2])
     assert found["model_sha256"] == alone["model_sha256"]
     for name in ("nats", "loss", "bits_per_byte", "word_perplexity"):
         assert found["scores"]["t"][name] == pytest.approx(alone["scores"]["t"][name], rel=1e-6)
