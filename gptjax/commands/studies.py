@@ -166,7 +166,7 @@ def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
 
 def counted(found: Results) -> str:
     """How many runs there are, and of what status."""
-    from gptjax.study.run import ENDED
+    from gptjax.study.results import ENDED
 
     asked = found.study
     every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]

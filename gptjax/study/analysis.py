@@ -15,11 +15,10 @@ from gptjax import accounting, configure
 from gptjax.config import Config
 from gptjax.records import read_environment
 from gptjax.study import equalise, statistics
-from gptjax.study.results import Outcome, Results, Status, at_edge
+from gptjax.study.results import ENDED, Outcome, Results, Status, at_edge
 from gptjax.study.spec import Settings, Study
 
 STATUSES: tuple[Status, ...] = ("finished", "diverged", "failed", "started", "missing")
-ENDED = ("finished", "diverged")  # runs that more time does not change
 # Verdicts beside those of `statistics`.
 DIVERGED, BASELINE_DIVERGED = "diverged", "baseline diverged"
 

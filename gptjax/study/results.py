@@ -20,6 +20,7 @@ from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
 
 FAILED, SAMPLE = "failed.json", "sample.txt"
 Status = Literal["finished", "diverged", "failed", "started", "missing"]
+ENDED = ("finished", "diverged")  # there is nothing left to run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _best(
     groups = dict.fromkeys((o.cell.scale, o.cell.arm) for o, _ in tuning)
     for scale, arm in groups:
         here = [(o, v) for o, v in tuning if (o.cell.scale, o.cell.arm) == (scale, arm)]
-        if any(o.status not in ("finished", "diverged") for o, _ in here):
+        if any(o.status not in ENDED for o, _ in here):
             continue
         means = []
         for values in cross(study.tune).values():

@@ -25,6 +25,7 @@ from gptjax.records import (
 )
 from gptjax.sharding import make_mesh
 from gptjax.study.results import (
+    ENDED,
     FAILED,
     SAMPLE,
     Outcome,
@@ -37,7 +38,6 @@ from gptjax.study.results import (
 from gptjax.study.spec import Cell, Study, address, tuning_cells
 
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
-ENDED = ("finished", "diverged")
 
 
 class Failed(UserError):

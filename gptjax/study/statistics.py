@@ -12,13 +12,14 @@ import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from gptjax.audit.statistics import Interval
 from gptjax.config import UserError
 
 Arm = TypeVar("Arm", bound=Hashable)  # what an arm is called
@@ -38,14 +39,6 @@ UNDECIDED: Final = "undecided"
 SHRINKS: Final = "shrinks"
 HOLDS: Final = "holds"
 GROWS: Final = "grows"
-
-
-class Interval(NamedTuple):
-    """Ends of a 95% interval; both are NaN where there is none."""
-
-    low: float
-    high: float
-
 
 NO_INTERVAL: Final = Interval(math.nan, math.nan)
 
