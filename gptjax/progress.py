@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-console = Console(stderr=True, highlight=False)
+# Names and texts of users are shown as they are: "[/b]" is no markup, ":x:" no emoji.
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def say(message: str) -> None:
     """A line on standard error, from process 0 alone; a bar in progress stays below it."""
     if jax.process_index() == 0:
-        console.print(message, markup=False, soft_wrap=True)
+        console.print(message, soft_wrap=True)
 
 
 class Progress:
@@ -34,10 +35,10 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int = 0, transient: bool = False) -> None:
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=transient,

@@ -379,16 +379,17 @@ def test_the_fingerprint_sees_names_shapes_and_every_bit():
 
 
 def test_a_record_is_json_and_a_table_shows_it(tmp_path, capsys):
-    one = told(make_text(tmp_path / "a", *["a b"] * 20, domains=["[red]x"] * 20))
+    one = told(make_text(tmp_path / "a", *["a b"] * 20, domains=["[/red]:x:"] * 20))
     other = told(make_text(tmp_path / "b", "c"), np.full(2, 1e4))  # beyond what exp can tell
-    found = run.Audit("runs/x", 7, 10, "0" * 64, BYTES, {"one": one, "other": other})
+    found = run.Audit("runs/[/b]:x:", 7, 10, "0" * 64, BYTES, {"one": one, "[/b]:x:": other})
     record = json.loads(json.dumps(run.record(found), allow_nan=False))
-    assert record["scores"]["other"]["perplexity"] is None
+    assert record["scores"]["[/b]:x:"]["perplexity"] is None
     assert record["scores"]["all"]["tokens"] == 82
-    assert list(record["scores"]["one"]["by_domain"]) == ["[red]x"]
+    assert list(record["scores"]["one"]["by_domain"]) == ["[/red]:x:"]
     table.show(record)
     shown = capsys.readouterr().out
     assert "context 16, stride 16, prefix eot, documents joined" in shown
-    assert "bootstrap over 20 documents" in shown and "[red]x" in shown
+    assert "bootstrap over 20 documents" in shown and "[/red]:x:" in shown
+    assert "model: runs/[/b]:x:" in shown and "│ [/b]:x:" in shown
     for figure in ("loss", "bits_per_byte"):
         assert f"{record['scores']['one'][figure]:.4f}" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -201,8 +202,9 @@ def test_texts_that_are_not_the_same_are_refused(tmp_path, changes):
 
 def test_a_comparison_is_json_and_a_table_shows_it(tmp_path, capsys: Any):
     a, b, _ = planted(tmp_path)
+    a = dataclasses.replace(a, workdir="runs/[/b]:x:")
     record = json.loads(json.dumps(compare(a, b), allow_nan=False))
     table.show_comparison(record)
     shown = capsys.readouterr().out
-    assert "needle" in shown and "+18.00" in shown
+    assert "needle" in shown and "+18.00" in shown and "A: runs/[/b]:x:" in shown
     assert f"{record['texts']['t']['bits_per_byte']['difference']:.4f}" in shown

@@ -169,6 +169,14 @@ def test_prepared_twice_is_the_same_store(tmp_path):
     assert (tmp_path / "one" / "train" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_folders_name_is_shown_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # for rich: this is a terminal
+    monkeypatch.setenv("COLUMNS", "300")
+    out = tmp_path / "x[/b]:smile:[red]y"
+    prepare([write(tmp_path / "a.txt", "some text")], out, "bytes")
+    assert f"tokenising into {out}" in capsys.readouterr().err
+
+
 def test_wide_ids_are_stored_wide(tmp_path):
     # A vocabulary beyond 65,536 without its download: the byte tokenizer with a higher bound.
     wide = dataclasses.replace(BYTES, vocab_size=70_000, eot=69_999)

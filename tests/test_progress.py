@@ -6,7 +6,6 @@ import io
 
 import jax
 import pytest
-from rich.console import Console
 
 from gptjax import progress
 from gptjax.progress import Progress, readable, say
@@ -14,8 +13,9 @@ from gptjax.progress import Progress, readable, say
 
 @pytest.fixture(params=[True, False], ids=["terminal", "file"])
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    console = Console(file=io.StringIO(), force_terminal=request.param, width=100, highlight=False)
-    monkeypatch.setattr(progress, "console", console)
+    for name, value in {"_file": io.StringIO(), "_force_terminal": request.param}.items():
+        monkeypatch.setattr(progress.console, name, value)
+    monkeypatch.setattr(progress.console, "_width", 100)
     return request.param
 
 
@@ -42,9 +42,20 @@ def test_a_bar_or_lines(terminal: bool) -> None:
 
 
 def test_a_line_is_said_as_it_is(terminal: bool) -> None:
-    line = "model.windows[0] is [bold]" + " word" * 40
+    line = "model.windows[0] is [bold] [/b] :smile:" + " word" * 40
     say(line)
     assert seen() == f"{line}\n"
+
+
+NAME = "x[/b]:smile:[red]y"  # neither markup nor an emoji
+
+
+def test_names_on_a_bar_are_shown_as_they_are(terminal: bool) -> None:
+    with Progress(f"evaluating {NAME}", 30) as bar:
+        bar.status(f"status {NAME}")
+        bar.advance(1)
+    for what in ("evaluating", "status"):
+        assert (f"{what} {NAME}" in seen()) is terminal
 
 
 def test_one_process_speaks(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,11 +292,11 @@ def test_the_front_is_what_none_beats(points):
 @pytest.fixture
 def nasty(make):
     """A study whose names every format would trip over, with a run of each status."""
-    gaps = {NASTY: -0.1, "[b] | *c*": 0.1}
+    gaps = {NASTY: -0.1, "[/b]:x: | *c*": 0.1}
     outcomes = replaced(runs(make, gaps), NASTY, 0, **DIVERGED)
-    outcomes = replaced(outcomes, "[b] | *c*", 0, **FAILED)
-    outcomes = replaced(outcomes, "[b] | *c*", 1, **MISSING)
-    outcomes = replaced(outcomes, "[b] | *c*", 2, status="started", metric=math.nan)
+    outcomes = replaced(outcomes, "[/b]:x: | *c*", 0, **FAILED)
+    outcomes = replaced(outcomes, "[/b]:x: | *c*", 1, **MISSING)
+    outcomes = replaced(outcomes, "[/b]:x: | *c*", 2, status="started", metric=math.nan)
     for o in outcomes[:1]:
         o.folder.mkdir()
         (o.folder / "sample.txt").write_text("To be <b>or</b> not & so on")
@@ -330,7 +330,7 @@ def test_the_page_is_whole_and_asks_for_nothing(nasty):
     assert html.count("<svg") == 5  # forest, curves, differences, and two of cost
     for escaped in (
         "a_b &amp; &lt;50%&gt; &quot;#1&quot; ~^{x}\\",
-        "[b] | *c*",
+        "[/b]:x: | *c*",
         "It &lt;helps&gt;.",
     ):
         assert escaped in html
@@ -354,7 +354,7 @@ def test_csv_reads_back(nasty, tmp_path):
         assert cell["value"] == ("" if math.isnan(o.metric) else repr(o.metric))
     with (tmp_path / "out/deep/verdicts.csv").open(newline="") as file:
         verdicts = list(csv.DictReader(file))
-    assert [v["arm"] for v in verdicts] == ["base", NASTY, "[b] | *c*"]
+    assert [v["arm"] for v in verdicts] == ["base", NASTY, "[/b]:x: | *c*"]
     counts = [
         [v[k] for k in ("finished", "diverged", "failed", "started", "missing")] for v in verdicts
     ]
@@ -406,13 +406,15 @@ def test_latex_compiles(nasty, tmp_path):
 def test_markdown_rows_have_their_cells(nasty):
     lines = formats.markdown(tables.verdicts(nasty)).splitlines()
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(lines[1].split("|")) - 1}
-    assert r"[b] \| \*c\*" in lines[4]
+    assert r"[/b]:x: \| \*c\*" in lines[4]
 
 
 def test_the_terminal_shows_every_arm(nasty, capsys):
     tables.show(nasty)
     out = capsys.readouterr().out
-    assert "[b] | *c*" in out and "diverged 1 of 5" in out and "preliminary, 2 of 5 pairs" in out
+    assert (
+        "[/b]:x: | *c*" in out and "diverged 1 of 5" in out and "preliminary, 2 of 5 pairs" in out
+    )
     assert all(status in out for status in ("failed", "started", "missing"))
 
 

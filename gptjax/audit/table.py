@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 MISSING = "—"
 # Figure -> its heading.
@@ -65,17 +66,20 @@ def show(record: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "text" else "right")
     for name, s in rows(record):
         table.add_row(
-            escape(name),
+            name,
             f"{s['tokens']:,}\n{s['documents']:,}",
             f"{s['words']:,}\n{s['bytes']:,}",
-            *(f"{number(s[f])}\n[dim]{interval(s['interval'][f])}[/]" for f in HEADINGS),
+            *(
+                Text.assemble(f"{number(s[f])}\n", (interval(s["interval"][f]), "dim"))
+                for f in HEADINGS
+            ),
         )
     positions = Table()
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
     spans = {(p["from"], p["to"]): None for found in texts.values() for p in found}
     positions.add_column("tokens seen before", justify="right")
     for name in texts:
-        positions.add_column(f"{escape(name)}\nnats/token", justify="right")
+        positions.add_column(f"{name}\nnats/token", justify="right")
     for first, last in sorted(spans):
         cells = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
         positions.add_row(
@@ -84,17 +88,17 @@ def show(record: dict[str, Any]) -> None:
         )
     console = new_console()
     console.print(_identified("model", record))
-    console.print(f"convention: {convention(record)}", markup=False)
+    console.print(f"convention: {convention(record)}")
     console.print(table)
     for note in notes(record):
-        console.print(note, markup=False)
+        console.print(note)
     console.print(positions)
     for name, s in record["scores"].items():
         if "text_sha256" in s:
             told = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
             if s["detokenizer"] != "none":
                 told += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
-            console.print(told, markup=False)
+            console.print(told)
 
 
 def show_comparison(record: dict[str, Any]) -> None:
@@ -102,7 +106,7 @@ def show_comparison(record: dict[str, Any]) -> None:
     console = new_console()
     for side in ("a", "b"):
         console.print(_identified(side.upper(), record[side]))
-        console.print(f"   convention: {convention(record[side])}", markup=False)
+        console.print(f"   convention: {convention(record[side])}")
     table = Table()
     for heading in ("text", "figure", "A", "B", "B - A", "interval"):
         table.add_column(heading, justify="left" if heading in ("text", "figure") else "right")
@@ -112,31 +116,28 @@ def show_comparison(record: dict[str, Any]) -> None:
                 d = t[figure]
                 ends = interval(d["interval"])
                 table.add_row(
-                    escape(name),
+                    name,
                     HEADINGS[figure],
                     *map(number, (d["a"], d["b"], d["difference"])),
                     ends,
                 )
         for domain, d in t["by_domain"].items():
             told = number(d["difference"]), interval(d["interval"])
-            table.add_row(f"  {escape(domain)}", "bits/byte", "", "", *told)
+            table.add_row(f"  {domain}", "bits/byte", "", "", *told)
     console.print(table)
     for name, t in record["texts"].items():
         better = t["documents_better"]
         console.print(
             f"{name}: interval {t['interval_by']}; A is better on {better['a']:,}, B on "
             f"{better['b']:,} of {t['documents']:,} documents. Where they differ most, in nats:",
-            markup=False,
         )
         for p in t["passages"][:5]:
             place = f"document {p['document']}, byte {p['byte']:,}"
-            console.print(
-                f"{p['nats']:+9.2f}  {place}: {_around(p['text'], p['peak'])}", markup=False
-            )
+            console.print(f"{p['nats']:+9.2f}  {place}: {_around(p['text'], p['peak'])}")
 
 
 def _identified(label: str, identity: dict[str, Any]) -> str:
-    return escape(
+    return (
         f"{label}: {identity['workdir']}, step {identity['step']:,}, "
         f"{identity['parameters']:,} parameters, sha256 {identity['model_sha256'][:16]}; "
         f"tokenizer {identity['tokenizer']}, sha256 {identity['tokenizer_sha256'][:16]}"
@@ -151,8 +152,9 @@ def _around(text: str, peak: int) -> str:
 
 
 def new_console() -> Console:
+    """Standard output for words and tables, where a name is shown as it is: "[/b]" is no markup."""
+    plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
+    if (console := plain()).is_terminal:
+        return console
     # Into a file or pipe the whole table goes, whatever rich believes its width to be.
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(160, shutil.get_terminal_size().columns))
-    return console
+    return plain(width=max(160, shutil.get_terminal_size().columns))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gptjax.config import UserError, choose
 from gptjax.data.store import MANIFEST, Store, StoreWriter
@@ -85,7 +85,15 @@ def prepare(
     try:
         console = Console(stderr=True)
         # Where standard error is no terminal, even a bar that vanishes leaves an empty line.
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        columns = (
+            TextColumn("{task.description}", markup=False),  # a folder may be named "x[/b]"
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        ) as progress:
             task = progress.add_task(f"tokenising into {out}", total=total)
             for split in SPLITS if val_fraction else SPLITS[:1]:
                 writer = StoreWriter(aside / split, tokenizer)

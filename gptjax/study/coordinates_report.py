@@ -30,7 +30,7 @@ def show(record: dict[str, Any]) -> None:
             table.add_row(*line)
         console.print(table)
     for told in verdict(record):
-        console.print(told, markup=False)
+        console.print(told)
 
 
 def rows(record: dict[str, Any], knob: str) -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 import rich.table
-from rich.markup import escape as escape_markup
+from rich.text import Text
 
 
 class Table(NamedTuple):
@@ -33,12 +33,10 @@ def below(text: str) -> str:
 def terminal(table: Table) -> rich.table.Table:
     found = rich.table.Table()
     for heading in table.headings:
-        found.add_column(
-            escape_markup(heading), justify="left" if heading in table.told else "right"
-        )
+        found.add_column(Text(heading), justify="left" if heading in table.told else "right")
     for row in table.rows:
-        cells = (escape_markup(cell).partition("\n") for cell in row)
-        found.add_row(*(f"{first}{below(rest and f'[dim]{rest}[/]')}" for first, _, rest in cells))
+        cells = (cell.partition("\n") for cell in row)
+        found.add_row(*(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells))
     return found
 
 

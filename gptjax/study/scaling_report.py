@@ -25,7 +25,6 @@ def show(record: dict[str, Any]) -> None:
         f"loss = {record['law']}, N parameters, D tokens, nats/token; {len(record['points'])} "
         f"points, error {number(record['rms_error'])} (rms), at most "
         f"{number(record['largest_error'])}",
-        markup=False,
     )
     constants = Table()
     for heading in ("constant", "value", "95% interval"):
@@ -34,7 +33,7 @@ def show(record: dict[str, Any]) -> None:
         constants.add_row(name, *_cells(found))
     console.print(constants)
     for note in (record["interval_by"], *record["notes"]):
-        console.print(note, markup=False)
+        console.print(note)
     _show_left_out(console, record["largest_left_out"])
     if record["optimum"]:
         console.print(_optima(record["optimum"]))
@@ -42,7 +41,7 @@ def show(record: dict[str, Any]) -> None:
 
 def _show_left_out(console: Any, found: dict[str, Any]) -> None:
     if "refused" in found:
-        console.print(f"the largest cannot be foretold: {found['refused']}", markup=False)
+        console.print(f"the largest cannot be foretold: {found['refused']}")
         return
     table = Table()
     for heading in ("parameters", "tokens", "loss", "foretold", "error", "relative"):
@@ -51,7 +50,7 @@ def _show_left_out(console: Any, found: dict[str, Any]) -> None:
         sizes = (f"{p['parameters']:.4g}", f"{p['tokens']:.4g}")
         losses = (number(p["loss"]), number(p["foretold"]))
         table.add_row(*sizes, *losses, f"{p['error']:+.4f}", f"{p['relative']:+.2%}")
-    console.print("the largest, foretold by a fit without it:", markup=False)
+    console.print("the largest, foretold by a fit without it:")
     console.print(table)
 
 

@@ -281,14 +281,14 @@ def show(a: Analysis) -> None:
     """Prints the verdicts in the terminal."""
     console = new_console()
     for line in (f"{a.study.name}: {a.study.hypothesis}", *stated(a.study)):
-        console.print(line, markup=False)
+        console.print(line)
     tables = [verdicts(a)]
     if a.changes:
         tables.append(changes(a))
     for table in tables:
         console.print(terminal(table))
     for line in (*warnings(a), summary(a)):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def verdicts_csv(a: Analysis) -> str:
