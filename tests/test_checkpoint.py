@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -118,6 +120,50 @@ def test_a_state_returns_bitwise_on_every_mesh(source: str, tmp_path: Path) -> N
             assert [x.sharding for x in jax.tree.leaves(new)] == [
                 x.sharding for x in jax.tree.leaves(like)
             ]
+
+
+# What a shell, a glob, a URL or a file system of another kind reads as more than a name.
+NAMES = (
+    *("a[1-3]", "[!a]", "a?b", "a*", "**", "a b ", "ä日本😀", "a\\b", "{a,b}", "~", "$HOME", "-x"),
+    *("a%20b", "a#b", "a:b", "gs:", "gs:/x", "s3:", "file:", "a'b\"c", "a\nb", "a..b", "a" * 200),
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_a_name(name: str, tmp_path: Path) -> None:
+    old = {"x": jnp.arange(6.0).reshape(2, 3), "zeros": jnp.zeros(3)}
+    with Checkpoints(tmp_path / name, keep=1) as checkpoints:
+        checkpoints.save(1, old, DATA, wait=True)
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["00000001"]
+    with Checkpoints(tmp_path / name) as reader:
+        assert_bitwise(reader.restore(1, abstract(old)), old)
+
+
+def test_a_save_that_is_not_whole_is_dropped_and_told(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """orbax itself, for which brackets are a pattern: it writes no array and says nothing."""
+    monkeypatch.setattr(checkpoint, "_neutral", contextlib.nullcontext)
+    folder = tmp_path / "a[1-3]"
+    with Checkpoints(folder, keep=1) as checkpoints:
+        told = r"step 1 in .* dropped: of 5 arrays 5 were not written, such as .*from the beginning"
+        with pytest.raises(UserError, match=told) as caught:
+            checkpoints.save(1, state, DATA, wait=True)
+        assert "\n" not in str(caught.value)
+        assert not list(folder.iterdir()) and checkpoints.latest() is None
+
+
+def test_an_array_without_one_of_its_chunks_is_not_whole(copied: Path, state: State) -> None:
+    folder, arrays = copied / "00000002" / "state", list(checkpoint._by_path(state))
+    assert checkpoint._lost(folder, arrays) == []
+    assert checkpoint._lost(folder, [*arrays, "params.other"]) == ["params.other"]
+    base = {"driver": "file", "path": f"{folder}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = [key.decode() for key in store.list().result()]
+    kernel = "params.block.kernel"
+    assert sum(key.startswith(f"{kernel}/") for key in keys) > 2, "of several chunks"
+    store.delete_range(tensorstore.KvStore.KeyRange(f"{kernel}/1", f"{kernel}/1.0~")).result()
+    assert checkpoint._lost(folder, arrays) == [kernel]
 
 
 def test_meta_returns_as_saved(saved: Path) -> None:
