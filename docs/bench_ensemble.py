@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import configure, ensemble, loop, state
+from gptjax import configure, ensemble, loop, setup, state
 from gptjax.config import Config, Mesh
 from gptjax.sharding import make_mesh
 
@@ -60,7 +60,7 @@ def batch(config: Config) -> dict[str, np.ndarray]:
 def one_by_one(configs: list[Config], batches: list[Any]) -> Callable[[], str]:
     mesh = make_mesh(Mesh(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        settled = loop.settle(configs[0])
+        settled = setup.settle(configs[0])
         states = [state.create(config) for config in configs]
         shardings = jax.sharding.NamedSharding(mesh, jax.P())
         placed = [jax.device_put(b, shardings) for b in batches]
@@ -82,7 +82,7 @@ def together(configs: list[Config], batches: list[Any]) -> Callable[[], str]:
     ways = max(n for n in range(1, jax.device_count() + 1) if SEEDS % n == 0)
     split = ensemble.over_members(jax.devices()[:ways])
     with jax.set_mesh(make_mesh(Mesh(1, 1, 1), jax.devices()[:1])):
-        settled = loop.settle(configs[0])
+        settled = setup.settle(configs[0])
         states = jax.device_get([state.create(config) for config in configs])
     states = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *states), split)
     placed = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *batches), split)

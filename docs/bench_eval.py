@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from gptjax import loop, trained
-from gptjax.evaluate import batch_nll
+from gptjax import setup, trained
+from gptjax.perplexity import batch_nll
 from gptjax.sharding import make_mesh
 
 CONTEXT, WINDOWS, ROWS, TURNS = 1024, 8, 2, 5
@@ -26,7 +26,7 @@ CONTEXT, WINDOWS, ROWS, TURNS = 1024, 8, 2, 5
 
 def main(folder: str, text: str) -> None:
     config = trained.config_of(Path(folder), None, [f"--config.model.context={CONTEXT}"])
-    tokenizer = loop.load_tokenizer(config)
+    tokenizer = setup.load_tokenizer(config)
     with open(text, encoding="utf-8") as file:
         ids = tokenizer.encode(file.read(CONTEXT * WINDOWS * 8))[: CONTEXT * WINDOWS]
     batches = np.array(ids, np.int32).reshape(-1, ROWS, CONTEXT)
@@ -41,7 +41,7 @@ def main(folder: str, text: str) -> None:
         return float(torch.stack(losses).mean())
 
     with jax.set_mesh(make_mesh(config.mesh)):
-        settled = loop.settle(config)
+        settled = setup.settle(config)
         _, params = trained.restore(config, Path(folder))
 
         def ours() -> float:

@@ -43,6 +43,7 @@ from jax.experimental import multihost_utils
 
 from gptjax.config import UserError
 
+CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
 
 State = TypeVar("State")

@@ -29,10 +29,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import loop, sharding, state
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, from_dict, to_dict
+from gptjax.files import disk, replace_file
 from gptjax.progress import Progress, say
-from gptjax.records import CONFIG, disk, open_run, replace_file
+from gptjax.records import CONFIG, open_run
+from gptjax.setup import Setup, describe, read_rows, set_up
 
 ENSEMBLE = "ensemble.json"
 
@@ -138,10 +140,10 @@ def train(
     keep = max(2, configs[0].train.keep_checkpoints)
     with ExitStack() as stack:
         with jax.set_mesh(mesh):
-            setups = [loop.set_up(config) for config in configs]
+            setups = [set_up(config) for config in configs]
             _claim(configs, workdirs)
             saved = {
-                r: stack.enter_context(Checkpoints(workdir / loop.CHECKPOINTS, keep))
+                r: stack.enter_context(Checkpoints(workdir / CHECKPOINTS, keep))
                 for r, workdir in enumerate(workdirs)
                 if diverged(workdir) is None
             }
@@ -155,7 +157,7 @@ def train(
             say(f"{len(setups)} runs that differ in {differ}: {where}, {len(members)} to go on")
             if not members or start == steps:
                 return [diverged(workdir) for workdir in workdirs]
-            say(f"each: {loop.describe(setups[0].config)}")
+            say(f"each: {describe(setups[0].config)}")
             group = _Group(configs, setups, members, mesh, start)
         # That of the last member to leave, when none is left.
         with contextlib.suppress(loop.Diverged):
@@ -203,7 +205,7 @@ class _Member:
     def __init__(
         self,
         index: int,
-        setup: loop.Setup,
+        setup: Setup,
         record: dict[str, Any],
         workdir: Path,
         checkpoints: Checkpoints,
@@ -222,7 +224,7 @@ class _Group:
     def __init__(
         self,
         configs: Sequence[Config],
-        setups: Sequence[loop.Setup],
+        setups: Sequence[Setup],
         members: list[_Member],
         mesh: Mesh,
         start: int | None,
@@ -249,7 +251,7 @@ class _Group:
     def _batch(self, index: int) -> state.Batch:
         c = self._setups[0].config
         rows = c.data.batch_size // c.train.accumulation
-        return self._place(_stack([loop.read(s, index, 0, rows) for s in self._setups]))
+        return self._place(_stack([read_rows(s, index, 0, rows) for s in self._setups]))
 
     def compile(self, start: int) -> None:
         step = make_step(self._setups[0].config, self._split)

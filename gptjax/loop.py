@@ -9,8 +9,6 @@ is why nothing is prefetched.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -20,23 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, model, sharding, state, tokenizer
-from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, ConfigError, UserError, choose, to_dict
-from gptjax.data.batches import Batches
-from gptjax.data.sources import open_source
-from gptjax.evaluate import Evaluator, Score
-from gptjax.layers import attention
+from gptjax import accounting, model, state
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
+from gptjax.config import Config, UserError, to_dict
+from gptjax.files import replace_file
+from gptjax.perplexity import Evaluator, Score
 from gptjax.progress import Progress, readable, say
-from gptjax.records import Run, open_run, read_metrics, replace_file
+from gptjax.records import Run, open_run, read_metrics
+from gptjax.setup import Setup, Start, describe, load_batch, set_up
 
-CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
 DIVERGED = "diverged.json"  # {"step", "reason"}, in the folder of a run that others outlive
 
@@ -60,72 +55,6 @@ class Diverged(UserError):
         """Leaves word of it in the run's folder."""
         told = {"step": self.step, "reason": self.reason}
         replace_file(workdir / DIVERGED, json.dumps(told).encode())
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a config means on the current mesh."""
-
-    config: Config  # with model.attention settled for the devices
-    tokenizer: tokenizer.Tokenizer
-    batches: Batches
-    evaluators: dict[str, Evaluator]  # by source
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Of the tokenizer and both splits of each source: what the config only names."""
-        data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
-        held_out = {f"held_out.{name}": e.fingerprint for name, e in self.evaluators.items()}
-        return {"tokenizer": self.tokenizer.fingerprint} | data | held_out
-
-
-class Start(NamedTuple):
-    """Parameters to begin with in place of random ones."""
-
-    load: Callable[[], model.Params]
-    fingerprint: str
-
-
-def settle(config: Config) -> Config:
-    """`config` with model.attention "auto" settled for the devices of the current mesh."""
-    platform = jax.sharding.get_mesh().devices.flat[0].platform
-    return dataclasses.replace(config, model=attention.resolve(config.model, platform))
-
-
-def check(config: Config) -> None:
-    """Refuses names that are no rows of their tables, before anything is compiled or read."""
-    model.abstract_params(config.model)
-    choose(model.REMAT, config.model.remat, "model.remat")
-    state.make_optimizer(config)
-
-
-def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
-    """The run's tokenizer, which must fit the model's vocabulary."""
-    found = tokenizer.load(config.data.tokenizer)
-    if found.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"tokenizer {found.name!r} has {found.vocab_size} tokens, more than "
-            f"model.vocab_size={config.model.vocab_size}: raise model.vocab_size"
-        )
-    return found
-
-
-def make_evaluators(config: Config, vocabulary: tokenizer.Tokenizer) -> dict[str, Evaluator]:
-    """One for the held-out split of each source."""
-    return {
-        source: Evaluator(config, open_source(source, vocabulary, "val"), vocabulary)
-        for source in config.data.sources
-    }
-
-
-def set_up(config: Config) -> Setup:
-    """Opens the data of a run and checks that it fits the model."""
-    check(config)
-    config = settle(config)
-    sharding.check_divisible(config, jax.sharding.get_mesh())
-    vocabulary = load_tokenizer(config)
-    batches = Batches(config.data, config.model.context, config.seed, "train", vocabulary)
-    return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
 
 
 def train(
@@ -242,12 +171,12 @@ class _One:
 
     def compile(self, start: int) -> None:
         config = self._setup.config
-        arguments = self.train_state, load(self._setup, start)
+        arguments = self.train_state, load_batch(self._setup, start)
         self._step, cost = compile_step(state.make_train_step(config), *arguments)
         self._log = Log(config, self._run, start, cost)
 
     def step(self, index: int) -> state.Metrics:
-        self.train_state, metrics = self._step(self.train_state, load(self._setup, index))
+        self.train_state, metrics = self._step(self.train_state, load_batch(self._setup, index))
         return metrics
 
     def record(
@@ -293,22 +222,6 @@ def compile_step(
     return compiled, cost
 
 
-def load(setup: Setup, step: int) -> state.Batch:
-    """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
-    rows = setup.config.data.batch_size // setup.config.train.accumulation
-    return sharding.place(functools.partial(read, setup, step), rows, "BAT")
-
-
-def read(setup: Setup, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Rows [start, stop) of what `load` places."""
-    A = setup.config.train.accumulation
-    names = ["tokens", "targets", "weights"]
-    if setup.batches.segmented:
-        names += ["segments", "positions"]
-    found = setup.batches.rows(step, start * A, stop * A)
-    return {name: found[name].reshape(stop - start, A, -1) for name in names}
-
-
 def count(evaluators: Mapping[str, Evaluator]) -> int:
     """Tokens scored by all together."""
     return sum(e.tokens for e in evaluators.values())
@@ -338,19 +251,6 @@ def log_scores(run: Run, step: int, scores: Mapping[str, Score], whose: str = ""
     run.log(step, values)
     for name, s in scores.items():
         say(f"{whose}step {step}: held-out {name}: {s}")
-
-
-def describe(config: Config) -> str:
-    """Size and cost of a run in a line."""
-    parameters = accounting.parameters(config.model)["total"]
-    tokens = config.train.steps * config.data.batch_size * config.model.context
-    devices = jax.sharding.get_mesh().devices
-    return (
-        f"{parameters / 1e6:,.1f}M parameters, {config.train.steps:,} steps of "
-        f"{config.data.batch_size * config.model.context:,} tokens ({tokens / 1e6:,.1f}M), "
-        f"{devices.size} {devices.flat[0].device_kind} device{'s' * (devices.size > 1)}, "
-        f"attention {config.model.attention}, {config.model.dtype}"
-    )
 
 
 class Log:

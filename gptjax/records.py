@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, SupportsFloat
@@ -37,6 +37,7 @@ import jax
 
 import gptjax
 from gptjax.config import UserError, flatten
+from gptjax.files import disk, replace_file
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -54,10 +55,9 @@ MAY_CHANGE = (
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
-    *("audit", "cluster", "commands", "plan", "study"),
-    *("interop/chat.py", "interop/harness.py"),
-    *("accounting.py", "cli.py", "configure.py", "decode.py", "progress.py", "records.py"),
-    *("replay.py", "speak.py", "tasks.py", "trained.py"),
+    *("commands", "evaluation", "report", "sizes", "study"),
+    *("accounting.py", "chat.py", "cli.py", "configure.py", "decode.py", "files.py"),
+    *("progress.py", "records.py", "replay.py", "speak.py", "trained.py"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -372,21 +372,3 @@ def _read(path: Path, default: Any) -> Any:
         return json.loads(path.read_bytes())
     except ValueError:
         raise UserError(f"{path} is not JSON: restore it, or use another --workdir") from None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes aside and renames, so that no reader and no kill ever sees half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-
-
-@contextlib.contextmanager
-def disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run's records in {folder}: {error.strerror or error}. Free some "
-            "space or choose another --workdir"
-        ) from error

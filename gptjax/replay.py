@@ -26,8 +26,8 @@ from typing import Any
 
 import jax
 
-from gptjax import ensemble, loop, records, tokenizer
-from gptjax.checkpoint import Checkpoints
+from gptjax import ensemble, loop, records, setup, tokenizer
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
 from gptjax.data.sources import open_source
 from gptjax.progress import say
@@ -98,7 +98,7 @@ class Past:
         return [knobs[knob][1] for knobs in changed if knob in knobs]
 
 
-def run(workdir: Path, begin: loop.Start | None = None) -> dict[str, Any]:
+def run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any]:
     """Trains the run in `workdir` again and compares; an unfinished run up to its last step.
 
     Args:
@@ -129,7 +129,7 @@ def run(workdir: Path, begin: loop.Start | None = None) -> dict[str, Any]:
     return {"workdir": str(workdir), "differs": differs} | compare(past, now, precision)
 
 
-def verify(workdir: Path, begin: loop.Start | None = None) -> Past:
+def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
     """What the folder tells, if config, tokenizer, data and `begin` are those of the run.
 
     Raises:
@@ -147,12 +147,12 @@ def verify(workdir: Path, begin: loop.Start | None = None) -> Past:
         ) from error
 
 
-def _verify(workdir: Path, history: list[dict[str, Any]], begin: loop.Start | None) -> Past:
+def _verify(workdir: Path, history: list[dict[str, Any]], begin: setup.Start | None) -> Past:
     config = _read_config(workdir, history[-1]["config_sha256"])
     verify_content(config, history[-1]["fingerprints"], begin)
     group, member = _read_group(workdir, config)
     logged = by_step(records.read_metrics(workdir), workdir)
-    with Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints:
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         saved = checkpoints.latest() or 0
     if not logged:
         raise UserError(f"{workdir} has logged no step: there is nothing to compare with")
@@ -214,7 +214,7 @@ def _altered(workdir: Path, content: bytes) -> str:
         return str(error)
     except (ValueError, TypeError, AttributeError):
         return "it is no config in JSON"
-    with Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints:
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             return "its sha256 is another (no checkpoint tells which knob changed)"
@@ -228,7 +228,7 @@ def _altered(workdir: Path, content: bytes) -> str:
 
 
 def verify_content(
-    config: Config, fingerprints: Mapping[str, str], begin: loop.Start | None
+    config: Config, fingerprints: Mapping[str, str], begin: setup.Start | None
 ) -> None:
     """Reads every byte of what a config only names, and compares with the run's fingerprints.
 
@@ -236,7 +236,7 @@ def verify_content(
         UserError: naming what changed: the tokenizer, a split, a shard, the initial parameters.
     """
     tokenizer.load.cache_clear()  # what this process has read may not be what lies there now
-    vocabulary = loop.load_tokenizer(config)
+    vocabulary = setup.load_tokenizer(config)
     _same(f"tokenizer {vocabulary.name}", fingerprints["tokenizer"], vocabulary.fingerprint)
     for source in config.data.sources:
         for name, split in (("data", "train"), ("held_out", "val")):
@@ -317,7 +317,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(facts)
 
 
-def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: loop.Start | None) -> Numbers:
+def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start | None) -> Numbers:
     """The log of the run trained again, in an empty folder."""
     t = past.config.train
     # Where a start changed the rhythm, one that has all the steps of both.

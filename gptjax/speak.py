@@ -8,8 +8,8 @@ import dataclasses
 import jax
 
 from gptjax import decode, model
+from gptjax.chat import encode as encode_dialogue
 from gptjax.config import Config, ConfigError, UserError
-from gptjax.interop.chat import encode as encode_dialogue
 from gptjax.progress import say
 from gptjax.tokenizer import Tokenizer
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax import configure, loop, sharding, state
-from gptjax.checkpoint import Checkpoints
+from gptjax import configure, setup, sharding, state
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError
 from gptjax.interop import hf, pretrained
 from gptjax.model import Params
@@ -59,12 +59,12 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
     Raises:
         UserError: if there is no complete checkpoint, or it is damaged or of another model.
     """
-    loop.check(config)
-    config = loop.settle(config)
+    setup.check_names(config)
+    config = setup.settle(config)
     sharding.check_model_divisible(config.model, jax.sharding.get_mesh())
     if is_pretrained(folder):
         return 0, pretrained.load(folder).params
-    with Checkpoints(folder / loop.CHECKPOINTS) as checkpoints:
+    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{folder} holds no complete checkpoint: train it first")
@@ -89,10 +89,12 @@ def opened(config: Config, folder: Path) -> Iterator[Opened]:
     """
     with jax.set_mesh(make_mesh(config.mesh)):
         step, params = restore(config, folder)
-        yield Opened(loop.settle(config), step, params, loop.load_tokenizer(config))
+        yield Opened(setup.settle(config), step, params, setup.load_tokenizer(config))
 
 
-def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[Config, loop.Start]:
+def start_from(
+    config: Config, folder: Path, overrides: Sequence[str]
+) -> tuple[Config, setup.Start]:
     """`config` with a pretrained model's architecture and tokenizer, and its parameters.
 
     What `overrides` set outright is set all the same.
@@ -104,7 +106,7 @@ def start_from(config: Config, folder: Path, overrides: Sequence[str]) -> tuple[
     return configure.override(pretrained.adopt(config, folder), overrides), start
 
 
-def start_of(folder: Path) -> loop.Start:
+def start_of(folder: Path) -> setup.Start:
     """A pretrained model's parameters to begin a run with.
 
     Raises:
@@ -118,4 +120,4 @@ def start_of(folder: Path) -> loop.Start:
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return loop.Start(lambda: pretrained.load(folder).params, digest.hexdigest())
+    return setup.Start(lambda: pretrained.load(folder).params, digest.hexdigest())

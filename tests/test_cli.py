@@ -22,7 +22,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import cli, configure, loop, records
+from gptjax import cli, configure, loop, records, setup
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import COMMANDS, EXIT_USER_ERROR, main
 from gptjax.commands.command import EXIT_FAILED
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
@@ -172,7 +173,7 @@ def test_launch_and_its_exit_status(store: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("the ") and len(done.stdout) > len("the \n")
     assert "new run" in done.stderr and f"step {STEPS}: held-out" in done.stderr
     assert "Traceback" not in done.stderr
-    assert loop.Checkpoints(tmp_path / "run" / loop.CHECKPOINTS).latest() == STEPS
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS).latest() == STEPS
 
 
 # ---- config
@@ -270,13 +271,13 @@ def test_data_show_prints_what_the_loop_reads(store: Path) -> None:
     done = works("data", "show", *knobs(store, data__packing="document"), "--step=2")
     config = configure.from_file(RECIPE, knobs(store, data__packing="document")[1:])
     with jax.set_mesh(make_mesh(config.mesh)):
-        setup = loop.set_up(config)
-        batch = jax.device_get(loop.load(setup, 2))
+        opened = setup.set_up(config)
+        batch = jax.device_get(setup.load_batch(opened, 2))
     blocks = re.split(r"^--- step 2, row \d of 8\n", done.out, flags=re.MULTILINE)[1:]
     for row, block in enumerate(blocks):
         scored = batch["weights"][row, 0] > 0
-        text = setup.tokenizer.decode(batch["targets"][row, 0][scored])
-        assert block.startswith(f"⟦{setup.tokenizer.decode(batch['tokens'][row, 0, :1])}⟧{text}")
+        text = opened.tokenizer.decode(batch["targets"][row, 0][scored])
+        assert block.startswith(f"⟦{opened.tokenizer.decode(batch['tokens'][row, 0, :1])}⟧{text}")
     assert len(blocks) == 8
 
 
@@ -517,7 +518,7 @@ def test_a_folder_without_a_run(tmp_path: Path, workdir: Path) -> None:
     for command in ("eval", "generate"):
         refused("holds no run: it has no config.json", command, f"--workdir={tmp_path / 'none'}")
     assert not (tmp_path / "none").exists()
-    shutil.rmtree(workdir / loop.CHECKPOINTS)
+    shutil.rmtree(workdir / CHECKPOINTS)
     for command in ("eval", "generate"):
         refused("holds no complete checkpoint: train it first", command, f"--workdir={workdir}")
     for content, message in (
@@ -546,7 +547,7 @@ def test_another_model_or_config_in_the_same_folder(run: Trained, store: Path) -
 
 
 def test_a_damaged_checkpoint_is_refused(workdir: Path) -> None:
-    state = workdir / loop.CHECKPOINTS / f"{STEPS:08d}" / "state"
+    state = workdir / CHECKPOINTS / f"{STEPS:08d}" / "state"
     flip(max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
     for command in ("eval", "generate"):
         refused("is damaged: .* Delete that folder", command, f"--workdir={workdir}")

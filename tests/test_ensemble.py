@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import ensemble, loop, records, state
+from gptjax import ensemble, loop, records, setup, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, Mesh, UserError, to_dict
 from gptjax.optim import OPTIMIZERS
@@ -45,7 +45,7 @@ def timeless(workdir: Path) -> list[dict[str, float]]:
 def bits(workdir: Path, config: Config, step: int) -> list[bytes]:
     """The state saved at a step."""
     with jax.set_mesh(make_mesh(Mesh(1, 1, 1), ONE)), Checkpoints(workdir / "checkpoints") as saved:
-        found = saved.restore(step, state.abstract(loop.settle(config)))
+        found = saved.restore(step, state.abstract(setup.settle(config)))
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)]
 
 
@@ -99,7 +99,7 @@ def together(configs: Sequence[Config], steps: int, devices: int) -> tuple[np.nd
 def settled(store: Path, **knobs: Any) -> Config:
     config = tiny.config(store, **{**SMALL, "train__steps": 50, **knobs})
     with jax.set_mesh(make_mesh(Mesh(1, 1, 1), ONE)):
-        return loop.settle(config)
+        return setup.settle(config)
 
 
 # Two numbers beside the seed that the optimiser reads.
@@ -291,14 +291,14 @@ def test_stopped_a_group_saves_all_and_goes_on(
 ) -> None:
     """And a member's count of skipped updates goes on too: it diverges where it would have."""
     configs, found = members(store, optim__peak_lr=1e30), folders(tmp_path)
-    read = loop.read
+    read = ensemble.read_rows
 
-    def planted(setup: loop.Setup, step: int, *rows: int) -> Any:
+    def planted(setup: setup.Setup, step: int, *rows: int) -> Any:
         if step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(setup, step, *rows)
 
-    monkeypatch.setattr(loop, "read", planted)
+    monkeypatch.setattr(ensemble, "read_rows", planted)
     with pytest.raises(loop.Stopped):
         ensemble.train(configs, found, ONE)
     monkeypatch.undo()

@@ -1,8 +1,14 @@
-"""The house stands: every file imports from lower floors only, and no two import each other."""
+"""The house stands: rooms import from lower floors only, and the README's map is what they do.
+
+A room is a file of the package, or a folder with all its files. Its floor is the length of the
+longest chain of imports below it, so two rooms of one floor never import each other; within a
+folder files may, but not in a circle.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -10,38 +16,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up. A folder stands for all its files.
-FLOORS: list[set[str]] = [
-    {"config"},
-    {"sharding", "parametrisation", "optim", "losses", "tokenizer", "accounting"},
-    {"layers", "data"},
-    {"model"},
-    {"state", "checkpoint", "records", "evaluate", "decode", "progress", "configure"},
-    {"loop", "ensemble", "speak", "trained", "replay", "interop", "audit", "tasks"},
-    {"cli", "commands", "study", "plan", "cluster"},
-]
-
-
-def floor(module: str) -> int:
-    """The floor of "gptjax.layers.norm"; the package itself, a version, is below all."""
-    name = module.removeprefix("gptjax").removeprefix(".").partition(".")[0]
-    found = [number for number, names in enumerate(FLOORS) if name in names]
-    assert found or not name, f"{module} is on no floor: add {name!r} to FLOORS in {__file__}"
-    return found[0] if name else -1
-
 
 def modules(root: Path) -> dict[str, Path]:
     """Every module of the package by its dotted name."""
-    found = {}
+    files = {}
     for file in sorted((root / "gptjax").rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return files
 
 
 def imports(module: str, source: str, known: set[str]) -> set[str]:
     """The modules of the package that a file imports anywhere: deferred, TYPE_CHECKING and all."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names):
@@ -54,72 +41,175 @@ def imports(module: str, source: str, known: set[str]) -> set[str]:
                 raise AssertionError(f"{module}, line {node.lineno}: imports are absolute here")
             case _:
                 continue
-        found |= {target for target in targets if target.partition(".")[0] == "gptjax"}
-    return found - {module}
+        imported |= {target for target in targets if target.partition(".")[0] == "gptjax"}
+    return imported - {module}
 
 
-def violations(root: Path) -> list[str]:
+def graph_of(root: Path) -> dict[str, set[str]]:
     files = modules(root)
-    floors = {name: floor(name) for name in files}
-    graph = {name: imports(name, file.read_text(), set(files)) for name, file in files.items()}
-    wrong = [
-        f"{name} (floor {floors[name]}) imports {target} (floor {floor(target)})"
-        for name, targets in graph.items()
-        for target in sorted(targets)
-        if floor(target) > floors[name]
-    ]
+    return {name: imports(name, file.read_text(), set(files)) for name, file in files.items()}
+
+
+def in_order(graph: dict[str, set[str]]) -> list[str]:
+    """The names, each after all that it imports."""
     try:
-        TopologicalSorter(graph).prepare()
+        return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        wrong.append(f"imports in a circle: {' <- '.join(error.args[1])}")
+        raise AssertionError(f"imports in a circle: {' <- '.join(error.args[1])}") from None
+
+
+def room(module: str) -> str:
+    """That of "gptjax.layers.norm": "layers"; of the package itself, a version: ""."""
+    return module.removeprefix("gptjax").removeprefix(".").partition(".")[0]
+
+
+def floors(root: Path) -> dict[str, int]:
+    """Each room's floor, computed from the imports."""
+    graph = graph_of(root)
+    in_order(graph)
+    rooms: dict[str, set[str]] = {room(module): set() for module in graph}
+    for module, targets in graph.items():
+        rooms[room(module)] |= {room(target) for target in targets} - {room(module), ""}
+    level: dict[str, int] = {}
+    for name in in_order(rooms):
+        level[name] = max((level[below] + 1 for below in rooms[name]), default=0)
+    del level[""]
+    return level
+
+
+def drawn(readme: str) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """What the map says: each room's floor, and the files of each folder."""
+    package = re.search(r"^gptjax/\n((?: .*\n)+)", readme, re.MULTILINE)
+    assert package, "README.md has no map of gptjax/"
+    level: dict[str, int] = {}
+    files: dict[str, set[str]] = {}
+    number, name = 0, ""
+    for line in package[1].splitlines():
+        text = line
+        if entry := re.match(r"^([ \d]{3}) (\w+)(\.py|/)(.*)", line):
+            number, name = int(entry[1].strip() or number), entry[2]
+            level[name], files[name], text = number, set(), entry[4]
+        files[name] |= set(re.findall(r"(\w+\.py)", text))
+    return level, files
+
+
+def faults(root: Path, readme: str) -> list[str]:
+    """Where the map and the imports differ."""
+    real, (told, files) = floors(root), drawn(readme)
+    wrong = [f"the map lacks {name}: floor {real[name]}" for name in sorted(real.keys() - told)]
+    wrong += [f"the map has {name}, which is not there" for name in sorted(told.keys() - real)]
+    wrong += [
+        f"the map has {name} on floor {told[name]}, its imports put it on {real[name]}"
+        for name in sorted(real.keys() & told)
+        if told[name] != real[name]
+    ]
+    for name in sorted(real.keys() & told):
+        here = {f.name for f in (root / "gptjax" / name).rglob("*.py")} - {"__init__.py"}
+        wrong += [f"the map lacks {name}/{file}" for file in sorted(here - files[name])]
+        if here:
+            ghosts = sorted(files[name] - here)
+            wrong += [f"the map has {name}/{file}, which is not there" for file in ghosts]
     return wrong
 
 
-def test_every_file_imports_from_its_own_floor_or_below():
-    assert len(modules(ROOT)) > 20
-    assert violations(ROOT) == []
+def test_the_map_of_the_readme_is_what_the_imports_make():
+    assert len(floors(ROOT)) > 20
+    assert faults(ROOT, (ROOT / "README.md").read_text()) == []
+
+
+def test_no_list_of_rooms_names_one_that_is_not_there():
+    from gptjax.records import NOT_COMPUTING
+
+    assert [name for name in NOT_COMPUTING if not (ROOT / "gptjax" / name).exists()] == []
+
+
+MAP = """
+gptjax/
+  0 config.py     knobs
+  1 losses.py     as config.py says
+    data/         order.py, then
+                  store.py
+  2 model.py      all
+tests/            of all
+"""
+SOURCES = {
+    "__init__.py": "",
+    "config.py": "",
+    "losses.py": "import gptjax.config",
+    "data/__init__.py": "",
+    "data/order.py": "from gptjax.config import Config",
+    "data/store.py": "from gptjax.data.order import key",
+    "model.py": "from gptjax.losses import nll\nfrom gptjax.config import Config",
+}
+
+
+def build(root: Path, sources: dict[str, str]) -> Path:
+    for name, text in sources.items():
+        (root / "gptjax" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "gptjax" / name).write_text(text)
+    return root
+
+
+def test_a_small_house_has_the_floors_that_its_imports_make(tmp_path):
+    root = build(tmp_path, SOURCES)
+    assert floors(root) == {"config": 0, "losses": 1, "data": 1, "model": 2}
+    assert faults(root, MAP) == []
 
 
 @pytest.mark.parametrize(
-    "file, source, message",
+    "file, source, told",
     [
-        ("config.py", "import gptjax.losses", ["config (floor 0) imports gptjax.losses (floor 1)"]),
-        ("losses.py", "from gptjax import model", ["imports gptjax.model (floor 3)"]),
-        ("model.py", "def f():\n    from gptjax.state import create", ["imports gptjax.state"]),
+        # Up, and to a room of the same floor: that one is no longer on this floor.
+        ("config.py", "import gptjax.losses", "imports in a circle: "),
         (
-            "layers/norm.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gptjax.loop import train",
-            ["gptjax.layers.norm (floor 2) imports gptjax.loop (floor 5)"],
+            "losses.py",
+            "def f():\n    from gptjax.data.store import Store",
+            "the map has losses on floor 1, its imports put it on 2",
         ),
-        ("data/store.py", "from gptjax.data.order import key", []),
-        ("data/order.py", "from gptjax.data import store", ["imports in a circle: "]),
-        ("loop.py", "from gptjax.config import Config\nimport gptjax, jax", []),
+        (
+            "data/order.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gptjax import losses",
+            "the map has data on floor 1, its imports put it on 2",
+        ),
+        # Round in a folder, and between two rooms though no two files do.
+        ("data/order.py", "from gptjax.data import store", "imports in a circle: "),
+        ("config.py", "from gptjax.data import order", "imports in a circle: "),
+        ("losses.py", "", "the map has losses on floor 1, its imports put it on 0"),
+        ("stray.py", "", "the map lacks stray: floor 0"),
+        ("data/stray.py", "", "the map lacks data/stray.py"),
+        ("config.py", "from .losses import nll", "imports are absolute here"),
     ],
 )
-def test_a_planted_violation_is_found(tmp_path, file, source, message):
-    sources = {"data/store.py": "from gptjax.data.order import key", file: source}
-    for name in ("__init__.py", "loop.py", "model.py", "state.py", "losses.py", "data/order.py"):
-        sources.setdefault(name, "")
-    for name, text in sources.items():
-        (tmp_path / "gptjax" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "gptjax" / name).write_text(text)
-    found = violations(tmp_path)
-    assert len(found) == len(message)
-    assert all(part in line for part, line in zip(message, found, strict=True))
+def test_a_planted_violation_is_found(tmp_path, file, source, told):
+    root = build(tmp_path, SOURCES | {file: source})
+    try:
+        messages = faults(root, MAP)
+    except AssertionError as error:
+        messages = [str(error)]
+    assert any(told in message for message in messages), messages
 
 
-def test_a_file_on_no_floor_is_told_where_to_go(tmp_path):
-    (tmp_path / "gptjax").mkdir()
-    (tmp_path / "gptjax" / "stray.py").write_text("")
-    with pytest.raises(AssertionError, match=r"'stray' to FLOORS in .*test_floors\.py"):
-        violations(tmp_path)
+def test_two_rooms_that_import_each_other_are_found_though_no_two_files_do(tmp_path):
+    losses = "from gptjax.data.order import key"
+    store = "from gptjax.losses import nll"
+    root = build(tmp_path, SOURCES | {"losses.py": losses, "data/store.py": store})
+    in_order(graph_of(root))
+    with pytest.raises(AssertionError, match="imports in a circle: .*data"):
+        floors(root)
 
 
-def test_relative_imports_are_refused(tmp_path):
-    (tmp_path / "gptjax").mkdir()
-    (tmp_path / "gptjax" / "config.py").write_text("from .loop import train")
-    with pytest.raises(AssertionError, match="absolute"):
-        violations(tmp_path)
+@pytest.mark.parametrize(
+    "was, now, told",
+    [
+        ("  2 model.py      all\n", "", "the map lacks model: floor 2"),
+        ("    data/ ", "    plan/ ", "the map has plan, which is not there"),
+        ("  1 losses", "  2 losses", "the map has losses on floor 2, its imports put it on 1"),
+        ("store.py", "shop.py", "the map has data/shop.py, which is not there"),
+    ],
+)
+def test_a_wrong_map_is_found(tmp_path, was, now, told):
+    assert MAP.count(was) == 1
+    assert told in faults(build(tmp_path, SOURCES), MAP.replace(was, now))
 
 
 def test_recipes_import_nothing_but_recipes_and_the_config():

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import model, tokenizer
+from gptjax import chat, model, tokenizer
 from gptjax.config import UserError
-from gptjax.interop import chat
 from gptjax.interop.pretrained import import_, load
 
 gguf = pytest.importorskip("gguf")

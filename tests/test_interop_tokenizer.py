@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import regex
 
+from gptjax import chat
 from gptjax.config import ConfigError, UserError
 from gptjax.data.prepare import prepare
 from gptjax.data.store import Store
-from gptjax.interop import chat
 from gptjax.interop.vocabulary import BYTES, split, tokenizer_json, write_tokenizer
 from gptjax.tokenizer import byte_alphabet, load
 

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import accounting, loop, state
-from gptjax.checkpoint import Checkpoints
+from gptjax import accounting, loop, setup, state
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, Mesh, UserError
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
@@ -55,12 +55,12 @@ def at_step(step: int, then: str) -> str:
     return f"""
 import os, signal, time
 from gptjax import loop
-load = loop.load
+load = loop.load_batch
 def planted(setup, step):
     if step == {step}:
         {then}
     return load(setup, step)
-loop.load = planted
+loop.load_batch = planted
 """
 
 
@@ -72,9 +72,9 @@ def final_state(store: Path, workdir: Path, step: int = 20, **knobs: Any) -> sta
     config = tiny.config(store, **knobs)
     with (
         jax.set_mesh(make_mesh(Mesh(1, 1, 1), jax.devices()[:1])),
-        Checkpoints(workdir / loop.CHECKPOINTS) as checkpoints,
+        Checkpoints(workdir / CHECKPOINTS) as checkpoints,
     ):
-        return checkpoints.restore(step, state.abstract(loop.settle(config)))
+        return checkpoints.restore(step, state.abstract(setup.settle(config)))
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -157,7 +157,7 @@ def test_started_again_a_finished_run_says_so(store: Path, whole: Path) -> None:
 
 
 def test_meta_holds_config_and_data(store: Path, whole: Path) -> None:
-    meta = Checkpoints(whole / loop.CHECKPOINTS).meta(20)
+    meta = Checkpoints(whole / CHECKPOINTS).meta(20)
     assert meta["config"] == json.loads((whole / "config.json").read_text())
     assert meta["step"] == 20
     assert set(meta["fingerprints"]) == {"tokenizer", f"data.{store}", f"held_out.{store}"}
@@ -195,8 +195,8 @@ def test_a_run_moves_to_any_mesh(saved: Any, store: Path, on_meshes: dict[Any, P
     for shape in MESHES:
         config = on(store, shape, 10)
         with jax.set_mesh(make_mesh(config.mesh)):
-            with Checkpoints(on_meshes[saved] / loop.CHECKPOINTS) as checkpoints:
-                found = checkpoints.restore(10, state.abstract(loop.settle(config)))
+            with Checkpoints(on_meshes[saved] / CHECKPOINTS) as checkpoints:
+                found = checkpoints.restore(10, state.abstract(setup.settle(config)))
             tokens = found.params["embed"]["tokens"]
             assert tokens.sharding.mesh.shape == jax.sharding.get_mesh().shape
             states.append(bits(found))
@@ -294,7 +294,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(store: Path, tmp_pat
         outputs = [p.communicate(timeout=120)[1] for p in pair]
     assert [p.returncode for p in pair] == [75, 75], outputs
     assert "saved: run the same command" in outputs[0]
-    assert Checkpoints(tmp_path / loop.CHECKPOINTS).steps()
+    assert Checkpoints(tmp_path / CHECKPOINTS).steps()
 
 
 def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import pytest
 
 from gptjax import configure, model, optim, parametrisation, sharding, state
 from gptjax.config import Config, ConfigError, UserError, from_dict, to_dict
-from gptjax.evaluate import batch_nll
 from gptjax.interop import families
 from gptjax.layers.parameter import INIT, Spec
 from gptjax.parametrisation import MUP, PARAMETRISATION, Powers
-from gptjax.study import coordinates, coordinates_report
+from gptjax.perplexity import batch_nll
+from gptjax.sizes import coordinates, coordinates_report
 from tests import tiny
 
 V, T = 264, 16

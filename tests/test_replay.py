@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import ensemble, loop, model, records, replay
+from gptjax import ensemble, loop, model, records, replay, setup
 from gptjax.config import Config, Mesh, UserError
 from gptjax.sharding import make_mesh
 from tests import tiny
@@ -154,7 +154,7 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
 
 def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny.config(store, **KNOBS), seed=7)
-    begin = loop.Start(lambda: model.init(config.model, 3), "prints")
+    begin = setup.Start(lambda: model.init(config.model, 3), "prints")
     folder = train(config, tmp_path / "run", begin, 2)
     assert replay.run(folder, begin)["bitwise"]
     with pytest.raises(UserError, match="began with a pretrained model: name its .* --from DIR"):
@@ -165,7 +165,7 @@ def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Pat
 
 def test_a_run_begun_at_random_takes_no_model(finished: Path) -> None:
     with pytest.raises(UserError, match="random parameters: leave --from out"):
-        replay.verify(finished, loop.Start(dict, "prints"))
+        replay.verify(finished, setup.Start(dict, "prints"))
 
 
 # --- what was read --------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_a_changed_tokenizer_is_named(store: Path, tmp_path: Path) -> None:
     name = write(tmp_path / "bpe", tree)
     knobs = {"data__tokenizer": name, "model__vocab_size": 344}
     config = tiny.config(tiny.make_store(tmp_path), **knobs)
-    prints = {"tokenizer": loop.load_tokenizer(config).fingerprint}
+    prints = {"tokenizer": setup.load_tokenizer(config).fingerprint}
     one, other = tree["model"]["merges"][:2]
     tree["model"]["merges"][:2] = other, one
     (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(tree))

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from gptjax import configure
 from gptjax.config import UserError
-from gptjax.study import formats, report, statistics, tables
+from gptjax.report import formats
+from gptjax.study import publish, statistics, tables
 from gptjax.study.analysis import Reach, analyse, crossing, environment, front
 from gptjax.study.results import Outcome, Results
 from gptjax.study.spec import TUNING, Cell, Study
 from tests import tiny
-from tests.test_audit_report import Page
+from tests.test_evaluation_pages import Page
 
 STEPS = np.array([0, 100, 200, 300, 400])
 # Held-out loss of the baseline at the end, by seed: what the pairs have in common.
@@ -165,7 +166,7 @@ def test_a_diverged_run_is_told_and_nothing_claimed(make):
     assert row.difference == pytest.approx(-0.1 - 0.25e-3)  # the others' is still shown
     assert found.row("", "good").verdict == "better"
     assert not any(row.on_front.values())
-    for text in (report.page(found), report.markdown(found)):
+    for text in (publish.page(found), publish.markdown(found)):
         assert "diverged 1 of 5" in text and "no finite gradient at step 37" in text
         assert outcomes[8].cell.address in text
 
@@ -190,7 +191,7 @@ def test_a_verdict_is_preliminary_while_runs_lack(make, arm):
     assert row.preliminary and row.words == "preliminary, 4 of 5 pairs: better"
     assert found.row("", "bad").preliminary == (arm == "base")
     assert "Preliminary: 14 of 15 runs have ended" in tables.warnings(found)[0]
-    assert "the disk is full" in report.markdown(found)
+    assert "the disk is full" in publish.markdown(found)
     cells = list(tables.runs(found.study, found.row("", arm)).split("\n"))
     assert cells == ["4 of 5", "(1 failed)"]
 
@@ -209,7 +210,7 @@ def test_the_gain_from_scale_to_scale(make):
     ]
     assert found.changes["fades"].change == pytest.approx(-0.08)
     assert tables.changes(found).rows[0][2:4] == ("+0.1000", "+0.0200")
-    page = report.page(found)
+    page = publish.page(found)
     assert "shrinks" in page and "Learning curves, large" in page
 
 
@@ -254,7 +255,7 @@ def test_tuning_is_told_with_its_edge(make):
     tries[3] = dataclasses.replace(tries[3][0], **MISSING), tries[3][1]
     early = analyse(Results(tuned, [], tries, {("", "base"): best["", "base"]}))
     assert early.row("", "arm").preliminary and early.row("", "arm").verdict == "undecided"
-    assert "preliminary, 0 of 3 pairs" in report.markdown(early)
+    assert "preliminary, 0 of 3 pairs" in publish.markdown(early)
 
 
 def test_cost_is_told_beside_the_baseline(make):
@@ -322,7 +323,7 @@ def test_what_the_runs_were_made_on(nasty):
 
 
 def test_the_page_is_whole_and_asks_for_nothing(nasty):
-    html = report.page(nasty)
+    html = publish.page(nasty)
     page = Page(html)  # tags nest
     assert all(address.startswith("#") for address in page.loaded), page.loaded
     assert not page.tags & {"script", "link", "img", "iframe", "object", "i"}
@@ -337,11 +338,11 @@ def test_the_page_is_whole_and_asks_for_nothing(nasty):
     assert "<50%>" not in html and "<helps>" not in html
     assert "To be &lt;b&gt;or&lt;/b&gt; not &amp; so on" in html
     assert "c0de" in html and "held_out.text" in html
-    assert html == report.page(nasty)
+    assert html == publish.page(nasty)
 
 
 def test_csv_reads_back(nasty, tmp_path):
-    report.write(nasty, tmp_path / "out" / "deep")
+    publish.write(nasty, tmp_path / "out" / "deep")
     assert {p.name for p in (tmp_path / "out/deep").iterdir()} == {
         "report.html", "report.md", "report.tex", "report.csv", "verdicts.csv",
     }  # fmt: skip
@@ -366,7 +367,7 @@ def test_csv_reads_back(nasty, tmp_path):
 def test_a_report_that_cannot_be_written_is_told(nasty, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        report.write(nasty, tmp_path / "file" / "out")
+        publish.write(nasty, tmp_path / "file" / "out")
 
 
 def test_latex_is_escaped():
@@ -382,7 +383,7 @@ def test_latex_is_escaped():
 
 
 def test_latex_is_a_table(nasty):
-    text = formats.latex(tables.verdicts(nasty), report.caption(nasty))
+    text = formats.latex(tables.verdicts(nasty), publish.caption(nasty))
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     columns = re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1]
     assert len(rows) == 4
@@ -392,7 +393,7 @@ def test_latex_is_a_table(nasty):
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(nasty, tmp_path):
-    table = formats.latex(tables.verdicts(nasty), report.caption(nasty))
+    table = formats.latex(tables.verdicts(nasty), publish.caption(nasty))
     head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}"
     (tmp_path / "a.tex").write_text(f"{head}\\begin{{document}}\n{table}\\end{{document}}\n")
     done = subprocess.run(
@@ -421,7 +422,7 @@ def test_the_terminal_shows_every_arm(nasty, capsys):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.slow
 def test_a_browser_shows_the_page(nasty, tmp_path):
-    report.write(nasty, tmp_path / "out")
+    publish.write(nasty, tmp_path / "out")
     done = subprocess.run(
         [
             "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",

@@ -24,6 +24,7 @@ import pytest
 from gptjax import loop
 from gptjax.config import Mesh, UserError
 from gptjax.records import read_environment, read_metrics
+from gptjax.setup import Setup
 from gptjax.sharding import make_mesh
 from gptjax.study import results, run
 from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
@@ -532,15 +533,15 @@ def test_sigterm_saves_stops_and_goes_on(
     text: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = study(text, {}, seeds=1)
-    load_batch = loop.load
+    load_batch = loop.load_batch
 
-    def planted(setup: loop.Setup, step: int) -> Any:
+    def planted(setup: Setup, step: int) -> Any:
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return load_batch(setup, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "load", planted)
+        patch.setattr(loop, "load_batch", planted)
         with pytest.raises(loop.Stopped):
             run.run(one, tmp_path)
     (o,) = read(one, tmp_path).outcomes

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gptjax import decode, loop, trained
+from gptjax import decode, setup, trained
 from gptjax.cli import main
 from gptjax.model import apply
 from gptjax.records import read_metrics
@@ -98,8 +98,8 @@ def test_fine_tuning_begins_at_the_models_loss(
     config = tiny.config(store, **(KNOBS | {"seed": 1}))
     with jax.set_mesh(make_mesh(config.mesh)):
         _, params = trained.restore(config, run)
-        settled = loop.set_up(config)
-        batch = {k: v[:, 0] for k, v in loop.load(settled, 0).items()}
+        settled = setup.set_up(config)
+        batch = {k: v[:, 0] for k, v in setup.load_batch(settled, 0).items()}
         logp = jax.nn.log_softmax(apply(settled.config.model, params, batch["tokens"]))
         picked = np.take_along_axis(np.asarray(logp), np.asarray(batch["targets"])[..., None], -1)
     weights = np.asarray(batch["weights"])

@@ -29,7 +29,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import configure, loop, speak, trained
+    from gptjax import configure, loop, setup, speak, trained
     from gptjax.sharding import make_mesh
 
     config, begin = configure.from_file(arguments.config, overrides), None
@@ -37,12 +37,12 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config, begin = trained.start_from(config, arguments.start, overrides)
     workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
     with jax.set_mesh(make_mesh(config.mesh)):
-        speak.check(config, loop.load_tokenizer(config))
+        speak.check(config, setup.load_tokenizer(config))
         params = loop.train(config, workdir, begin)
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
         else:
-            speak.generate(loop.settle(config), params, loop.load_tokenizer(config))
+            speak.generate(setup.settle(config), params, setup.load_tokenizer(config))
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,8 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax.audit import compare, report, run, table, texts
+    from gptjax.evaluation import audit, compare, pages, summary, texts
+    from gptjax.report.page import write
 
     sets = texts.parse_sets(arguments.set)
     how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
@@ -87,20 +88,20 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
             "--text_key, --domain_key and --detokenizer tell how the files of --set are read"
         )
     audits = [
-        run.audit(config, workdir, sets, how)
+        audit.audit(config, workdir, sets, how)
         for config, workdir in zip(configs, workdirs, strict=True)
     ]
     page: Callable[..., str]
     if arguments.compare:
         record = compare.compare(*audits)
-        page, show = report.comparison_page, table.show_comparison
+        page, show = pages.comparison_page, summary.show_comparison
     else:
-        record = run.record(*audits)
-        page, show = report.page, table.show
+        record = audit.record(*audits)
+        page, show = pages.page, summary.show
     if jax.process_index() != 0:
         return
     if arguments.html is not None:
-        report.write(arguments.html, page(record, *audits))
+        write(arguments.html, page(record, *audits))
     if arguments.json:
         print(json.dumps(record, allow_nan=False))
     else:
@@ -140,7 +141,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = config_of(arguments, overrides)
-    from gptjax.tasks import TASKS, run, show
+    from gptjax.evaluation.tasks import TASKS, run, show
 
     files = {name: getattr(arguments, name) for name in TASKS}
     files = {name: file for name, file in files.items() if file is not None}
@@ -153,7 +154,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     record = run(config, arguments.workdir, files, arguments.limit) if files else {}
     if arguments.harness:
-        from gptjax.interop import harness
+        from gptjax.evaluation import harness
 
         where = arguments.limit, arguments.harness_path
         found = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
@@ -191,10 +192,10 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from gptjax import accounting, configure, loop
+    from gptjax import accounting, configure, setup
 
     found = configure.from_file(arguments.config, overrides)
-    loop.check(found)
+    setup.check_names(found)
     if arguments.diff is not None:
         other = configure.from_file(arguments.diff)
         for knob, (a, b) in configure.difference(found, other).items():

@@ -20,14 +20,14 @@ from gptjax.commands.studies import add_study, add_together, run_all, study_of
 from gptjax.config import UserError
 
 if TYPE_CHECKING:
+    from gptjax.sizes.scaling import Points
     from gptjax.study.results import Results
-    from gptjax.study.scaling import Points
 
 
 def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _check_files(arguments)
     points = _read(arguments, overrides)
-    from gptjax.study import scaling, scaling_report
+    from gptjax.sizes import scaling, scaling_report
 
     law = scaling.fit(points)
     drawn = scaling.bootstrap(points, law)
@@ -45,7 +45,7 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
     if arguments.points is not None:
         if arguments.file is not None or arguments.axis or overrides:
             raise UserError("--points has all the numbers: leave FILE, --axis and overrides out")
-        from gptjax.study.scaling import points_from_csv
+        from gptjax.sizes.scaling import points_from_csv
 
         return points_from_csv(arguments.points)
     ladder = study_of(arguments, overrides)
@@ -59,8 +59,8 @@ def _points(found: Results) -> Points:
     import numpy as np
 
     from gptjax.progress import say
+    from gptjax.sizes.scaling import Points
     from gptjax.study import equalise
-    from gptjax.study.scaling import Points
 
     study, rows = found.study, []
     if study.metric != "val_loss":
@@ -114,8 +114,8 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = configure.from_file(arguments.config, overrides)
     prepare_jax(None)
-    from gptjax.audit.report import write
-    from gptjax.study import coordinates, coordinates_report
+    from gptjax.report.page import write
+    from gptjax.sizes import coordinates, coordinates_report
 
     record = coordinates.run(config, widths, depths, arguments.steps, arguments.seeds)
     if arguments.png is not None:

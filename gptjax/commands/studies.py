@@ -60,11 +60,11 @@ def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _report(found: Results, out: Path | None) -> None:
-    from gptjax.study import analysis, report, tables
+    from gptjax.study import analysis, publish, tables
 
     made = analysis.analyse(found)
     folder = out or OUT / found.study.name
-    report.write(made, folder)
+    publish.write(made, folder)
     tables.show(made)
     print(f"the report: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
 

@@ -15,11 +15,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
-import shutil
 import struct
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +32,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from gptjax import model as gpt
 from gptjax import sharding, tokenizer
 from gptjax.config import ConfigError, Model, UserError, choose
+from gptjax.files import new_folder
 from gptjax.interop.families import Family, Row, to_theirs
 from gptjax.interop.vocabulary import write_tokenizer
 from gptjax.layers.parameter import Spec
@@ -117,22 +115,6 @@ def _write_folder(
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {out}")  # now it is there for all
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `out` at the end, removed on any error."""
-    if out.exists():
-        raise UserError(f"{out} exists: name a folder that is not there")
-    aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
-    try:
-        yield aside
-        if jax.process_index() == 0:
-            os.rename(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

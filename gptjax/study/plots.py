@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptjax.audit.plots import BAND, COLOURS, INK, new_axes, to_svg
+from gptjax.report.figures import BAND, COLOURS, INK, new_axes, to_svg
 from gptjax.study import analysis, statistics
 from gptjax.study.analysis import Analysis, Row
 from gptjax.study.spec import Study

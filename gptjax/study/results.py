@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gptjax.checkpoint import Checkpoints
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import UserError
-from gptjax.loop import CHECKPOINTS, DIVERGED
+from gptjax.loop import DIVERGED
 from gptjax.records import METRICS, read_environment, read_metrics
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
 

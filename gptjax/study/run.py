@@ -12,17 +12,11 @@ from pathlib import Path
 
 import jax
 
-from gptjax import ensemble, loop, speak, trained
+from gptjax import ensemble, loop, setup, speak, trained
 from gptjax.config import Config, UserError
+from gptjax.files import disk, replace_file
 from gptjax.progress import say
-from gptjax.records import (
-    CONFIG,
-    code_fingerprint,
-    disk,
-    environment,
-    read_environment,
-    replace_file,
-)
+from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
 from gptjax.sharding import make_mesh
 from gptjax.study.results import (
     ENDED,
@@ -142,7 +136,7 @@ def train(group: Mapping[str, Config], store: Path) -> None:
         (folder / FAILED).unlink(missing_ok=True)
     try:
         for config in group.values():  # else found out after the training
-            speak.check(config, loop.load_tokenizer(config))
+            speak.check(config, setup.load_tokenizer(config))
         if len(group) > 1:
             ensemble.train(list(group.values()), folders)
             return

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import configure, loop
+from gptjax import configure, setup
 from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
 from gptjax.study.equalise import EQUAL, equalise
 
@@ -35,7 +35,7 @@ METRICS = {"val_loss": "nats/token", "val_bits_per_byte": "bits/byte"}
 TUNING = 1000  # tuning runs have seeds of their own from here on, so that choosing biases nothing
 
 Settings = Mapping[str, Any]  # {"model.position": "rope"}
-_check = functools.cache(loop.check)
+_check = functools.cache(setup.check_names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from gptjax.audit.statistics import Interval
 from gptjax.config import UserError
+from gptjax.report.interval import Interval
 
 Arm = TypeVar("Arm", bound=Hashable)  # what an arm is called
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.audit.table import MISSING, new_console, number
 from gptjax.ensemble import ENSEMBLE
+from gptjax.report.formats import Table, below, csv_of, terminal
+from gptjax.report.interval import Interval
+from gptjax.report.terminal import MISSING, new_console, number
 from gptjax.study import statistics
 from gptjax.study.analysis import Analysis, Row
 from gptjax.study.equalise import parameters, tokens
-from gptjax.study.formats import Table, below, csv_of, terminal
 from gptjax.study.results import Outcome
 from gptjax.study.spec import Settings, Study, cross
-from gptjax.study.statistics import Interval
 
 TIMES = "×"
 TESTED = (statistics.BETTER, statistics.WORSE, statistics.SAME, statistics.UNDECIDED)

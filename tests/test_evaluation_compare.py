@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.audit import compare as module
-from gptjax.audit import table
-from gptjax.audit.compare import align, compare, passages, text_of
-from gptjax.audit.measure import Scored
-from gptjax.audit.run import Audit
-from gptjax.audit.statistics import interval
 from gptjax.config import UserError
-from tests.test_audit import BYTES, DOCUMENTS, GPT2, make_text, told
+from gptjax.evaluation import compare as module
+from gptjax.evaluation import summary
+from gptjax.evaluation.audit import Audit
+from gptjax.evaluation.bootstrap import interval
+from gptjax.evaluation.compare import align, compare, passages, text_of
+from gptjax.evaluation.measure import Scored
+from tests.test_evaluation import BYTES, DOCUMENTS, GPT2, make_text, told
 
 PLACE = 7  # the document in which a difference is planted
 
@@ -204,7 +204,7 @@ def test_a_comparison_is_json_and_a_table_shows_it(tmp_path, capsys: Any):
     a, b, _ = planted(tmp_path)
     a = dataclasses.replace(a, workdir="runs/[/b]:x:")
     record = json.loads(json.dumps(compare(a, b), allow_nan=False))
-    table.show_comparison(record)
+    summary.show_comparison(record)
     shown = capsys.readouterr().out
     assert "needle" in shown and "+18.00" in shown and "A: runs/[/b]:x:" in shown
     assert f"{record['texts']['t']['bits_per_byte']['difference']:.4f}" in shown

@@ -32,7 +32,7 @@ from gptjax.config import Model as ModelConfig
 from gptjax.data.batches import Batches
 from gptjax.layers.attention import Attention, resolve
 from gptjax.layers.feedforward import FeedForward
-from gptjax.loop import load_tokenizer
+from gptjax.setup import load_tokenizer
 from gptjax.tokenizer import Tokenizer
 
 Record = dict[str, Any]

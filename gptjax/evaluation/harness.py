@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 
-from gptjax import decode, loop, model, sharding, trained
+from gptjax import decode, model, setup, sharding, trained
 from gptjax.config import Config, Sample, UserError
+from gptjax.evaluation.tasks import Likelihood, Request, encode, loglikelihoods
 from gptjax.progress import Progress
-from gptjax.tasks import Likelihood, Request, encode, loglikelihoods
 from gptjax.tokenizer import Tokenizer
 
 try:
@@ -180,13 +180,13 @@ def evaluate(
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"the harness knows no task {unknown[0]!r}: see `lm_eval ls tasks`")
-    tokenizer = loop.load_tokenizer(config)
+    tokenizer = setup.load_tokenizer(config)
     # Its bootstrap would fork, which the threads of jax may not survive.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with jax.set_mesh(sharding.make_mesh(config.mesh)), redirect_stdout(sys.stderr):
         _, params = trained.restore(config, workdir)
         return lm_eval.simple_evaluate(
-            Harness(loop.settle(config), params, tokenizer),
+            Harness(setup.settle(config), params, tokenizer),
             tasks=list(names),
             limit=limit,
             task_manager=manager,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from gptjax.audit.plots import COLOURS, new_axes
-from gptjax.audit.table import MISSING, new_console, number
-from gptjax.study.scaling import Bootstrap, Law, Points, levels
+from gptjax.report.figures import COLOURS, new_axes
+from gptjax.report.terminal import MISSING, new_console, number
+from gptjax.sizes.scaling import Bootstrap, Law, Points, levels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

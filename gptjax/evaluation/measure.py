@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from gptjax import model
-from gptjax.audit.statistics import LEVEL, MIN_UNITS, effective_units, interval
-from gptjax.audit.texts import Text, count_words
 from gptjax.config import Config, UserError
-from gptjax.evaluate import Convention, Evaluator
+from gptjax.evaluation.bootstrap import MIN_UNITS, effective_units, interval
+from gptjax.evaluation.texts import Text, count_words
+from gptjax.perplexity import Convention, Evaluator
+from gptjax.report.interval import CONFIDENCE
 from gptjax.tokenizer import Tokenizer
 
 # Of a text with too few documents, stretches of so many bytes are resampled in their place.
@@ -245,10 +246,10 @@ def units(documents: Sums, of_blocks: Callable[[], Sums] | None = None) -> Units
     count = len(documents)
     some = f"{count:,} document{'s' * (count != 1)}"
     if effective_units(documents.tokens) >= MIN_UNITS:
-        return Units(documents, f"{LEVEL:.0%}, bootstrap over {some}")
+        return Units(documents, f"{CONFIDENCE:.0%}, bootstrap over {some}")
     if of_blocks is not None and effective_units((found := of_blocks()).tokens) >= MIN_UNITS:
         told = (
-            f"{LEVEL:.0%}, bootstrap over {len(found):,} stretches of {BLOCK_BYTES:,} bytes of "
+            f"{CONFIDENCE:.0%}, bootstrap over {len(found):,} stretches of {BLOCK_BYTES:,} bytes of "
             f"{some}: it speaks of more text from {'this document' if count == 1 else 'these'}, "
             "not of other documents"
         )

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptjax import evaluate, model, tokenizer
+from gptjax import model, perplexity, tokenizer
 from gptjax.config import Config, ConfigError, Mesh, UserError
 from gptjax.data.batches import PACKING
 from gptjax.data.store import Store, StoreWriter
-from gptjax.evaluate import Convention, Evaluator, Score
+from gptjax.perplexity import Convention, Evaluator, Score
 from gptjax.sharding import make_mesh
 from tests import tiny
 
@@ -234,7 +234,7 @@ def test_every_token_is_scored_once_by_the_window_that_should(
 
     scored: list[int] = []
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
-        patch.setattr(evaluate, "batch_nll", stub)
+        patch.setattr(perplexity, "batch_nll", stub)
         evaluator = Evaluator(config, text, BYTES)
         found = evaluator.token_nats({}, scored.append)
     window, place = np.divmod(found, 1000)
@@ -290,7 +290,7 @@ def test_the_bytes_are_the_text_s(
     tokens = tokenizer.load(name)
     text = write(tmp_path / "text", *DOCUMENTS, tokens=tokens)
     monkeypatch.setattr(
-        evaluate, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape)
+        perplexity, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape)
     )
     with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
         every = Evaluator(configure(), text, tokens)({})
@@ -356,7 +356,7 @@ def test_hugging_face_s_recipe_with_one_token_more_a_window(store: Store, stride
 @pytest.mark.parametrize(
     ("packing", "documents", "apart"),
     [(packing, None, row.segmented) for packing, row in PACKING.items()]
-    + [("stream", documents, apart) for documents, apart in evaluate.DOCUMENTS.items()]
+    + [("stream", documents, apart) for documents, apart in perplexity.DOCUMENTS.items()]
     + [("masked", "joined", False)],
 )
 def test_neighbours_matter_only_where_documents_are_joined(

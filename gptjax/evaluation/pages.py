@@ -5,47 +5,19 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from gptjax.audit import plots
-from gptjax.audit.compare import PASSAGES, Pieces, align, passages, text_of
-from gptjax.audit.measure import Scored
-from gptjax.audit.run import Audit
-from gptjax.audit.table import HEADINGS, convention, interval, notes, number, rows
-from gptjax.config import UserError
+from gptjax.evaluation import charts
+from gptjax.evaluation.audit import Audit
+from gptjax.evaluation.compare import PASSAGES, Pieces, align, passages, text_of
+from gptjax.evaluation.measure import Scored
+from gptjax.evaluation.summary import HEADINGS, convention, interval, notes, rows
+from gptjax.report.page import definitions, document
+from gptjax.report.terminal import number
 
 SHOWN_TOKENS = 2000  # of each text, coloured
 LEVELS = 10  # shades; a shade is a nat
 
-STYLE = """
-:root { color-scheme: light; --ink: #1c2330; --soft: #5d6573; --line: #dcdcd6; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fbfaf7; color: var(--ink);
-  font: 16px/1.55 Charter, "Iowan Old Style", Georgia, "Noto Serif", "Noto Serif CJK SC", serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-p { margin: .3rem 0 .8rem; } .soft { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums lining-nums; width: 100%; }
-th { font-weight: 600; font-size: .82rem; color: var(--soft); vertical-align: bottom; }
-th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td small, th small { display: block; color: var(--soft); }
-td.in { padding-left: 1.2rem; color: var(--soft); }
-td.told { white-space: normal; } td.told, th.told { text-align: left; }
-.dense th, .dense td { padding: .35rem .45rem; font-size: .88rem; } .dense small { font-size: .9em; }
-svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; padding: 1rem 1.2rem;
-  border: 1px solid var(--line); border-radius: 6px; line-height: 1.8; }
-.text span { border-radius: 2px; } .text span:hover { outline: 1px solid var(--ink); }
-.end { color: var(--soft); font-size: .75rem; }
-.key span { display: inline-block; padding: 0 .55rem; font-size: .82rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; }
-article { margin: 0 0 1.1rem; } article p { margin: 0 0 .25rem; }
-"""
 # s0 .. s9: ever less expected. a1 .. a9: A is better; b1 .. b9: B is.
 SHADES = "".join(
     f".s{i} {{ background: rgb(226 88 34 / {i / LEVELS * 0.85:.3f}); }}"
@@ -53,14 +25,6 @@ SHADES = "".join(
     f".b{i} {{ background: rgb(77 124 15 / {i / LEVELS * 0.75:.3f}); }}"
     for i in range(LEVELS)
 )
-
-
-def write(path: Path, page: str) -> None:
-    """Writes a page; its folder must be there."""
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write --html={path}: {error.strerror or error}") from error
 
 
 def page(record: dict[str, Any], found: Audit) -> str:
@@ -74,8 +38,8 @@ def page(record: dict[str, Any], found: Audit) -> str:
         *(f'<p class="soft">{escape(note)}.</p>' for note in notes(record)),
     ]
     if len(lines) > 1:
-        body += ["<h2>Bits per byte</h2>", plots.intervals(lines)]
-    body += ["<h2>Loss by position</h2>", plots.by_position(texts)]
+        body += ["<h2>Bits per byte</h2>", charts.intervals(lines)]
+    body += ["<h2>Loss by position</h2>", charts.by_position(texts)]
     for name, scored in found.scored.items():
         shown = min(SHOWN_TOKENS, len(scored.nats_I))
         rest = f"The first {shown:,} of {len(scored.nats_I):,} tokens"
@@ -87,7 +51,7 @@ def page(record: dict[str, Any], found: Audit) -> str:
             f'<div class="text">{"".join(_surprise(scored, shown))}</div>',
         ]
     body += ["<h2>What was measured</h2>", definitions(_model(record) + _texts(record["scores"]))]
-    return document(f"Perplexity of {found.workdir}", body)
+    return document(f"Perplexity of {found.workdir}", body, SHADES)
 
 
 def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
@@ -107,7 +71,7 @@ def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
         ]
         if t["documents"] > 1:
             body.append(
-                plots.documents(t["bits_per_byte_of_documents"], d["interval"], d["difference"])
+                charts.documents(t["bits_per_byte_of_documents"], d["interval"], d["difference"])
             )
         pieces = align(a.scored[name], b.scored[name])
         body += [
@@ -123,7 +87,7 @@ def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
         ]
     facts = [(f"{side.upper()}: {k}", v) for side in "ab" for k, v in _model(record[side])]
     body += ["<h2>What was measured</h2>", definitions(facts + _texts(record["texts"]))]
-    return document("Two models on the same text", body)
+    return document("Two models on the same text", body, SHADES)
 
 
 def _surprise(scored: Scored, shown: int) -> Iterator[str]:
@@ -230,17 +194,3 @@ def _detokenized(text: dict[str, Any]) -> str:
     if text.get("detokenizer", "none") == "none":
         return ""
     return f", after de-tokeniser {text['detokenizer']} (words and bytes are those before it)"
-
-
-def definitions(facts: list[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(v)}</code></dd>" for k, v in facts)
-    return f"<dl>{items}</dl>"
-
-
-def document(title: str, body: list[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{SHADES}</style></head>"
-        f"<body><main>{chr(10).join(body)}</main></body></html>\n"
-    )

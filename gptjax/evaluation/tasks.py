@@ -21,12 +21,13 @@ import numpy as np
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
-from gptjax import loop, model, sharding, trained
-from gptjax.audit import run as audit
-from gptjax.audit import table
-from gptjax.audit.statistics import LEVEL, interval
+from gptjax import model, setup, sharding, trained
 from gptjax.config import Config, Model, UserError
+from gptjax.evaluation import audit, summary
+from gptjax.evaluation.bootstrap import interval
 from gptjax.progress import Progress, say
+from gptjax.report.interval import CONFIDENCE
+from gptjax.report.terminal import number
 from gptjax.tokenizer import Tokenizer
 
 AT_ONCE = 4096  # tokens of a batch on each of the devices that share its rows
@@ -88,12 +89,12 @@ def loglikelihoods(
         UserError: on a continuation that is longer than the context of the model.
         ValueError: on a request without context.
     """
-    for number, request in enumerate(requests):
+    for index, request in enumerate(requests):
         if not request.context:
-            raise ValueError(f"request {number} has no token that its continuation can follow")
+            raise ValueError(f"request {index} has no token that its continuation can follow")
         if len(request.continuation) > config.context:
             raise UserError(
-                f"continuation {number} has {len(request.continuation)} tokens, more than the "
+                f"continuation {index} has {len(request.continuation)} tokens, more than the "
                 f"context of {config.context}: shorten it"
             )
     results = [Likelihood(0.0, True)] * len(requests)
@@ -101,10 +102,10 @@ def loglikelihoods(
 
     def collect() -> None:
         chosen, scores = pending.pop(0)
-        for number, logp_S, likeliest_S in zip(chosen, *jax.device_get(scores), strict=False):
-            n = len(requests[number].continuation)
+        for index, logp_S, likeliest_S in zip(chosen, *jax.device_get(scores), strict=False):
+            n = len(requests[index].continuation)
             total = float(logp_S[:n].sum(dtype=np.float64))
-            results[number] = Likelihood(total, bool(likeliest_S[:n].all()))
+            results[index] = Likelihood(total, bool(likeliest_S[:n].all()))
         advance(len(chosen))
 
     lengths = [len(r.context) + len(r.continuation) - 1 for r in requests]
@@ -248,7 +249,7 @@ def choices_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str
 def share(right: Iterable[bool]) -> Figure:
     """How many of them, with Wilson's interval (1927)."""
     answers = list(right)
-    ends = scipy.stats.binomtest(sum(answers), len(answers)).proportion_ci(LEVEL, "wilson")
+    ends = scipy.stats.binomtest(sum(answers), len(answers)).proportion_ci(CONFIDENCE, "wilson")
     return Figure(sum(answers) / len(answers), float(ends.low), float(ends.high))
 
 
@@ -293,7 +294,7 @@ def read_lines(task: Task, file: Path, limit: int | None) -> list[Any]:
     """
     lines: list[Any] = []
     with file.open("rb") as stream:
-        for number, text in enumerate(stream, 1):
+        for place, text in enumerate(stream, 1):
             if len(lines) == limit:
                 break
             try:
@@ -302,7 +303,7 @@ def read_lines(task: Task, file: Path, limit: int | None) -> list[Any]:
             except (ValueError, TypeError, KeyError):
                 valid = False
             if not valid:
-                raise UserError(f"{file}, line {number}: this is no JSON object with {task.form}")
+                raise UserError(f"{file}, line {place}: this is no JSON object with {task.form}")
             lines.append(line)
     if not lines:
         raise UserError(f"{file} is empty: each line is to be a JSON object with {task.form}")
@@ -326,10 +327,10 @@ def run(
         UserError: on a malformed file, or whatever `trained.restore` refuses.
     """
     lines = {name: read_lines(TASKS[name], file, limit) for name, file in files.items()}
-    tokenizer = loop.load_tokenizer(config)
+    tokenizer = setup.load_tokenizer(config)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
         step, params = trained.restore(config, workdir)
-        settled = loop.settle(config).model
+        settled = setup.settle(config).model
         return {
             "workdir": str(workdir),
             "step": step,
@@ -389,5 +390,5 @@ def show(record: dict[str, Any]) -> None:
             f"{t['requests']:,} continuations of {t['scored_tokens']:,} tokens"
         )
         for figure, ends in t["interval"].items():
-            print(f"  {figure} {table.number(t[figure])}, 95% {table.interval(ends)}")
+            print(f"  {figure} {number(t[figure])}, 95% {summary.interval(ends)}")
         print(f"  {t['convention']}")

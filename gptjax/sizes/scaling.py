@@ -23,8 +23,8 @@ import numpy as np
 import scipy.optimize
 import scipy.stats
 
-from gptjax.audit.statistics import LEVEL, SEED
 from gptjax.config import UserError
+from gptjax.report.interval import CONFIDENCE, SEED
 
 DELTA = 1e-3  # log residuals below count by their square, those above by their size
 REPLICATES = 1000
@@ -345,7 +345,7 @@ def bootstrap(
     start = _theta(law, middle_K1)
     theta_R = np.stack([_minimise(start, x_KP[:, p], y_P[p]).x for p in drawn_RP])
     freedom = len(y_P) - len(start)
-    tail = scipy.stats.norm.cdf(scipy.stats.t.ppf((1 - LEVEL) / 2, freedom))
+    tail = scipy.stats.norm.cdf(scipy.stats.t.ppf((1 - CONFIDENCE) / 2, freedom))
     return Bootstrap(_law(theta_R, law.terms, middle_K1), float(tail))
 
 

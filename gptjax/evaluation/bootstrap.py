@@ -8,24 +8,16 @@ by tokens, words or bytes.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 
-LEVEL = 0.95
+from gptjax.report.interval import CONFIDENCE, SEED, Interval
+
 REPLICATES = 4000
-SEED = 0  # a fixed one, so that the same numbers give the same interval
 # With fewer effective units the interval covers the truth too rarely, and none is given.
 MIN_UNITS = 10
 # Of more, random ones are joined: units still, which are as independent and fewer to draw.
 MAX_UNITS = 1000
-
-
-class Interval(NamedTuple):
-    """Ends of an interval; both are NaN where there is none."""
-
-    low: float
-    high: float
 
 
 def effective_units(denominator_U: np.ndarray) -> float:
@@ -41,7 +33,7 @@ def interval(numerator_U: np.ndarray, denominator_U: np.ndarray) -> Interval:
     Units are drawn with replacement, and the ratio r* of each replicate is held against its own
     linearised standard error s* (Efron and Tibshirani 1993, section 12.5); the quantiles of
     (r* - r) / s* then bound the true ratio. On 4,000 sets of simulated documents of lognormal
-    length, each with a difficulty of its own (tests/test_audit.py), it covers the truth in 94%
+    length, each with a difficulty of its own (tests/test_evaluation.py), it covers the truth in 94%
     of the cases with 20, 30, 40 or 100 documents; the percentile bootstrap in 92% with up to 40.
 
     There is none where the effective units are fewer than MIN_UNITS. Where many replicates lack
@@ -69,7 +61,7 @@ def interval(numerator_U: np.ndarray, denominator_U: np.ndarray) -> Interval:
     # Of a replicate's own residuals x - r* y = e - (r* - r) y, the sum of squares.
     squares_R = ee_R - 2 * shift_R * ey_R + shift_R**2 * yy_R
     error_R = np.sqrt(np.maximum(squares_R, 0)) / y_R
-    tail = (1 - LEVEL) / 2
+    tail = (1 - CONFIDENCE) / 2
     spread = error_R > 1e-6 * error
     if (~spread).mean() >= tail:
         low, high = np.quantile(shift_R, [tail, 1 - tail])

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import model, tasks, tokenizer
+from gptjax import model, tokenizer
 from gptjax.cli import EXIT_USER_ERROR, main
 from gptjax.config import Mesh, Model, UserError
+from gptjax.evaluation import tasks
+from gptjax.evaluation.tasks import TASKS, Figure, Likelihood, Request, encode, loglikelihoods
 from gptjax.interop import hf
 from gptjax.sharding import make_mesh
-from gptjax.tasks import TASKS, Figure, Likelihood, Request, encode, loglikelihoods
 from tests import tiny
 
 BYTES = tokenizer.load("bytes")

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.audit.measure import BLOCK_BYTES, Scored, Sums, stretches, units
-from gptjax.audit.run import Audit, identity
-from gptjax.audit.statistics import interval
 from gptjax.config import UserError
+from gptjax.evaluation.audit import Audit, identity
+from gptjax.evaluation.bootstrap import interval
+from gptjax.evaluation.measure import BLOCK_BYTES, Scored, Sums, stretches, units
 from gptjax.tokenizer import Tokenizer
 
 PASSAGE_BYTES = 240

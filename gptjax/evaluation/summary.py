@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-MISSING = "—"
+from gptjax.report.terminal import MISSING, new_console, number
+
 # Figure -> its heading.
 HEADINGS = {
     "loss": "nats/token",
@@ -19,14 +17,6 @@ HEADINGS = {
     "word_perplexity": "word perplexity",
     "bits_per_byte": "bits/byte",
 }
-
-
-def number(value: float | None) -> str:
-    """Four digits after the point of small numbers, none of large ones."""
-    if value is None:
-        return MISSING
-    size = abs(value)
-    return f"{value:,.4f}" if size < 20 else f"{value:,.2f}" if size < 1000 else f"{value:,.0f}"
 
 
 def interval(ends: Sequence[float | None]) -> str:
@@ -149,12 +139,3 @@ def _around(text: str, peak: int) -> str:
     start = max(0, min(peak - 40, len(text) - 120))
     shown = " ".join(text[start : start + 120].split())
     return f"{'...' * (start > 0)}{shown}{'...' * (start + 120 < len(text))}"
-
-
-def new_console() -> Console:
-    """Standard output for words and tables, where a name is shown as it is: "[/b]" is no markup."""
-    plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
-    if (console := plain()).is_terminal:
-        return console
-    # Into a file or pipe the whole table goes, whatever rich believes its width to be.
-    return plain(width=max(160, shutil.get_terminal_size().columns))

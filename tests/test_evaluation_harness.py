@@ -22,14 +22,15 @@ import numpy as np
 import pytest
 import yaml
 
-from gptjax import decode, model, tasks, trained
+from gptjax import decode, model, trained
 from gptjax.cli import EXIT_USER_ERROR, main
 from gptjax.config import Config, Mesh, Sample, UserError
+from gptjax.evaluation import tasks
+from gptjax.evaluation.tasks import Request
 from gptjax.interop import hf
 from gptjax.interop.vocabulary import split, tokenizer_json
-from gptjax.loop import load_tokenizer, settle
+from gptjax.setup import load_tokenizer, settle
 from gptjax.sharding import make_mesh
-from gptjax.tasks import Request
 from tests import tiny
 from tests.test_interop_tokenizer import CORPUS, PATTERN, SPECIALS
 from tests.test_interop_tokenizer import trained as trained_tokenizer
@@ -40,7 +41,7 @@ pytest.importorskip("accelerate")  # of the harness's Hugging Face backend
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
-harness = pytest.importorskip("gptjax.interop.harness")
+harness = pytest.importorskip("gptjax.evaluation.harness")
 
 CONTEXT = 48
 NATS = {"rtol": 0, "atol": 1e-3}
@@ -348,8 +349,8 @@ def test_an_unknown_task_is_one_line(made, local, monkeypatch, capsys):
 
 def test_without_the_harness_the_extra_is_named(made, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "gptjax.interop.harness")
-    monkeypatch.delattr("gptjax.interop.harness")
+    monkeypatch.delitem(sys.modules, "gptjax.evaluation.harness")
+    monkeypatch.delattr("gptjax.evaluation.harness")
     words = ["tasks", f"--workdir={made.folder}", "--harness", "arc_easy"]
     assert main(words) == EXIT_USER_ERROR
     assert "pip install 'gptjax[harness]'" in capsys.readouterr().err
@@ -363,7 +364,7 @@ find = PathFinder.find_spec
 hidden = {"torch", "transformers", "accelerate"}
 PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
 from gptjax.cli import main
-from gptjax.interop import harness
+from gptjax.evaluation import harness
 harness.TaskManager = functools.partial(harness.TaskManager, include_defaults=False)
 status = main(sys.argv[1:])
 assert not hidden & sys.modules.keys()

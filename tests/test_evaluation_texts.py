@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import tokenizer
-from gptjax.audit import texts
-from gptjax.audit.detokenize import DETOKENIZERS, wikitext
-from gptjax.audit.texts import Reading, count_words, open_text, parse_sets
 from gptjax.config import ConfigError, UserError
 from gptjax.data import prepare
+from gptjax.evaluation import texts
+from gptjax.evaluation.detokenize import DETOKENIZERS, wikitext
+from gptjax.evaluation.texts import Reading, count_words, open_text, parse_sets
 
 BYTES = tokenizer.load("bytes")
 # One document each; the second is empty and the fourth is nothing but whitespace.

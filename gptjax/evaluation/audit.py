@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import loop, model, trained
-from gptjax.audit.measure import Scored, blocks, joined, score, summary, units
-from gptjax.audit.texts import Reading, Text, open_text
+from gptjax import model, setup, trained
 from gptjax.config import Config
 from gptjax.data.sources import open_source
+from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
+from gptjax.evaluation.texts import Reading, Text, open_text
 from gptjax.progress import Progress
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
     Raises:
         UserError: on whatever `texts`, `measure.score` or `trained.restore` refuse.
     """
-    tokenizer = loop.load_tokenizer(config)
+    tokenizer = setup.load_tokenizer(config)
     with ExitStack() as stack:
         # Texts first: a mistake in them shows before a model is loaded.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptjax-eval-")))
@@ -61,7 +61,7 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
             )
         stack.enter_context(jax.set_mesh(make_mesh(config.mesh)))
         step, params = trained.restore(config, workdir)
-        settled, total = loop.settle(config), sum(text.store.num_tokens for text in texts)
+        settled, total = setup.settle(config), sum(text.store.num_tokens for text in texts)
         with Progress(f"evaluating {workdir}", total, transient=True) as progress:
             scored = {
                 text.name: score(settled, params, text, tokenizer, progress.advance)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from gptjax import model, tokenizer
-from gptjax.audit import measure, run, statistics, table
-from gptjax.audit.measure import Scored, Sums, account, blocks, joined, score, summary, units
-from gptjax.audit.statistics import MIN_UNITS, effective_units, interval
-from gptjax.audit.texts import Reading, Text, open_text
 from gptjax.config import Config, Mesh, UserError
 from gptjax.data.store import Store, StoreWriter
-from gptjax.evaluate import Evaluator
+from gptjax.evaluation import audit, bootstrap, measure
+from gptjax.evaluation.bootstrap import MIN_UNITS, effective_units, interval
+from gptjax.evaluation.measure import Scored, Sums, account, blocks, joined, score, summary, units
+from gptjax.evaluation.summary import show
+from gptjax.evaluation.texts import Reading, Text, open_text
+from gptjax.perplexity import Evaluator
 from gptjax.sharding import make_mesh
 from tests import tiny
 
@@ -110,8 +111,8 @@ def test_the_interval_is_the_textbook_s(monkeypatch):
         again, its_error = ratio_and_error(nats[drawn], tokens[drawn])
         t.append((again - r) / its_error)
     low, high = np.quantile(t, [0.025, 0.975])
-    monkeypatch.setattr(statistics, "REPLICATES", 20_000)
-    monkeypatch.setattr(statistics, "_counts", statistics._counts.__wrapped__)
+    monkeypatch.setattr(bootstrap, "REPLICATES", 20_000)
+    monkeypatch.setattr(bootstrap, "_counts", bootstrap._counts.__wrapped__)
     # Two draws of 20,000: their quantiles differ by about 2% of the interval's width.
     width = (high - low) * error
     assert interval(nats, tokens) == pytest.approx(
@@ -131,7 +132,7 @@ def test_the_interval_follows_its_units_and_its_seed():
 def test_very_many_documents_are_joined_at_random(monkeypatch):
     nats, tokens = (x[0] for x in simulated(np.random.default_rng(1), 1, 3000))
     joined_ends = interval(nats, tokens)
-    monkeypatch.setattr(statistics, "MAX_UNITS", 3000)
+    monkeypatch.setattr(bootstrap, "MAX_UNITS", 3000)
     ends = interval(nats, tokens)
     width = ends.high - ends.low
     # The standard error of 1000 sums is itself known to 1 / sqrt(2000), a bit over 2%.
@@ -350,7 +351,7 @@ def test_meshes_and_batches_change_no_figure(tmp_path, prefix):
         with jax.set_mesh(make_mesh(Mesh(*sizes))):
             params = model.init(config.model, 0)
             scored = score(config, params, text, BYTES)
-            digests.add(run.fingerprint(params))
+            digests.add(audit.fingerprint(params))
         found.append(summary(scored.documents, units(scored.documents)))
     assert len(digests) == 1
     for other in found[1:]:
@@ -374,19 +375,19 @@ def test_the_fingerprint_sees_names_shapes_and_every_bit():
         {"aa": params["a"], "b": params["b"]},
         {"a": params["a"], "b": {"c": params["b"]["c"].astype("int32")}},
     ]
-    assert run.fingerprint(params) == run.fingerprint(same)
-    assert len({run.fingerprint(p) for p in (params, *others)}) == 5
+    assert audit.fingerprint(params) == audit.fingerprint(same)
+    assert len({audit.fingerprint(p) for p in (params, *others)}) == 5
 
 
 def test_a_record_is_json_and_a_table_shows_it(tmp_path, capsys):
     one = told(make_text(tmp_path / "a", *["a b"] * 20, domains=["[/red]:x:"] * 20))
     other = told(make_text(tmp_path / "b", "c"), np.full(2, 1e4))  # beyond what exp can tell
-    found = run.Audit("runs/[/b]:x:", 7, 10, "0" * 64, BYTES, {"one": one, "[/b]:x:": other})
-    record = json.loads(json.dumps(run.record(found), allow_nan=False))
+    found = audit.Audit("runs/[/b]:x:", 7, 10, "0" * 64, BYTES, {"one": one, "[/b]:x:": other})
+    record = json.loads(json.dumps(audit.record(found), allow_nan=False))
     assert record["scores"]["[/b]:x:"]["perplexity"] is None
     assert record["scores"]["all"]["tokens"] == 82
     assert list(record["scores"]["one"]["by_domain"]) == ["[/red]:x:"]
-    table.show(record)
+    show(record)
     shown = capsys.readouterr().out
     assert "context 16, stride 16, prefix eot, documents joined" in shown
     assert "bootstrap over 20 documents" in shown and "[/red]:x:" in shown

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.audit.detokenize import DETOKENIZERS
 from gptjax.config import UserError, choose
 from gptjax.data.prepare import READERS, Parts, open_parts, tokenise
 from gptjax.data.store import MANIFEST, Store, StoreWriter
+from gptjax.evaluation.detokenize import DETOKENIZERS
 from gptjax.tokenizer import Tokenizer
 
 HUB = "hub:"

@@ -13,8 +13,8 @@ import scipy.special
 import scipy.stats
 
 from gptjax.config import UserError
-from gptjax.study import scaling, scaling_report
-from gptjax.study.scaling import Bootstrap, Law, Points
+from gptjax.sizes import scaling, scaling_report
+from gptjax.sizes.scaling import Bootstrap, Law, Points
 
 # Hoffmann et al. 2022, section 3.3, equation 10.
 CHINCHILLA = Law(E=1.69, A=406.4, a=0.34, B=410.7, b=0.28)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax.audit import report
-from gptjax.audit.compare import compare
-from gptjax.audit.run import Audit, record
 from gptjax.config import UserError
-from tests.test_audit import BYTES, GPT2, make_text, told
+from gptjax.evaluation import pages
+from gptjax.evaluation.audit import Audit, record
+from gptjax.evaluation.compare import compare
+from gptjax.report.page import write
+from tests.test_evaluation import BYTES, GPT2, make_text, told
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 # What a careless page would run, load or break on.
@@ -73,7 +74,7 @@ def audit(folder: Path, *documents: str, tokens=GPT2, seed: int = 0, **options) 
 def test_a_page_is_well_formed_and_loads_nothing(tmp_path):
     domains = ["<i>a</i>", "b"] * 6
     found = audit(tmp_path / "s", *[NASTY, "plain text\n"] * 6, domains=domains)
-    html = report.page(record(found), found)
+    html = pages.page(record(found), found)
     page = Page(html)
     assert all(address.startswith("#") for address in page.loaded), page.loaded
     assert not page.tags & {"script", "link", "img", "iframe", "i", "object"}
@@ -89,7 +90,7 @@ def test_a_shade_is_a_nat_and_the_pointer_shows_the_token(tmp_path):
     text = make_text(tmp_path / "s", "é!", tokens=BYTES)
     scored = told(text, [1.25, 2.5, 40, 0.1])
     found = Audit("runs/x", 7, 10, "0" * 64, BYTES, {"t": scored})
-    spans = Page(report.page(record(found), found)).spans
+    spans = Page(pages.page(record(found), found)).spans
     assert spans == [
         ("s3", "'é': 1.25 + 2.50 nats", "é"),  # two tokens, one character
         ("s9", "'!': 40.00 nats", "!"),
@@ -98,14 +99,14 @@ def test_a_shade_is_a_nat_and_the_pointer_shows_the_token(tmp_path):
 
 
 def test_long_texts_are_capped_and_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SHOWN_TOKENS", 5)
+    monkeypatch.setattr(pages, "SHOWN_TOKENS", 5)
     found = audit(tmp_path / "s", "a long text of bytes, 七", tokens=BYTES)
-    html = report.page(record(found), found)
+    html = pages.page(record(found), found)
     assert "The first 5 of 26 tokens" in html
     assert len(Page(html).spans) == 5
     # A cut within a character shows what there is of it.
-    monkeypatch.setattr(report, "SHOWN_TOKENS", 23)
-    assert Page(report.page(record(found), found)).spans[-1][2] == "�"
+    monkeypatch.setattr(pages, "SHOWN_TOKENS", 23)
+    assert Page(pages.page(record(found), found)).spans[-1][2] == "�"
 
 
 def test_a_comparison_shows_where_it_differs(tmp_path):
@@ -113,7 +114,7 @@ def test_a_comparison_shows_where_it_differs(tmp_path):
     a = audit(tmp_path / "a", *documents)
     b = audit(tmp_path / "b", *documents, tokens=BYTES, seed=1)
     told_both = compare(a, b)
-    html = report.comparison_page(told_both, a, b)
+    html = pages.comparison_page(told_both, a, b)
     page = Page(html)
     assert all(address.startswith("#") for address in page.loaded), page.loaded
     assert not re.search("https?:", html)
@@ -134,9 +135,9 @@ def test_a_comparison_shows_where_it_differs(tmp_path):
 
 def test_the_same_record_makes_the_same_page(tmp_path):
     found = audit(tmp_path / "s", *["a b"] * 12)
-    assert report.page(record(found), found) == report.page(record(found), found)
+    assert pages.page(record(found), found) == pages.page(record(found), found)
 
 
 def test_a_page_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(UserError, match=r"cannot write --html=.*none/page.html: No such file"):
-        report.write(tmp_path / "none" / "page.html", "")
+        write(tmp_path / "none" / "page.html", "")

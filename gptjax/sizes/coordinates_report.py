@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from gptjax.audit.plots import COLOURS, dress, to_svg
-from gptjax.audit.report import document
-from gptjax.audit.table import MISSING, new_console
-from gptjax.study.coordinates import KEPT
+from gptjax.report.figures import COLOURS, dress, to_svg
+from gptjax.report.page import document
+from gptjax.report.terminal import MISSING, new_console
+from gptjax.sizes.coordinates import KEPT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

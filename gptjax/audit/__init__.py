@@ -1,1 +1,0 @@
-"""Perplexity that can be audited: named texts, intervals, and what two models differ by."""

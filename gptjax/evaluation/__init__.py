@@ -1,0 +1,1 @@
+"""Evaluation of a trained model: perplexity with intervals, two models compared, tasks."""
