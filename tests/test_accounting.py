@@ -21,7 +21,7 @@ from gptjax.accounting import (
     tensors,
     train_flops_per_token,
 )
-from gptjax.config import ATTENTION_BIAS, Config, Data, Eval, Mesh, Model, Optim, Sample, Train
+from gptjax.config import ATTENTION_BIAS, Config, Model
 from gptjax.layers.attention import BLOCK
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
@@ -32,7 +32,7 @@ from gptjax.optim import OPTIMIZERS, make_optimizer, state_specs
 from gptjax.sharding import AXES, PARAMETER_RULES
 from tests import tiny
 
-SMALL = dataclasses.replace(tiny.MODEL, context=16, layers=3, width=32, ff_dim=48)
+SMALL = tiny.model(context=16, layers=3, width=32, ff_dim=48)
 
 VARIANTS = [
     {},
@@ -68,21 +68,12 @@ def small(**changes) -> Model:
 
 
 def whole(model: Model, optimizer: str = "adamw", **train) -> Config:
-    return Config(
-        seed=0,
+    return dataclasses.replace(
+        tiny.BASE,
         model=model,
-        optim=Optim(
-            optimizer=optimizer, peak_lr=1e-3, schedule="constant", warmup_steps=0,
-            decay_fraction=0.2, final_lr_fraction=0.1, b1=0.9, b2=0.95, eps=1e-8, momentum=0.95,
-            weight_decay=0.1, decay_mask="matrices", clip=1.0, ema_decay=0.99, z_loss=0.0,
-            loss_vocab_chunk=None,
-        ),
-        data=Data(("x",), None, "bytes", "stream", 8),
-        mesh=Mesh(None, 1, 1),
-        train=Train(100, 2, 10, 10, 10, 2),
-        eval=Eval(None, None, "eot", None, 8, None),
-        sample=Sample("", 1, 1, 1.0, None, None, 1.0, None),
-    )  # fmt: skip
+        optim=tiny.optim(optimizer=optimizer, schedule="constant", ema_decay=0.99),
+        train=tiny.train(accumulation=2),
+    )
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
@@ -205,10 +196,10 @@ def test_the_block_kernel_lies_between_causal_and_full():
     assert train_flops_per_token(model, True) < counted < train_flops_per_token(model, False)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [tiny.axes(), tiny.CUBE, tiny.TENSOR], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_memory_is_that_of_the_sharded_state(optimizer, shape):
-    mesh = dict(zip(AXES, shape, strict=True))
+    mesh = dataclasses.asdict(shape)
     config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256), optimizer)
     specs = gpt.abstract_params(config.model)
     dims = jax.tree.map(lambda s: s.dims, specs)

@@ -28,17 +28,14 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import checkpoint
 from gptjax.checkpoint import MANIFEST, META, Checkpoints
-from gptjax.config import Mesh as MeshConfig
 from gptjax.config import UserError
 from gptjax.sharding import make_mesh
+from tests import tiny
 
 REPO = Path(__file__).parents[1]
 MESHES = {
-    "8,1,1": (8, 1, 1),
-    "1,8,1": (1, 8, 1),
-    "2,2,2": (2, 2, 2),
-    "1,2,4": (1, 2, 4),
-    "one": None,
+    **{str(axes): tiny.mesh(**dataclasses.asdict(axes)) for axes in tiny.MESHES},
+    "one": make_mesh(tiny.axes(), jax.devices()[3:4]),
 }
 DATA = {"config": {"model": {"layers": 2}}, "position": 7, "fingerprint": "ab12"}
 
@@ -74,13 +71,6 @@ def abstract(state: Any) -> Any:
     )
 
 
-def mesh_of(name: str) -> jax.sharding.Mesh:
-    sizes = MESHES[name]
-    if sizes is None:
-        return make_mesh(MeshConfig(1, 1, 1), jax.devices()[3:4])
-    return make_mesh(MeshConfig(*sizes))
-
-
 def assert_bitwise(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -90,7 +80,7 @@ def assert_bitwise(actual: Any, expected: Any) -> None:
 
 @pytest.fixture(scope="module")
 def state() -> State:
-    return make_state(mesh_of("2,2,2"))
+    return make_state(tiny.mesh(data=2, fsdp=2, tensor=2))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +88,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, state: State) -> Path:
     """A folder with steps 1 and 2, to be read or copied."""
     folder = tmp_path_factory.mktemp("saved")
     with Checkpoints(folder, keep=2) as checkpoints:
-        checkpoints.save(1, make_state(mesh_of("2,2,2"), seed=1), DATA)
+        checkpoints.save(1, make_state(tiny.mesh(data=2, fsdp=2, tensor=2), seed=1), DATA)
         checkpoints.save(2, state, DATA)
     return folder
 
@@ -110,11 +100,11 @@ def copied(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("source", MESHES)
 def test_a_state_returns_bitwise_on_every_mesh(source: str, tmp_path: Path) -> None:
-    old = make_state(mesh_of(source))
+    old = make_state(MESHES[source])
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(0, old, DATA, wait=True)
         for target in MESHES:
-            like = make_state(mesh_of(target), seed=1)
+            like = make_state(MESHES[target], seed=1)
             new = checkpoints.restore(0, abstract(like))
             assert_bitwise(new, old)
             assert [x.sharding for x in jax.tree.leaves(new)] == [
@@ -195,7 +185,7 @@ def test_misuse_is_refused(copied: Path, state: State) -> None:
 
 
 def test_donating_the_state_during_a_save_is_safe(tmp_path: Path) -> None:
-    mesh = mesh_of("2,2,2")
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     sharding = NamedSharding(mesh, P("fsdp", "tensor"))
     # 32 MiB, so that the write outlives the first of the donations.
     old = {"x": jax.device_put(np.arange(2**23, dtype=np.float32).reshape(2**11, -1), sharding)}
@@ -277,7 +267,7 @@ def test_altered_meta_is_refused_before_it_is_believed(copied: Path) -> None:
 
 
 def test_another_architecture_is_refused(saved: Path, state: State) -> None:
-    mesh = mesh_of("2,2,2")
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     wide = make_state(mesh, width=32)
     refuses(
         saved, 2, wide,
@@ -468,8 +458,8 @@ WORKER = """
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     from gptjax.checkpoint import Checkpoints
-    from gptjax.config import Mesh, UserError
-    from gptjax.sharding import make_mesh
+    from gptjax.config import UserError
+    from tests import tiny
 
     host = {"x": np.arange(64.0, dtype=np.float32).reshape(8, 8), "step": np.int32(5)}
 
@@ -478,10 +468,10 @@ WORKER = """
         return {k: jax.make_array_from_callback(v.shape, shardings[k], lambda i, v=v: v[i])
                 for k, v in host.items()}
 
-    old = on(make_mesh(Mesh(2, 2, 2)), P("fsdp", "tensor"))
-    new = on(make_mesh(Mesh(1, 8, 1)), P(None, "fsdp"))
+    old = on(tiny.mesh(data=2, fsdp=2, tensor=2), P("fsdp", "tensor"))
+    new = on(tiny.mesh(fsdp=8), P(None, "fsdp"))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), new)
-    with Checkpoints(sys.argv[3], keep=2) as checkpoints, jax.set_mesh(make_mesh(Mesh(2, 2, 2))):
+    with Checkpoints(sys.argv[3], keep=2) as checkpoints, jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
         assert checkpoints.latest() is None
         for step in (1, 2, 3):
             checkpoints.save(step, old, {"step": step})

@@ -5,8 +5,8 @@ written anew by
 
     GPTJAX_UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py
 
-and then read as a diff: golden/configs holds every knob of each recipe as resolved, and
-golden/shardings.txt the mesh axes of each dim of each parameter.
+and then read as a diff: golden/configs.json holds every knob of the base recipe as resolved and of each other
+recipe what differs from it, golden/shardings.txt the mesh axes of each dim of each parameter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from jax.sharding import NamedSharding
 
 from gptjax import sharding, state
 from gptjax.accounting import parameters
-from gptjax.config import Config, ConfigError, Mesh, to_dict
+from gptjax.config import Config, ConfigError, flatten, to_dict
 from gptjax.configure import from_file
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,15 +68,14 @@ def test_the_recipes_are_found():
     assert {"base", "gpt2:1558m", "gpt3:175b", "depth:24", "modern"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_resolved_config(name):
-    file = GOLDEN / "configs" / f"{name.replace(':', '-')}.json"
-    compare(file, json.dumps(to_dict(resolve(name)), indent=1) + "\n")
-
-
-def test_no_golden_config_is_left_over():
-    known = {name.replace(":", "-") for name in RECIPES}
-    assert {file.stem for file in (GOLDEN / "configs").iterdir()} == known
+def test_resolved_configs():
+    resolved = {name: flatten(to_dict(resolve(name))) for name in RECIPES}
+    base = resolved.pop("base")
+    differences = {
+        name: {knob: value for knob, value in knobs.items() if value != base[knob]}
+        for name, knobs in resolved.items()
+    }
+    compare(GOLDEN / "configs.json", json.dumps({"base": base} | differences, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -90,7 +90,7 @@ def test_a_recipe_opens_as_a_lab_note(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_whole_step_has_matching_shapes_and_shardings(name):
     config = resolve(name)
-    mesh = sharding.make_mesh(Mesh(data=1, fsdp=4, tensor=1), jax.devices()[:4])
+    mesh = tiny.mesh(fsdp=4)
     sharding.check_divisible(config, mesh)
     with jax.set_mesh(mesh):
         before, micro = state.abstract(config), config.train.accumulation
@@ -210,7 +210,7 @@ def axes(leaf: jax.ShapeDtypeStruct) -> str:
 
 def test_shardings_of_the_parameters():
     lines = []
-    with jax.set_mesh(sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))):
+    with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
         for name in ("gpt2:124m", "modern"):
             lines.append(f"# {name}")
             params = state.abstract(resolve(name)).params

@@ -16,21 +16,16 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from gptjax import sharding, state
-from gptjax.config import Config, from_dict
 from gptjax.data.batches import Batches
 from gptjax.layers import attention
 from gptjax.tokenizer import load
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from configs import base
+from tests import tiny
 
 GOLDEN = Path(__file__).parent / "golden" / "curve.json"
 UPDATE = "GPTJAX_UPDATE_GOLDEN" in os.environ
@@ -51,23 +46,21 @@ def machine() -> str:
 
 def curve() -> list[float]:
     """The loss of each step of a tiny model on the built-in text, byte by byte."""
-    config: Config = from_dict(base.get_config().to_dict())
     config = dataclasses.replace(
-        config,
+        tiny.BASE,
         model=dataclasses.replace(
-            config.model, vocab_size=260, context=32, layers=2, width=32, heads=4, kv_heads=2,
+            tiny.BASE.model, vocab_size=260, context=32, layers=2, width=32, heads=4, kv_heads=2,
             feedforward="swiglu", position="rope", dropout=0.1,
         ),
-        optim=dataclasses.replace(
-            config.optim, peak_lr=1e-2, warmup_steps=5, z_loss=1e-4, loss_vocab_chunk=100
+        optim=tiny.optim(
+            peak_lr=1e-2, warmup_steps=5, z_loss=1e-4, loss_vocab_chunk=100
         ),
-        data=dataclasses.replace(config.data, tokenizer="bytes", packing="masked", batch_size=8),
-        train=dataclasses.replace(config.train, steps=STEPS, accumulation=2),
+        data=tiny.data(tokenizer="bytes", packing="masked", batch_size=8),
+        train=tiny.train(steps=STEPS, accumulation=2),
     )  # fmt: skip
     config = dataclasses.replace(config, model=attention.resolve(config.model, "cpu"))
     batches = Batches(config.data, config.model.context, config.seed, "train", load("bytes"))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(tiny.mesh()):
         now, step, losses = state.create(config), state.make_train_step(config), []
         for i in range(STEPS):
             rows = {k: v.reshape(4, 2, -1) for k, v in batches.rows(i, 0, 8).items()}

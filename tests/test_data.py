@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import ConfigError, Data, UserError
+from gptjax.config import ConfigError, UserError
 from gptjax.data import PACKING, Batches, Store, describe
 from gptjax.data import store as store_module
 from gptjax.data.order import key, mix_sources, permute
 from gptjax.data.store import StoreWriter
 from gptjax.tokenizer import load
+from tests import tiny
 
 BYTES = load("bytes")
 E = BYTES.eot
@@ -34,7 +35,15 @@ def batches(
     *folders: Path, packing: str = "stream", T: int = 4, rows: int = 4, seed: int = 0, weights=None
 ) -> Batches:
     names = tuple(map(str, folders))
-    return Batches(Data(names, weights, "bytes", packing, rows), T, seed, "train", BYTES)
+    return Batches(
+        tiny.data(
+            sources=names, weights=weights, tokenizer="bytes", packing=packing, batch_size=rows
+        ),
+        T,
+        seed,
+        "train",
+        BYTES,
+    )
 
 
 # ---- order

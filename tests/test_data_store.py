@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import ConfigError, Data, UserError
+from gptjax.config import ConfigError, UserError
 from gptjax.data import DATASETS, Batches, Store, open_source, prepare
 from gptjax.data import sources as sources_module
 from gptjax.data import store as store_module
 from gptjax.data.sources import ASSETS
 from gptjax.tokenizer import load
+from tests import tiny
 
 # The package's attribute of this name is the function.
 prepare_module = sys.modules["gptjax.data.prepare"]
@@ -346,7 +347,7 @@ def test_nanogpt_bins_open(tmp_path):
     store = open_source(str(tmp_path), GPT2, "val")
     assert store.tokens(0, store.num_tokens).tolist() == ids
     assert store.document_ends.tolist() == [ids.index(GPT2.eot) + 1, len(ids)]
-    data = Data((str(tmp_path),), None, "gpt2", "document", 2)
+    data = tiny.data(sources=(str(tmp_path),), packing="document", batch_size=2)
     rows = Batches(data, 16, 0, "val", GPT2).sources[0].rows(np.arange(2))
     assert rows["weights"].sum() == len(ids)
     before = store.fingerprint

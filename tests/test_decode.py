@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,22 +15,18 @@ from scipy import stats
 
 from gptjax import decode, sharding
 from gptjax import model as gpt
-from gptjax.config import Config, Mesh, Model, Sample, UserError, from_dict
+from gptjax.config import Model, Sample, UserError
 from gptjax.decode import Sampling, Text, generate, keep_largest, stream, transform
 from gptjax.layers.position import POSITION, ROPE_SCALING
+from tests import tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from configs import base
-
-CONFIG: Config = from_dict(base.get_config().to_dict())
 CONTEXT, V, KNOWN = 24, 64, 60  # the model's vocabulary is padded by four ids
 EOT = KNOWN - 1
-MODEL = dataclasses.replace(
-    CONFIG.model, vocab_size=V, context=CONTEXT, layers=2, width=16, heads=4, ff_dim=24
+MODEL = tiny.model(vocab_size=V, context=CONTEXT)
+GREEDY = tiny.sample(max_new_tokens=12, temperature=0.0, top_p=None)
+DRAWN = tiny.sample(
+    max_new_tokens=12, temperature=0.9, top_k=30, top_p=0.95, repetition_penalty=1.2
 )
-GREEDY = Sample("", 1, 12, 0.0, None, None, 1.0, None)
-DRAWN = Sample("", 1, 12, 0.9, 30, 0.95, 1.2, None)
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [1], [3, 3, 0, 17])
 OPTIONS: Any = {"seed": 0, "vocab_size": KNOWN, "end_of_text": EOT}
 
@@ -213,7 +207,7 @@ def test_draws_follow_the_transformed_distribution():
 
 def test_draws_of_neighbouring_rows_and_steps_are_independent():
     params = jax.tree.map(jnp.zeros_like, parameters(MODEL))  # every token is equally likely
-    sample = Sample("", 1, 12, 1.0, None, None, 1.0, None)
+    sample = tiny.sample(max_new_tokens=12, temperature=1.0, top_p=None)
     # End-of-text lies beyond the vocabulary: no row ends early.
     got = generate(MODEL, params, [[1]] * 300, sample, **OPTIONS | {"end_of_text": KNOWN})
     ids_BT = np.array([t.ids for t in got])
@@ -279,7 +273,10 @@ def test_seeds_and_rows_differ():
 def test_knobs_and_pieces_share_a_program():
     texts()
     compiled = decode._advance._cache_size()
-    sample = Sample("x", 3, 11, 0.5, 20, 0.5, 1.1, "y")
+    sample = tiny.sample(
+        prompt="x", batch_size=3, max_new_tokens=11, temperature=0.5, top_k=20, top_p=0.5,
+        repetition_penalty=1.1, stop="y",
+    )  # fmt: skip
     list(stream(MODEL, parameters(MODEL), PROMPTS, sample, chunk=2, **OPTIONS | {"seed": 9}))
     assert decode._advance._cache_size() == compiled
 
@@ -339,10 +336,10 @@ def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():
 # Machines.
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
+@pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.TENSOR, tiny.DATA], ids=str)
 @pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
 def test_a_mesh_does_not_change_the_text(sizes, rows):
-    with jax.set_mesh(sharding.make_mesh(Mesh(*sizes))):
+    with jax.set_mesh(sharding.make_mesh(sizes)):
         specs = gpt.abstract_params(MODEL)
         params = jax.tree.map(
             lambda p, spec: jax.device_put(p, sharding.parameter_spec(spec.dims)),
@@ -363,7 +360,7 @@ def test_rows_added_for_the_mesh_keep_nobody_waiting(monkeypatch):
         return state
 
     monkeypatch.setattr(decode, "_begin", watched)
-    with jax.set_mesh(sharding.make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         assert len(generate(MODEL, parameters(MODEL), PROMPTS, GREEDY, **OPTIONS)) == 3
     assert done == [False] * 3 + [True] * 5
 

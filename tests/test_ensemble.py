@@ -19,7 +19,7 @@ import pytest
 
 from gptjax import ensemble, loop, records, setup, state
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import Config, Mesh, UserError, to_dict
+from gptjax.config import Config, UserError, to_dict
 from gptjax.optim import OPTIMIZERS
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
@@ -44,7 +44,7 @@ def timeless(workdir: Path) -> list[dict[str, float]]:
 
 def bits(workdir: Path, config: Config, step: int) -> list[bytes]:
     """The state saved at a step."""
-    with jax.set_mesh(make_mesh(Mesh(1, 1, 1), ONE)), Checkpoints(workdir / "checkpoints") as saved:
+    with jax.set_mesh(tiny.mesh()), Checkpoints(workdir / "checkpoints") as saved:
         found = saved.restore(step, state.abstract(setup.settle(config)))
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)]
 
@@ -98,7 +98,7 @@ def together(configs: Sequence[Config], steps: int, devices: int) -> tuple[np.nd
 
 def settled(store: Path, **knobs: Any) -> Config:
     config = tiny.config(store, **{**SMALL, "train__steps": 50, **knobs})
-    with jax.set_mesh(make_mesh(Mesh(1, 1, 1), ONE)):
+    with jax.set_mesh(tiny.mesh()):
         return setup.settle(config)
 
 

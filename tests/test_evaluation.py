@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gptjax import model, tokenizer
-from gptjax.config import Config, Mesh, UserError
+from gptjax.config import Config, UserError
 from gptjax.data.store import Store, StoreWriter
 from gptjax.evaluation import audit, bootstrap, measure
 from gptjax.evaluation.bootstrap import MIN_UNITS, effective_units, interval
@@ -50,7 +50,7 @@ def told(
     text: Text, nats: Any = None, tokens: tokenizer.Tokenizer = BYTES, **changes: Any
 ) -> Scored:
     """`account` of given nats (random ones by default), without a model."""
-    with jax.set_mesh(make_mesh(Mesh(None, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         evaluator = Evaluator(configure(**changes), text.store, tokens)
     if nats is None:
         nats = np.random.default_rng(0).gamma(1, 3, evaluator.tokens)
@@ -205,7 +205,7 @@ def test_uniform_logits_by_the_model(tmp_path):
     """All parameters zero: every token has one chance in V."""
     text = make_text(tmp_path / "s", *DOCUMENTS)
     config = configure()
-    with jax.set_mesh(make_mesh(Mesh(None, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         zeros = jax.tree.map(np.zeros_like, jax.device_get(model.init(config.model, 0)))
         scored = score(config, zeros, text, BYTES)
     found = summary(scored.documents, None)
@@ -262,7 +262,7 @@ def test_words_and_bytes_before_a_detokeniser(tmp_path):
     assert (scored.documents.words.tolist(), scored.documents.bytes.tolist()) == ([3], [5])
     config = configure(max_tokens=3)
     with (
-        jax.set_mesh(make_mesh(Mesh(None, 1, 1))),
+        jax.set_mesh(tiny.mesh(data=8)),
         pytest.raises(UserError, match="max_tokens cuts"),
     ):
         score(config, {}, text, BYTES)
@@ -346,9 +346,9 @@ def test_a_sum_over_texts_has_no_interval(tmp_path):
 def test_meshes_and_batches_change_no_figure(tmp_path, prefix):
     text = make_text(tmp_path / "s", *DOCUMENTS * 8)
     found, digests = [], set()
-    for sizes, rows in (((8, 1, 1), 8), ((2, 2, 2), 3), ((1, 2, 4), 64)):
+    for sizes, rows in ((tiny.DATA, 8), (tiny.CUBE, 3), (tiny.TENSOR, 64)):
         config = configure(batch_size=rows, stride=5, prefix=prefix)
-        with jax.set_mesh(make_mesh(Mesh(*sizes))):
+        with jax.set_mesh(make_mesh(sizes)):
             params = model.init(config.model, 0)
             scored = score(config, params, text, BYTES)
             digests.add(audit.fingerprint(params))

@@ -24,13 +24,12 @@ import yaml
 
 from gptjax import decode, model, trained
 from gptjax.cli import EXIT_USER_ERROR, main
-from gptjax.config import Config, Mesh, Sample, UserError
+from gptjax.config import Config, UserError
 from gptjax.evaluation import tasks
 from gptjax.evaluation.tasks import Request
 from gptjax.interop import hf
 from gptjax.interop.vocabulary import split, tokenizer_json
 from gptjax.setup import load_tokenizer, settle
-from gptjax.sharding import make_mesh
 from tests import tiny
 from tests.test_interop_tokenizer import CORPUS, PATTERN, SPECIALS
 from tests.test_interop_tokenizer import trained as trained_tokenizer
@@ -146,13 +145,13 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @contextmanager
 def adapter(made: Made) -> Iterator[Any]:
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         settled = settle(made.config)
         yield harness.Harness(settled, made.params, load_tokenizer(settled))
 
 
 def ask(made: Made, requests: list[Request]) -> list[tasks.Likelihood]:
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         return tasks.loglikelihoods(settle(made.config).model, made.params, requests)
 
 
@@ -291,7 +290,7 @@ def test_a_text_ends_before_its_first_stop_text(made):
 def test_a_token_that_ends_a_turn_ends_a_text(made):
     with adapter(made) as lm:
         known = {"vocab_size": lm._tokenizer.vocab_size, "end_of_text": lm._tokenizer.eot}
-        greedy = Sample("", 1, 12, 0.0, None, None, 1.0, None)
+        greedy = tiny.sample(max_new_tokens=12, temperature=0.0, top_p=None)
         prompt = lm._tokenizer.encode("the cat")
         [text] = decode.generate(lm._config.model, made.params, [prompt], greedy, seed=0, **known)
         ids = text.ids

@@ -30,7 +30,7 @@ V, CONTEXT = 264, 40
 MODEL = dataclasses.replace(
     tiny.config(Path("unused"), model__vocab_size=V).model, context=CONTEXT, attention="block"
 )
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR]
 # Nats of a continuation reach 300; the reference adds the same float32 products in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 
@@ -43,9 +43,9 @@ def parameters() -> model.Params:
 
 
 def ask(
-    requests: list[Request], config: Model = MODEL, sizes: Any = (8, 1, 1), params: Any = None
+    requests: list[Request], config: Model = MODEL, sizes: Mesh = tiny.DATA, params: Any = None
 ) -> list[Likelihood]:
-    with jax.set_mesh(make_mesh(Mesh(*sizes))):
+    with jax.set_mesh(make_mesh(sizes)):
         return loglikelihoods(config, params or parameters(), requests)
 
 
@@ -104,7 +104,7 @@ def test_each_continuation_scores_as_in_a_forward_of_its_own():
     assert len({round(f.nats) for f in found}) > 8
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_mesh_does_not_matter(sizes):
     check(ask(mixed(), sizes=sizes), mixed())
 
@@ -137,7 +137,7 @@ def test_a_continuation_longer_than_the_context_is_refused():
 def test_batches_hold_every_request_once_in_few_shapes(lengths):
     config = dataclasses.replace(MODEL, context=1024)
     # The places of inputs: a longer request is cut to the context.
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         batches = list(tasks._batches(np.array(lengths), config))
     assert sorted(i for chosen, _, _ in batches for i in chosen) == list(range(len(lengths)))
     assert len(batches) <= 1 + 200 // (8 * tasks.AT_ONCE // config.context)

@@ -17,10 +17,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from gptjax import model, sharding, state
-from gptjax.config import Config, Mesh, UserError
+from gptjax.config import Config, UserError
 from gptjax.configure import from_file
 from gptjax.interop import families, hf, pretrained
 from gptjax.interop.pretrained import adopt, import_, load
+from tests import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -194,7 +195,7 @@ def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
 @pytest.mark.parametrize("case", ["gpt2", "llama-attention-bias"])
 def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, folder, tmp_path):
     plain = load(folder(case))
-    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         split = load(folder(case))
         specs = model.abstract_params(split.model)
@@ -208,7 +209,7 @@ def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, folder, t
 
 
 def test_a_mesh_that_does_not_divide_is_refused(folder):
-    mesh = sharding.make_mesh(Mesh(data=2, fsdp=1, tensor=4))
+    mesh = tiny.mesh(data=2, tensor=4)
     with jax.set_mesh(mesh), pytest.raises(UserError, match="V=50 does not divide over mesh axes"):
         load(folder("llama"))
 
@@ -217,6 +218,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 from gptjax.interop.pretrained import import_, load
+from tests import tiny
 # Not ru_maxrss, which a process has from its parent on Linux.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 small, big, out = sys.argv[1:]

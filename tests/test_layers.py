@@ -21,7 +21,7 @@ from tests import tiny
 
 
 def model(**changes) -> Model:
-    return dataclasses.replace(tiny.MODEL, **changes)
+    return tiny.model(**changes)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

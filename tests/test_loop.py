@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -26,7 +27,6 @@ from gptjax.sharding import make_mesh
 from tests import tiny
 
 REPO = Path(__file__).parents[1]
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 # The only records that tell one machine's day, or one start from another.
 CLOCK = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
 
@@ -71,7 +71,7 @@ SIGTERM = "os.kill(os.getpid(), signal.SIGTERM)"
 def final_state(store: Path, workdir: Path, step: int = 20, **knobs: Any) -> state.TrainState:
     config = tiny.config(store, **knobs)
     with (
-        jax.set_mesh(make_mesh(Mesh(1, 1, 1), jax.devices()[:1])),
+        jax.set_mesh(tiny.mesh()),
         Checkpoints(workdir / CHECKPOINTS) as checkpoints,
     ):
         return checkpoints.restore(step, state.abstract(setup.settle(config)))
@@ -174,7 +174,7 @@ def test_every_step_reads_its_own_batch(store: Path, whole: Path) -> None:
 def on_meshes(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     """The same 10 steps on each mesh."""
     folders = {}
-    for shape in MESHES:
+    for shape in tiny.MESHES:
         config = on(store, shape, 10)
         folders[shape] = tmp_path_factory.mktemp("mesh")
         with jax.set_mesh(make_mesh(config.mesh)):
@@ -182,17 +182,14 @@ def on_meshes(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any
     return folders
 
 
-def on(store: Path, shape: tuple[int, int, int], steps: int) -> Config:
-    data, fsdp, tensor = shape
-    return tiny.config(
-        store, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, train__steps=steps
-    )
+def on(store: Path, shape: Mesh, steps: int) -> Config:
+    return dataclasses.replace(tiny.config(store, train__steps=steps), mesh=shape)
 
 
-@pytest.mark.parametrize("saved", MESHES, ids=str)
+@pytest.mark.parametrize("saved", tiny.MESHES, ids=str)
 def test_a_run_moves_to_any_mesh(saved: Any, store: Path, on_meshes: dict[Any, Path]) -> None:
     states = []
-    for shape in MESHES:
+    for shape in tiny.MESHES:
         config = on(store, shape, 10)
         with jax.set_mesh(make_mesh(config.mesh)):
             with Checkpoints(on_meshes[saved] / CHECKPOINTS) as checkpoints:
@@ -222,7 +219,7 @@ def test_a_run_goes_on_on_another_mesh(
     second = run(store, tmp_path, devices=8, train__steps=10, **mesh)
     assert second.returncode == 0, second.stderr
     losses = [line["loss"] for line in read_metrics(tmp_path) if "loss" in line]
-    alone = [line["loss"] for line in read_metrics(on_meshes[2, 2, 2]) if "loss" in line]
+    alone = [line["loss"] for line in read_metrics(on_meshes[tiny.CUBE]) if "loss" in line]
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
     record = json.loads((tmp_path / "environment.json").read_text())[-1]
     assert record["changed_knobs"]["mesh.tensor"] == [1, 2]

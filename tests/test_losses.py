@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import Mesh
 from gptjax.losses import Sums, cross_entropy, token_nll
 from gptjax.sharding import make_mesh, out
+from tests import tiny
 
 B, T, D, V = 4, 6, 16, 24
 LAYOUTS = ("DV", "VD")
 # None, a divisor of V, two that leave a rest, one column, more columns than there are.
 CHUNKS = (None, 8, 7, 10, 1, 100)
-MESHES = ((2, 2, 2), (1, 2, 4))
+MESHES = (tiny.CUBE, tiny.TENSOR)
 
 
 def make(dims: str, seed: int = 0):
@@ -155,14 +155,14 @@ def test_bfloat16_inputs_are_accumulated_in_float32(dims):
         assert_close([np.float32(grad) for grad in grads], expected[1], 2e-2)
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("chunk", [None, 8, 9])
 @pytest.mark.parametrize("dims", LAYOUTS)
 def test_meshes_agree_with_no_mesh(shape, chunk, dims):
     x_BTD, kernel, targets_BT, weights_BT = make(dims)
     knobs = {"chunk": chunk, "softcap": 5.0, "z_loss": 0.1}
     expected = value_and_grads(x_BTD, kernel, dims, targets_BT, weights_BT, **knobs)
-    with jax.set_mesh(make_mesh(Mesh(*shape))):
+    with jax.set_mesh(make_mesh(shape)):
         placed = [
             jax.device_put(array, out(letters))
             for array, letters in ((x_BTD, "BTD"), (kernel, dims), (targets_BT, "BT"))

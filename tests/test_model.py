@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from gptjax import accounting, sharding
 from gptjax import model as gpt
-from gptjax.config import ATTENTION_BIAS, ConfigError, Mesh, Model
+from gptjax.config import ATTENTION_BIAS, ConfigError, Model
 from gptjax.layers import attention
 from gptjax.layers.attention import ATTENTION, splash
 from gptjax.layers.feedforward import FEEDFORWARD
@@ -27,8 +27,7 @@ from tests import tiny
 
 B, T, V = 4, 6, 40
 # Every way to stretch RoPE does something to it within T tokens.
-MODEL = dataclasses.replace(
-    tiny.MODEL, vocab_size=V, context=T,
+MODEL = tiny.model(vocab_size=V, context=T,
     rope_base=100.0, rope_factor=2.0, rope_original_context=4, rope_rotations=(0.1, 0.5),
 )  # fmt: skip
 
@@ -132,11 +131,6 @@ def rows_on_mesh(mesh: jax.sharding.Mesh, rows: Any) -> Any:
     return jax.device_put(rows, NamedSharding(mesh, sharding.spec("B")))
 
 
-@functools.cache
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(Mesh(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
-
-
 # Each token occurs once, so that the gradient of its row of the table is that of its place.
 TOKENS = np.random.default_rng(1).permutation(B * T).reshape(B, T).astype(np.int32)
 STARTS = np.asarray([[0, 2, 2], [0, 1, 5], [0, 3, 4], [0, 0, 0]])  # of the documents of each row
@@ -235,7 +229,7 @@ def test_an_architecture(combination):
 
     # Sharded and, in the same program, unrolled if it was scanned and the other way round.
     other = dataclasses.replace(config, scan_layers=not config.scan_layers)
-    mesh = mesh_of(2, 2, 2 if config.K % 2 == 0 else 1)
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2 if config.K % 2 == 0 else 1)
     with jax.set_mesh(mesh):
         sharded = values_and_gradients(
             other, on_mesh(config, params, mesh), rows_on_mesh(mesh, rows)
@@ -276,7 +270,7 @@ def test_a_kernel_in_the_model(name, monkeypatch):
     got = run(config, params, tokens_BT, weights)
     want = run(dataclasses.replace(config, attention="plain"), params, tokens_BT, weights)
     close(got, want)
-    mesh = mesh_of(2, 1, 2)
+    mesh = tiny.mesh(data=2, tensor=2)
     with jax.set_mesh(mesh):
         rows = rows_on_mesh(mesh, (tokens_BT, weights))
         sharded = run(config, on_mesh(config, params, mesh), *rows)
@@ -320,7 +314,7 @@ def test_rows_of_different_lengths_decode_as_alone(position):
     alone = np.stack([whole[b, n : n + 3] for b, n in enumerate(lengths)])
     close(decode(params, jnp.asarray), alone)
     if position == "rope":
-        mesh = mesh_of(2, 2, 2)
+        mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
         with jax.set_mesh(mesh):
             placed = on_mesh(config, params, mesh)
             close(decode(placed, functools.partial(rows_on_mesh, mesh)), alone)
@@ -437,7 +431,7 @@ def test_dropout_is_one_function_scanned_and_sharded_and_off_without_a_key():
     key = jax.random.key(3)
     dropped = run(config, params, TOKENS, dropout_key=key)
     scanned = model(dropout=0.3, scan_layers=True)
-    mesh = mesh_of(2, 2, 2)
+    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         tokens_BT = rows_on_mesh(mesh, TOKENS)
         close(run(scanned, on_mesh(config, params, mesh), tokens_BT, dropout_key=key), dropped)
@@ -565,14 +559,15 @@ def test_a_layer_starts_alike_at_every_depth():
         assert (value == ratio * deep[name][: len(value)]).all(), name
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", tiny.MESHES, ids=str)
 def test_initial_values_are_bitwise_equal_on_every_mesh(shape):
     config = model(init="fan_in", tied=False, qk_norm=True, value_residual=True)
-    with jax.set_mesh(mesh_of(*shape)):
+    mesh = sharding.make_mesh(shape)
+    with jax.set_mesh(mesh):
         params = gpt.init(config, 0)
         specs = named(gpt.abstract_params(config))
     for name, value in named(params).items():
-        wanted = NamedSharding(mesh_of(*shape), sharding.parameter_spec(specs[name].dims))
+        wanted = NamedSharding(mesh, sharding.parameter_spec(specs[name].dims))
         assert value.sharding.is_equivalent_to(wanted, value.ndim), name
         assert (np.asarray(value) == initial(config)[name]).all(), name
 

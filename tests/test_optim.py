@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.config import ConfigError, Mesh, Optim
+from gptjax.config import ConfigError, Optim
 from gptjax.optim import (
     DECAY_MASKS,
     OPTIMIZERS,
@@ -23,6 +23,7 @@ from gptjax.optim import (
     state_specs,
 )
 from gptjax.sharding import make_mesh, parameter_spec
+from tests import tiny
 
 SIZES = {"L": 3, "D": 32, "N": 4, "H": 8, "F": 64, "V": 48}
 DIMS = {
@@ -54,25 +55,9 @@ LETTERS = [
 
 
 def config(**changes) -> Optim:
-    values = {
-        "optimizer": "adamw",
-        "peak_lr": 0.1,
-        "schedule": "constant",
-        "warmup_steps": 0,
-        "decay_fraction": 0.2,
-        "final_lr_fraction": 0.1,
-        "b1": 0.9,
-        "b2": 0.95,
-        "eps": 1e-8,
-        "momentum": 0.95,
-        "weight_decay": 0.0,
-        "decay_mask": "matrices",
-        "clip": None,
-        "ema_decay": None,
-        "z_loss": 0.0,
-        "loss_vocab_chunk": None,
-    }
-    return Optim(**{**values, **changes})
+    """Bare: a constant rate of 0.1, no warmup, decay or clipping."""
+    bare = {"peak_lr": 0.1, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.0}
+    return tiny.optim(**bare | {"clip": None} | changes)
 
 
 def draw(seed: int):
@@ -308,7 +293,7 @@ def test_impossible_optimisers_are_told():
             make_optimizer(config(**{knob: "nope"}), 10, DIMS)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [tiny.CUBE, tiny.TENSOR], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_meshes_agree_with_no_mesh(name, shape):
     o = config(optimizer=name, weight_decay=0.1, clip=1.0)
@@ -318,7 +303,7 @@ def test_meshes_agree_with_no_mesh(name, shape):
     def place(tree):
         return jax.tree.map(lambda a, d: jax.device_put(a, parameter_spec(d)), tree, DIMS)
 
-    with jax.set_mesh(make_mesh(Mesh(*shape))):
+    with jax.set_mesh(make_mesh(shape)):
         placed = place(params)
         optimizer = make_optimizer(o, 100, DIMS)
         born = jax.jit(optimizer.init)(placed)

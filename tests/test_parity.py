@@ -6,6 +6,7 @@ or 0. The mapping of weights is spelled out here and shares nothing with the pac
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from gptjax import accounting
 from gptjax import model as gpt
 from gptjax.config import Model
 from gptjax.losses import cross_entropy
+from tests import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,27 +26,12 @@ transformers = pytest.importorskip("transformers")
 B, T, V, L, D, N, K, F = 2, 24, 96, 3, 32, 4, 2, 56
 TOKENS = np.random.default_rng(0).integers(V, size=(B, T)).astype(np.int32)
 
-COMMON: dict[str, Any] = {
-    "vocab_size": V, "context": T, "layers": L, "width": D, "heads": N, "head_dim": None,
-    "ff_dim": F, "norm_placement": "pre", "parallel_block": False, "windows": (None,),
-    "attention_softcap": None, "logit_softcap": None, "value_residual": False, "dropout": 0.0,
-    "init": "gpt2", "init_scale": 1.0, "parametrisation": "standard", "mup_base_width": None,
-    "mup_base_heads": None, "mup_base_layers": None, "attention": "plain", "scan_layers": False, "remat": "none",
-    "dtype": "float32", "attention_bias": "same", "rope_base": 500.0, "rope_scaling": "none",
-    "rope_factor": 1.0, "rope_original_context": None, "rope_rotations": (1.0, 32.0),
-}  # fmt: skip
-GPT2 = Model(
-    **COMMON, kv_heads=None, position="learned", norm="layernorm", norm_eps=1e-5, bias=True,
-    feedforward="gelu", qk_norm=False, tied=True,
+GPT2 = tiny.model(vocab_size=V, context=T, layers=L, width=D, heads=N, ff_dim=F)
+LLAMA = dataclasses.replace(
+    GPT2, kv_heads=K, position="rope", rope_base=500.0, norm="rmsnorm", norm_eps=1e-6, bias=False,
+    feedforward="swiglu", tied=False,
 )  # fmt: skip
-LLAMA = Model(
-    **COMMON, kv_heads=K, position="rope", norm="rmsnorm", norm_eps=1e-6, bias=False,
-    feedforward="swiglu", qk_norm=False, tied=False,
-)  # fmt: skip
-QWEN3 = Model(
-    **COMMON | {"head_dim": 12}, kv_heads=K, position="rope", norm="rmsnorm", norm_eps=1e-6,
-    bias=False, feedforward="swiglu", qk_norm=True, tied=True,
-)  # fmt: skip
+QWEN3 = dataclasses.replace(LLAMA, head_dim=12, qk_norm=True, tied=True)
 
 
 def gpt2() -> Any:

@@ -28,7 +28,7 @@ V = 264
 DOCUMENTS = ("the cat sees the sun. ", "an owl! ", "七嘴八舌 of dogs")
 LENGTHS = [len(text.encode()) + 1 for text in DOCUMENTS]
 TOKENS = sum(LENGTHS)
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR]
 # The reference's sums run in another order; losses reach some 20 nats, logits some 30.
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
 
@@ -71,20 +71,20 @@ def parameters() -> model.Params:
 
 def evaluator(config: Config, store: Store, tokens: tokenizer.Tokenizer = BYTES) -> Evaluator:
     """On the current mesh; without one, on eight devices."""
-    with jax.set_mesh(make_mesh(Mesh(None, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         return Evaluator(config, store, tokens)
 
 
 def token_nats(
-    config: Config, store: Store, sizes: tuple[int, int, int] = (8, 1, 1), params: Any = None
+    config: Config, store: Store, sizes: Mesh = tiny.DATA, params: Any = None
 ) -> np.ndarray:
     # On eight devices rows beyond the last window occur.
-    with jax.set_mesh(make_mesh(Mesh(*sizes))):
+    with jax.set_mesh(make_mesh(sizes)):
         return Evaluator(config, store, BYTES).token_nats(params or parameters())
 
 
 def score(config: Config, store: Store, params: Any = None) -> Score:
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         return Evaluator(config, store, BYTES)(params or parameters())
 
 
@@ -233,7 +233,7 @@ def test_every_token_is_scored_once_by_the_window_that_should(
         return (first + np.arange(rows))[:, None] * 1000.0 + np.arange(T)
 
     scored: list[int] = []
-    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(tiny.mesh(data=8)):
         patch.setattr(perplexity, "batch_nll", stub)
         evaluator = Evaluator(config, text, BYTES)
         found = evaluator.token_nats({}, scored.append)
@@ -253,7 +253,7 @@ def test_every_token_is_scored_once_by_the_window_that_should(
 
 def test_meshes_batches_and_chunks_change_no_number(store: Store) -> None:
     plain = token_nats(configure(stride=7), store)
-    with jax.set_mesh(make_mesh(Mesh(1, 1, 1), jax.devices()[:1])):
+    with jax.set_mesh(tiny.mesh()):
         alone = Evaluator(configure(stride=7), store, BYTES).token_nats(parameters())
     found = {
         "one device": alone,
@@ -292,7 +292,7 @@ def test_the_bytes_are_the_text_s(
     monkeypatch.setattr(
         perplexity, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape)
     )
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         every = Evaluator(configure(), text, tokens)({})
         less = Evaluator(configure(prefix="none"), text, tokens)({})
     assert every.bytes == len("".join(DOCUMENTS).encode())
@@ -301,7 +301,7 @@ def test_the_bytes_are_the_text_s(
 
 
 def test_parameters_stay_as_they_are(store: Store) -> None:
-    with jax.set_mesh(make_mesh(Mesh(2, 2, 2))):
+    with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
         config = configure()
         params = model.init(config.model, 0)
         before = jax.device_get(params)

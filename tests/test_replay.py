@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import ensemble, loop, model, records, replay, setup
-from gptjax.config import Config, Mesh, UserError
-from gptjax.sharding import make_mesh
+from gptjax.config import Config, UserError
 from tests import tiny
 from tests.test_interop_tokenizer import trained, write
 
@@ -27,7 +26,7 @@ DEVICES = jax.devices()
 
 
 def train(config: Config, folder: Path, *how: Any, tensor: int = 1) -> Path:
-    with jax.set_mesh(make_mesh(Mesh(1, 1, tensor), DEVICES[:tensor])):
+    with jax.set_mesh(tiny.mesh(tensor=tensor)):
         loop.train(config, folder, *how)
     return folder
 
@@ -127,7 +126,7 @@ def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:
 def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path) -> None:
     """Three runs on one device, for alone a run is rounded otherwise."""
     group = [
-        dataclasses.replace(tiny.config(store, **KNOBS), seed=seed, mesh=Mesh(1, 1, 1))
+        dataclasses.replace(tiny.config(store, **KNOBS), seed=seed, mesh=tiny.axes())
         for seed in (0, 1, 2)
     ]
     folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
@@ -413,7 +412,7 @@ def test_what_differs_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     environment(run, alter)
     monkeypatch.setattr(records, "code_fingerprint", lambda: "0123456789abcdef")
-    with jax.set_mesh(make_mesh(Mesh(1, 1, 1), DEVICES[:1])):
+    with jax.set_mesh(tiny.mesh()):
         now = records.environment()
         assert replay.differences(replay.verify(run)) == [
             f"python was '2.7', is {now['python']!r}",
@@ -438,7 +437,7 @@ def test_a_change_on_the_way_is_told(store: Path, run: Path) -> None:
     environment(run, alter)
     past = replay.verify(run)
     assert past.config.model.remat == "none" and past.config.sample.prompt == "the "
-    with jax.set_mesh(make_mesh(Mesh(1, 1, 1), DEVICES[:1])):
+    with jax.set_mesh(tiny.mesh()):
         cpu = records.environment()["cpu"]
         assert replay.differences(past) == [
             f"cpu was 'abacus' since step 4, is {cpu!r}",

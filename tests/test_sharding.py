@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import model, sharding, state
-from gptjax.config import Config, ConfigError, Mesh, from_dict
+from gptjax.config import ConfigError
 from gptjax.optim import OPTIMIZERS
 from gptjax.sharding import (
     AXES,
@@ -29,25 +27,17 @@ from gptjax.sharding import (
     round_up,
     spec,
 )
+from tests import tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from configs import base
-
-BASE: Config = from_dict(base.get_config().to_dict())
 CONFIG = dataclasses.replace(
-    BASE,
-    model=dataclasses.replace(
-        BASE.model, vocab_size=64, context=16, layers=2, width=32, heads=8, kv_heads=4, ff_dim=48,
+    tiny.BASE,
+    model=tiny.model(
+        vocab_size=64, context=16, layers=2, width=32, heads=8, kv_heads=4, ff_dim=48,
         bias=False, qk_norm=True, tied=False, scan_layers=True,
     ),
-    optim=dataclasses.replace(BASE.optim, warmup_steps=0, ema_decay=0.9),
-    data=dataclasses.replace(BASE.data, batch_size=16),
+    optim=tiny.optim(warmup_steps=0, ema_decay=0.9),
+    data=tiny.data(batch_size=16),
 )  # fmt: skip
-
-
-def mesh(data: int | None, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    return make_mesh(Mesh(data, fsdp, tensor))
 
 
 # --- the rules ------------------------------------------------------------------------------
@@ -100,7 +90,7 @@ def test_the_rules_name_only_axes_of_the_mesh_and_letters_of_the_alphabet():
 
 def test_out_is_none_where_no_mesh_is_set():
     assert out("BTD") is None
-    with jax.set_mesh(mesh(8, 1, 1)):
+    with jax.set_mesh(tiny.mesh(data=8)):
         assert out("BTD") == P(("data", "fsdp"), None, None)
 
 
@@ -108,23 +98,34 @@ def test_out_is_none_where_no_mesh_is_set():
 
 
 def test_make_mesh_takes_the_devices_that_remain():
-    assert dict(mesh(None, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(mesh(1, 2, 4).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
-    few = make_mesh(Mesh(None, 1, 1), jax.devices()[:3])
+    assert dict(make_mesh(tiny.axes(data=None, fsdp=2, tensor=2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+    assert dict(tiny.mesh(fsdp=2, tensor=4).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    few = make_mesh(tiny.axes(data=None), jax.devices()[:3])
     assert dict(few.shape) == {"data": 3, "fsdp": 1, "tensor": 1}
     assert set(few.devices.flat) == set(jax.devices()[:3])
 
 
-@pytest.mark.parametrize("sizes, wants", [((1, 2, 2), 4), ((None, 3, 1), 6), ((None, 16, 1), 16)])
+@pytest.mark.parametrize(
+    "sizes, wants",
+    [
+        (tiny.axes(fsdp=2, tensor=2), 4),
+        (tiny.axes(data=None, fsdp=3), 6),
+        (tiny.axes(data=None, fsdp=16), 16),
+    ],
+)
 def test_make_mesh_refuses_another_number_of_devices(sizes, wants):
     message = f"wants {wants} devices, but 8 are here: .*whose product is 8$"
     with pytest.raises(ConfigError, match=message):
-        mesh(*sizes)
+        make_mesh(sizes)
 
 
 def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
     assert round_up(5, "B") == 5
-    with jax.set_mesh(mesh(2, 2, 2)):
+    with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
         assert [round_up(n, "B") for n in (1, 4, 5)] == [4, 4, 8]
         assert [round_up(n, "V") for n in (1, 2, 3)] == [2, 2, 4]
 
@@ -132,13 +133,13 @@ def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
 @pytest.mark.parametrize(
     "changes, sizes, message",
     [
-        ({"batch_size": 12}, (8, 1, 1), "data.batch_size / train.accumulation=12 .* data x fsdp = 8"),
-        ({"accumulation": 4}, (4, 2, 1), "data.batch_size / train.accumulation=4 .* data x fsdp = 8"),
-        ({"heads": 4, "kv_heads": 4}, (1, 1, 8), "model.heads=4 .* tensor = 8"),
-        ({"kv_heads": 4}, (1, 1, 8), "model.kv_heads=4 .* tensor = 8"),
-        ({"ff_dim": 50}, (1, 2, 4), "model.ff_dim=50 .* tensor = 4"),
-        ({"vocab_size": 257}, (2, 2, 2), "model.vocab_size=257 .* tensor = 2"),
-        ({"width": 36, "head_dim": 8}, (1, 8, 1), "model.width=36 .* fsdp = 8"),
+        ({"batch_size": 12}, tiny.DATA, "data.batch_size / train.accumulation=12 .* data x fsdp = 8"),
+        ({"accumulation": 4}, tiny.axes(data=4, fsdp=2), "data.batch_size / train.accumulation=4 .* data x fsdp = 8"),
+        ({"heads": 4, "kv_heads": 4}, tiny.axes(tensor=8), "model.heads=4 .* tensor = 8"),
+        ({"kv_heads": 4}, tiny.axes(tensor=8), "model.kv_heads=4 .* tensor = 8"),
+        ({"ff_dim": 50}, tiny.TENSOR, "model.ff_dim=50 .* tensor = 4"),
+        ({"vocab_size": 257}, tiny.CUBE, "model.vocab_size=257 .* tensor = 2"),
+        ({"width": 36, "head_dim": 8}, tiny.FSDP, "model.width=36 .* fsdp = 8"),
     ],
 )  # fmt: skip
 def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
@@ -149,13 +150,13 @@ def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
     parts = {name: change(getattr(CONFIG, name)) for name in ("model", "data", "train")}
     config = dataclasses.replace(CONFIG, **parts)
     with pytest.raises(ConfigError, match=f"^{message}: make it a multiple of {message[-1]}"):
-        check_divisible(config, mesh(*sizes))
-    check_divisible(config, make_mesh(Mesh(1, 1, 1), jax.devices()[:1]))
+        check_divisible(config, make_mesh(sizes))
+    check_divisible(config, tiny.mesh())
 
 
 def test_a_divisible_config_passes_on_every_mesh():
-    for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)):
-        check_divisible(CONFIG, mesh(*sizes))
+    for sizes in tiny.MESHES:
+        check_divisible(CONFIG, make_mesh(sizes))
 
 
 # --- gather -----------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def collectives(text: str, kind: str) -> list[str]:
 
 
 def test_gather_casts_before_it_moves():
-    with jax.set_mesh(mesh(1, 4, 2)):
+    with jax.set_mesh(tiny.mesh(fsdp=4, tensor=2)):
         where = NamedSharding(jax.sharding.get_mesh(), parameter_spec("DF"))
         kernel = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=where)
         use = jax.jit(lambda p: gather(p, "DF", jnp.bfloat16))
@@ -190,10 +191,10 @@ def test_gather_without_a_mesh_only_casts():
 # --- place ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("sizes", [*tiny.MESHES, tiny.axes(tensor=8)], ids=str)
 @pytest.mark.parametrize("dims", ["BT", "BAT"])
 def test_place_gives_each_device_its_rows(sizes, dims):
-    rows, ways = 16, sizes[0] * sizes[1]
+    rows, ways = 16, sizes.data * sizes.fsdp
     rest = (2, 3)[: len(dims) - 1]
     whole = np.arange(rows * math.prod(rest), dtype=np.int32).reshape(rows, *rest)
     asked = []
@@ -202,12 +203,12 @@ def test_place_gives_each_device_its_rows(sizes, dims):
         asked.append((start, stop))
         return {"x": whole[start:stop], "y": whole[start:stop] * 0.5}
 
-    with jax.set_mesh(mesh(*sizes)):
+    with jax.set_mesh(make_mesh(sizes)):
         placed = place(load, rows, dims)
     assert asked == [(0, rows)]  # of one process all, and once
     np.testing.assert_array_equal(placed["x"], whole)
     np.testing.assert_array_equal(placed["y"], whole * 0.5)
-    for number, device in enumerate(mesh(*sizes).devices.reshape(ways, -1)):
+    for number, device in enumerate(make_mesh(sizes).devices.reshape(ways, -1)):
         mine = whole[number * rows // ways : (number + 1) * rows // ways]
         for shard in placed["x"].addressable_shards:
             if shard.device in device:
@@ -219,7 +220,7 @@ def test_place_gives_each_device_its_rows(sizes, dims):
 
 def test_the_state_is_born_sharded_and_never_whole():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, width=256))
-    with jax.set_mesh(mesh(1, 8, 1)):
+    with jax.set_mesh(tiny.mesh(fsdp=8)):
         compiled = jax.jit(lambda: state.create(config)).lower().compile()
         made = compiled()
     params = jax.tree.leaves(made.params)
@@ -246,7 +247,7 @@ def test_the_state_is_born_sharded_and_never_whole():
 def test_no_optimizer_keeps_a_whole_matrix_on_a_device(optimizer):
     optim = dataclasses.replace(CONFIG.optim, optimizer=optimizer)
     config = dataclasses.replace(CONFIG, optim=optim)
-    with jax.set_mesh(mesh(1, 8, 1)):
+    with jax.set_mesh(tiny.mesh(fsdp=8)):
         leaves = jax.tree.leaves(state.abstract(config).opt_state)
     for leaf in leaves:
         share = math.prod(leaf.sharding.shard_shape(leaf.shape))

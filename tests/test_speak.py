@@ -17,9 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import decode, model, speak, tokenizer
-from gptjax.config import Config, ConfigError, Mesh
+from gptjax.config import Config, ConfigError
 from gptjax.decode import Text
-from gptjax.sharding import make_mesh
 from gptjax.speak import _Writer
 from tests import tiny
 
@@ -40,7 +39,7 @@ def generate(**sample: Any) -> tuple[list[str], str, str]:
     """The texts, and what was printed on standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        jax.set_mesh(make_mesh(Mesh(8, 1, 1))),
+        jax.set_mesh(tiny.mesh(data=8)),
         redirect_stdout(out),
         redirect_stderr(err),
     ):
@@ -53,7 +52,7 @@ def test_a_text_is_the_same_however_it_is_shown(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     config = configure()
-    with jax.set_mesh(make_mesh(Mesh(8, 1, 1))):
+    with jax.set_mesh(tiny.mesh(data=8)):
         (whole,) = decode.generate(
             config.model,
             PARAMS,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +13,11 @@ import optax
 import pytest
 
 from gptjax import model, optim, sharding, state
-from gptjax.config import Config, Mesh, from_dict
+from gptjax.config import Config, Mesh
 from gptjax.model import REMAT
 from gptjax.optim import OPTIMIZERS
+from tests import tiny
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from configs import base
-
-BASE: Config = from_dict(base.get_config().to_dict())
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 V, T, ROWS = 64, 16, 16
 
 
@@ -42,7 +35,7 @@ def configure(**changes) -> Config:
         "data": {"batch_size": ROWS},
         "train": {"steps": 20},
     }  # fmt: skip
-    config = BASE
+    config = tiny.BASE
     for section, fields in sections.items():
         part = getattr(config, section)
         own = {name: v for name, v in changes.items() if hasattr(part, name)}
@@ -55,13 +48,9 @@ def configure(**changes) -> Config:
 CONFIG = configure()
 
 
-def on(sizes: tuple[int, int, int] | None):
+def on(sizes: Mesh | None):
     """Sets a mesh; None is plain jax on one device."""
-    return contextlib.nullcontext() if sizes is None else jax.set_mesh(make_mesh(sizes))
-
-
-def make_mesh(sizes):
-    return sharding.make_mesh(Mesh(*sizes))
+    return contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(sizes))
 
 
 def arrays(step: int, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -152,7 +141,7 @@ def test_the_model_learns(plain):
     assert make_step(CONFIG, None)._cache_size() == 1
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
 def test_meshes_give_the_same_losses_as_one_device(sizes, plain):
     _, metrics = run(CONFIG, sizes, 20)
     # Sums in another order differ by some 1e-7 a step; the optimiser carries that along.
@@ -164,13 +153,13 @@ def test_meshes_give_the_same_losses_as_one_device(sizes, plain):
 
 
 def test_the_same_mesh_twice_is_bitwise_equal():
-    once, again = run(CONFIG, (2, 2, 2), 5), run(CONFIG, (2, 2, 2), 5)
+    once, again = run(CONFIG, tiny.CUBE, 5), run(CONFIG, tiny.CUBE, 5)
     same(once, again)
 
 
 def test_initial_values_are_bitwise_equal_on_all_meshes():
     whole = state.create(CONFIG).params
-    for sizes in MESHES:
+    for sizes in tiny.MESHES:
         with on(sizes):
             same(state.create(CONFIG).params, whole)
 
@@ -210,7 +199,7 @@ def test_the_loss_depends_on_the_documents(name, one_step):
     assert abs(metrics["loss"] - one_step[1]["loss"][0]) > 1e-5
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [None, tiny.CUBE], ids=str)
 @pytest.mark.parametrize("scored", ["most", "unequal", "one row"])
 def test_accumulation_changes_nothing(sizes, scored):
     # Row r is in micro-batch r % 4: "unequal" scores 1, 5, 11 and 16 of its tokens.
@@ -247,14 +236,14 @@ def test_a_batch_without_scored_tokens_has_no_gradient():
 @pytest.mark.parametrize("remat", REMAT)
 def test_scanning_and_every_remat_policy_give_the_same_gradients(scan, remat, one_step):
     config = configure(scan_layers=scan, remat=remat)
-    now, metrics = run(config, (2, 2, 2), 1)
+    now, metrics = run(config, tiny.CUBE, 1)
     assert metrics["loss"] == pytest.approx(one_step[1]["loss"], rel=1e-6)
     alike(first_moment(now), first_moment(one_step[0]), 3e-6)
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_masters(one_step):
     config = configure(dtype="bfloat16")
-    now, metrics = run(config, (2, 2, 2), 1)
+    now, metrics = run(config, tiny.CUBE, 1)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(now)} == {"float32", "int32"}
     assert all(value.dtype == np.float32 for value in metrics.values())
     # bf16 keeps 8 bits: 0.4% a value, which averages out in the loss.
@@ -281,8 +270,8 @@ def products(jaxpr):
 
 def test_dropout_is_reproducible_fresh_each_step_and_the_same_on_every_mesh(plain):
     config = configure(dropout=0.2)
-    _, once = run(config, (2, 2, 2), 3)
-    _, again = run(config, (2, 2, 2), 3)
+    _, once = run(config, tiny.CUBE, 3)
+    _, again = run(config, tiny.CUBE, 3)
     same(once, again)
     _, alone = run(config, None, 3)
     np.testing.assert_allclose(once["loss"], alone["loss"], rtol=0, atol=1e-5)
@@ -299,7 +288,7 @@ def test_dropout_is_reproducible_fresh_each_step_and_the_same_on_every_mesh(plai
 # --- skipping and averaging -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [None, tiny.CUBE], ids=str)
 def test_a_step_without_a_finite_gradient_is_left_out_whole(sizes):
     poison = arrays(0)
     poison["targets"][3, 5], poison["weights"][3, 5] = V, 1  # outside the vocabulary: NaN
@@ -385,7 +374,7 @@ def test_the_rate_follows_the_schedule(plain):
 # --- the machine ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [None, tiny.CUBE], ids=str)
 def test_the_state_is_donated(sizes):
     with on(sizes):
         old = state.create(CONFIG)
@@ -405,7 +394,7 @@ def test_the_guard_of_these_tests_notices_a_batch_that_was_not_placed():
 
 
 def test_the_abstract_state_is_that_of_create():
-    for sizes in (None, (2, 2, 2)):
+    for sizes in (None, tiny.CUBE):
         with on(sizes):
             real, abstract = state.create(CONFIG), state.abstract(CONFIG)
         assert jax.tree.structure(real) == jax.tree.structure(abstract)

@@ -22,10 +22,9 @@ import numpy as np
 import pytest
 
 from gptjax import loop
-from gptjax.config import Mesh, UserError
+from gptjax.config import UserError
 from gptjax.records import read_environment, read_metrics
 from gptjax.setup import Setup
-from gptjax.sharding import make_mesh
 from gptjax.study import results, run
 from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, cells, load, tuning_cells
@@ -41,7 +40,7 @@ LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the processes of their own, which have one: the same programs, bit for bit."""
-    monkeypatch.setattr(run, "make_mesh", lambda mesh: make_mesh(Mesh(1, 1, 1), DEVICES[:1]))
+    monkeypatch.setattr(run, "make_mesh", lambda mesh: tiny.mesh())
 
 
 @pytest.fixture(scope="module")

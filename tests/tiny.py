@@ -1,26 +1,69 @@
-"""Models small enough for a second: one to take apart, and a recipe for tests of whole runs."""
+"""What tests are made of, small enough for a second, each with every knob that a test leaves out.
+
+`model`, `optim`, `data`, `train` and `sample` are sections of a config by the names of what
+differs, `axes` and `mesh` meshes by the sizes of their axes; `config` is a whole run on a store.
+A new knob is stated in the config and its recipe alone.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
-from gptjax import configure
-from gptjax.config import Config, Model
+import jax
+
+from gptjax import configure, sharding
+from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
 from gptjax.data import prepare
 
-# GPT-2's block; tests state what they change by `dataclasses.replace`.
-MODEL = Model(
-    vocab_size=64, context=128, layers=2, width=16, heads=4, kv_heads=None, head_dim=None,
-    feedforward="gelu", ff_dim=24, position="learned", rope_base=1e4, rope_scaling="none",
-    rope_factor=1.0, rope_original_context=None, rope_rotations=(1.0, 32.0), norm="layernorm",
-    norm_placement="pre", norm_eps=1e-5, bias=True, attention_bias="same", parallel_block=False,
-    qk_norm=False, windows=(None,), attention_softcap=None, logit_softcap=None,
-    value_residual=False, tied=True, dropout=0.0, init="gpt2", init_scale=1.0,
-    parametrisation="standard", mup_base_width=None, mup_base_heads=None, mup_base_layers=None,
-    attention="plain", scan_layers=False, remat="none", dtype="float32",
+RECIPE = "configs/base.py"
+BASE = configure.from_file(str(Path(__file__).parents[1] / RECIPE))
+
+# GPT-2's block.
+MODEL = dataclasses.replace(
+    BASE.model, vocab_size=64, context=128, width=16, layers=2, ff_dim=24, attention="plain"
+)
+
+
+def model(**knobs: Any) -> Model:
+    return dataclasses.replace(MODEL, **knobs)
+
+
+def optim(**knobs: Any) -> Optim:
+    return dataclasses.replace(BASE.optim, **knobs)
+
+
+def data(**knobs: Any) -> Data:
+    return dataclasses.replace(BASE.data, **knobs)
+
+
+def train(**knobs: Any) -> Train:
+    return dataclasses.replace(BASE.train, **knobs)
+
+
+def sample(**knobs: Any) -> Sample:
+    return dataclasses.replace(BASE.sample, **knobs)
+
+
+def axes(**sizes: int | None) -> Mesh:
+    """The mesh section of a config: an axis that is not named has one device."""
+    ones = {field.name: 1 for field in dataclasses.fields(Mesh)}
+    return Mesh(**{**ones, **sizes})
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as it takes; without a name, of one."""
+    count = math.prod(sizes.values())
+    return sharding.make_mesh(axes(**sizes), jax.devices()[:count])
+
+
+# Over eight devices: rows, parameters, both with the heads, and mostly heads.
+DATA, FSDP, CUBE, TENSOR = MESHES = (
+    axes(data=8), axes(fsdp=8), axes(data=2, fsdp=2, tensor=2), axes(fsdp=2, tensor=4),
 )  # fmt: skip
 
-RECIPE = "configs/base.py"
 KNOBS = {
     "model.vocab_size": 264,  # 257 bytes, rounded up so that it divides over 8 devices
     "model.context": 16,
