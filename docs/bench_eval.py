@@ -2,7 +2,7 @@
 
     python docs/bench_eval.py models/smollm2 wiki.test.raw
 
-Needs the extra `test` (torch, transformers). Prints tokens/s of each turn, compilation left out,
+Needs the extras `test` and `reference` (torch, transformers). Prints tokens/s of each turn, compilation left out,
 and the loss of both, which must agree.
 """
 

@@ -107,6 +107,16 @@ class _Chunk(NamedTuple):
     hit_BTVC: jax.Array  # where a fresh column is the target
 
 
+class _Residuals(NamedTuple):
+    """What the backward pass reads."""
+
+    x_BTD: jax.Array
+    kernel: jax.Array
+    targets_BT: jax.Array
+    log_z_BT: jax.Array
+    logits_BTVC: jax.Array | None  # those of a single chunk; of several, none are kept
+
+
 class _Statistics(NamedTuple):
     """Of the columns seen so far, per tensor shard."""
 
@@ -116,7 +126,14 @@ class _Statistics(NamedTuple):
 
 
 def _chunk(
-    x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None, i, logits_BTVC=None
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    targets_BT: jax.Array,
+    dims: str,
+    width: int,
+    softcap: float | None,
+    i: int | jax.Array,
+    logits_BTVC: jax.Array | None = None,
 ) -> _Chunk:
     """Chunk number i; its logits are computed unless they are at hand."""
     C = dims.index("C")
@@ -156,11 +173,25 @@ def _merge(a: _Statistics, b: _Statistics) -> _Statistics:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _nll(x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None):
+def _nll(
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    targets_BT: jax.Array,
+    dims: str,
+    width: int,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
     return _nll_forward(x_BTD, kernel, targets_BT, dims, width, softcap)[0]
 
 
-def _nll_forward(x_BTD, kernel, targets_BT, dims: str, width: int, softcap: float | None):
+def _nll_forward(
+    x_BTD: jax.Array,
+    kernel: jax.Array,
+    targets_BT: jax.Array,
+    dims: str,
+    width: int,
+    softcap: float | None,
+) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
     chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
     count = -(-kernel.shape[dims.index("C")] // width)
     first = chunk(0)
@@ -176,12 +207,17 @@ def _nll_forward(x_BTD, kernel, targets_BT, dims: str, width: int, softcap: floa
     total_BT = jnp.sum(seen.total_BTV * jnp.exp(seen.top_BTV - top_BT[..., None]), axis=-1)
     log_z_BT = top_BT + jnp.log(total_BT)
     nll_BT = log_z_BT - jnp.sum(seen.target_BTV, axis=-1)
-    # The logits of a single chunk are kept for the backward pass; of several, none are.
     kept = first.logits_BTVC if count == 1 else None
-    return (nll_BT, log_z_BT), (x_BTD, kernel, targets_BT, log_z_BT, kept)
+    return (nll_BT, log_z_BT), _Residuals(x_BTD, kernel, targets_BT, log_z_BT, kept)
 
 
-def _nll_backward(dims: str, width: int, softcap: float | None, residuals, cotangents):
+def _nll_backward(
+    dims: str,
+    width: int,
+    softcap: float | None,
+    residuals: _Residuals,
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None]:
     x_BTD, kernel, targets_BT, log_z_BT, kept = residuals
     g_nll, g_z = (g[..., None, None] for g in cotangents)
     C = dims.index("C")
@@ -214,7 +250,9 @@ def _nll_backward(dims: str, width: int, softcap: float | None, residuals, cotan
         )
         return dx, dkernel.astype(kernel.dtype)
 
-    def accumulate(sums, i):
+    def accumulate(
+        sums: tuple[jax.Array, jax.Array], i: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         dx_sum, dkernel = sums
         c = chunk(i)
         dx, d = gradients(c)

@@ -70,7 +70,7 @@ def curve() -> list[float]:
     return losses
 
 
-def test_the_golden_curve(tmp_path, monkeypatch):
+def test_the_golden_curve(tmp_path, monkeypatch, optimised_programs):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
     losses = curve()
     assert losses[0] > 5.4 and min(losses) == min(losses[-10:]) < 3.3
