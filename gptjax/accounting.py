@@ -1,117 +1,192 @@
-"""Parameters, FLOPs and memory of a config, in closed form; tests audit them.
+"""Parameters, FLOPs and memory of a config: what its layers declare and what they multiply.
 
-The tests compare the counts with the real parameter tree, the FLOPs with the matrix
-products in the jaxpr of the real model, and the optimiser's bytes with its real state.
+Nothing here knows an architecture. Parameters are those of `model.abstract_params`, FLOPs are
+those of the matrix products in the jaxpr of the forward pass, and memory is that of the abstract
+state of training, with its shardings. So a new row of any table is counted as it is; the tests
+compare with closed forms of the rows that there are.
+
 FLOPs never come from XLA's `cost_analysis()`, which counts a scanned body once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from gptjax.config import Config, Model
-from gptjax.sharding import PARAMETER_RULES
-
-
-class Tensor(NamedTuple):
-    part: str
-    dims: str
-    copies: int = 1  # how many there are alike (layers are in L)
-
-
-def tensors(model: Model) -> Iterator[Tensor]:
-    """Every parameter of the model by its part and dims, norms and biases included."""
-    m = model
-    yield Tensor("embedding", "VD")
-    if m.position == "learned":
-        yield Tensor("position", "PD")
-
-    yield Tensor("attention", "LDNH")  # query
-    yield Tensor("attention", "LDKH", 2)  # key, value
-    yield Tensor("attention", "LNHD")  # out
-    if "query" in m.biased:
-        yield Tensor("attention", "LNH")
-        yield Tensor("attention", "LKH", 2)
-    if "out" in m.biased:
-        yield Tensor("attention", "LD")
-    if m.qk_norm:
-        yield Tensor("attention", "LH", 2)
-    if m.value_residual:
-        yield Tensor("attention", "L", 2)
-
-    inputs = 2 if m.gated else 1
-    yield Tensor("feedforward", "LDF", inputs)
-    yield Tensor("feedforward", "LFD")
-    if m.bias:
-        yield Tensor("feedforward", "LF", inputs)
-        yield Tensor("feedforward", "LD")
-
-    # Gain, and the offset of a LayerNorm.
-    vectors = 0 if m.norm == "parameterfree" else 1 + (m.norm == "layernorm" and m.bias)
-    branches = 1 if m.parallel_block else 2
-    yield Tensor("norm", "LD", vectors * branches * (2 if m.norm_placement == "sandwich" else 1))
-    if m.norm_placement != "post":
-        yield Tensor("norm", "D", vectors)  # before the unembedding
-    if not m.tied:
-        yield Tensor("unembedding", "DV")
+from gptjax import model as gpt
+from gptjax import sharding, state
+from gptjax.config import Config, ConfigError, Model
+from gptjax.layers.attention import KERNEL
+from gptjax.layers.feedforward import FEEDFORWARD
+from gptjax.layers.norm import NORM
+from gptjax.layers.parameter import Spec
+from gptjax.layers.position import POSITION
+from gptjax.optim import state_specs
+from gptjax.sharding import ACTIVATION_RULES, parameter_spec
 
 
-def _sizes(model: Model) -> dict[str, int]:
-    m = model
-    return {
-        "L": m.layers, "D": m.width, "N": m.heads, "K": m.K, "H": m.H, "F": m.F,
-        "V": m.vocab_size, "P": m.context,
-    }  # fmt: skip
+def _rows(model: Model) -> tuple[Any, ...]:
+    """The rows whose code decides what is counted.
 
-
-def _size(tensor: Tensor, model: Model) -> int:
-    return tensor.copies * math.prod(_sizes(model)[dim] for dim in tensor.dims)
+    Part of what a count is remembered by, so that a row that was written anew under its old name
+    is counted anew.
+    """
+    return FEEDFORWARD.get(model.feedforward), NORM.get(model.norm), POSITION.get(model.position)
 
 
 def parameters(model: Model) -> dict[str, int]:
-    """Parameters of each part, and "total". A tied table counts once, as "embedding"."""
-    parts: dict[str, int] = {}
-    for tensor in tensors(model):
-        parts[tensor.part] = parts.get(tensor.part, 0) + _size(tensor, model)
-    return {**parts, "total": sum(parts.values())}
+    """Parameters of each part, and "total". A tied table counts once, as "embedding".
+
+    Parts are the tables by their role, the branches of a block by their name, and "norm".
+    """
+    return dict(_parameters(model, _rows(model)))
 
 
-def matmul_parameters(model: Model) -> int:
-    """Weights of the matrix products: blocks and unembedding, not the embedding look-ups."""
-    inner = (t for t in tensors(model) if t.dims in ("LDNH", "LDKH", "LNHD", "LDF", "LFD"))
-    return sum(_size(t, model) for t in inner) + model.width * model.vocab_size
+@functools.lru_cache(maxsize=1024)
+def _parameters(model: Model, rows: tuple[Any, ...]) -> dict[str, int]:
+    parts: Counter[str] = Counter()
+    for path, spec in jax.tree_util.tree_leaves_with_path(gpt.abstract_params(model)):
+        parts[_part([entry.key for entry in path], spec)] += math.prod(spec.shape)
+    return {**parts, "total": parts.total()}
+
+
+def _part(path: list[str], spec: Spec) -> str:
+    if spec.kind in ("embedding", "unembedding"):
+        return spec.role
+    module = path[1] if path[0] == "blocks" else path[0]
+    return "norm" if "norm" in module else module
 
 
 def train_flops_per_token(model: Model, causal: bool) -> float:
     """FLOPs of a forward and backward pass for each token of a full context.
 
-        6 * matmul_parameters + sum over layers of 12 * N * H * S
-
-    (PaLM, Chowdhery et al. 2022, appendix B; 6 N: Kaplan et al. 2020, section 2.1): two for
-    each multiply-add, times one forward and two backward products. S is how many keys a
-    query meets. Not counted: whatever is no matrix product (norms, softmax, activations) and
-    what is computed again (remat, a chunked loss), as is usual for model FLOPs.
+    Two for each multiply-add, times one forward and two backward products (6 N: Kaplan et al.
+    2020, section 2.1; PaLM, Chowdhery et al. 2022, appendix B). Not counted: whatever is no
+    matrix product (norms, softmax, activations) and what is computed again (remat, a chunked
+    loss), as is usual for model FLOPs.
 
     Args:
         model: the architecture.
-        causal: S is the mean number of keys a query may see, (T + 1) / 2 without a window,
-            which is the work that is needed; else S is T or the window, PaLM's convention,
-            which is the work of a kernel that masks but does not skip.
+        causal: attention's products are counted over the mean number of keys that a query may
+            see, (T + 1) / 2 without a window, which is the work that is needed; else over T or
+            the window, PaLM's convention, which is the work of a kernel that masks but does not
+            skip.
     """
-    T = model.context
-    attended = 0.0
+    return sum(flops_by_part(model, causal).values())
+
+
+def flops_by_part(model: Model, causal: bool) -> dict[str, float]:
+    """`train_flops_per_token` by the module that multiplies; "scores" are those of the kernel.
+
+    Raises:
+        NotImplementedError: on a primitive of a row whose products cannot be counted.
+    """
+    T, pairs = model.context, 0
     for window in model.layer_windows:
         w = min(window or T, T)
         # Queries 1..w see as many keys as their index, the other T - w see w.
-        attended += (w * (w + 1) / 2 + (T - w) * w) / T if causal else w
-    return 6.0 * matmul_parameters(model) + 12.0 * model.heads * model.H * attended
+        pairs += w * (w + 1) // 2 + (T - w) * w if causal else T * w
+    parts: Counter[str] = Counter()
+    for product in _products(_same_products(model), _rows(model), 1, ()):
+        parts[product.part] += product.flops
+    # Whole numbers until the one division. Every layer was traced with all its pairs.
+    every = model.layers * T * T
+    return {
+        part: 3 * n * pairs / (every * T) if part == "scores" else 3 * n / T
+        for part, n in parts.items()
+    }
+
+
+class Product(NamedTuple):
+    """Matrix products of a forward pass that are alike.
+
+    Attributes:
+        part: the module of a block that multiplies, "scores" for attention's kernel, else
+            "unembedding".
+        flops: of all devices together.
+        bytes: of what it yields, on one device.
+    """
+
+    part: str
+    flops: int
+    bytes: int
+
+
+def _same_products(model: Model) -> Model:
+    """The config that stands for all that multiply alike: every layer traced once, every pair."""
+    return dataclasses.replace(
+        model, attention="plain", windows=(None,), scan_layers=True, remat="none", dropout=0.0
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _products(
+    model: Model, rows: tuple[Any, ...], batch: int, mesh_shape: tuple[tuple[str, int], ...]
+) -> list[Product]:
+    """The products of a forward pass of `batch` full rows, traced on an abstract mesh."""
+    axes, sizes = tuple(zip(*mesh_shape, strict=True)) or ((), ())
+    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    with jax.sharding.use_abstract_mesh(mesh):
+
+        def placed(shape: tuple[int, ...], dtype: Any, where: PartitionSpec) -> Any:
+            return jax.ShapeDtypeStruct(
+                shape, dtype, sharding=NamedSharding(mesh, where) if axes else None
+            )
+
+        params = jax.tree.map(
+            lambda s: placed(s.shape, jnp.float32, parameter_spec(s.dims)),
+            gpt.abstract_params(model),
+        )
+        tokens_BT = placed((batch, model.context), jnp.int32, sharding.spec("BT"))
+        jaxpr = jax.make_jaxpr(functools.partial(gpt.apply, model))(params, tokens_BT)
+    return list(_walk(jaxpr.jaxpr, "", 1))
+
+
+# Of these it is not known what they multiply, or how often.
+UNCOUNTED = ("while", "cond", "conv_general_dilated", "ragged_dot_general", "pallas_call")
+
+
+def _walk(jaxpr: Any, scope: str, times: int) -> Iterator[Product]:
+    """Every matrix product in a jaxpr; those of a scan `times` its length."""
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval
+        inside = f"{scope}/{equation.source_info.name_stack}"
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            yield Product(_part_of(inside), 2 * times * out.size * width, times * _held(out))
+        repeats = times * equation.params["length"] if name == "scan" else times
+        products = [
+            product
+            for value in jax.tree.leaves(list(equation.params.values()))
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns")
+            for product in _walk(inner, inside, repeats)
+        ]
+        if name in UNCOUNTED and (products or name not in ("while", "cond")):
+            raise NotImplementedError(f"products of {name!r} in {inside} cannot be counted")
+        yield from products
+
+
+def _part_of(scope: str) -> str:
+    """Of a scope such as "//Block/attention/kernel", which Linen and `Attention` name."""
+    if KERNEL in scope.split("/"):
+        return "scores"
+    return scope.partition("Block/")[2].split("/")[0] or "unembedding"
+
+
+def _held(array: Any) -> int:
+    """Bytes of a device's part of an abstract array that may be sharded."""
+    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    return math.prod(shape) * array.dtype.itemsize
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
@@ -119,68 +194,84 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
     return tokens_per_second * flops_per_token / peak
 
 
-def _moments(optimizer: str, dims: str) -> int:
-    """Values of the size of the parameter that the optimiser keeps; factors are neglected."""
-    matrix = "D" in dims and len(dims.removeprefix("L")) > 1
-    match optimizer:
-        case "lion":
-            return 1
-        case "adafactor":
-            return 0 if matrix else 1
-        case "muon":
-            return 1 if matrix and not set(dims) & set("VP") else 2
-    return 2  # adamw: m, v; schedule_free: v, z
-
-
 def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int]:
     """Bytes a device holds in training, by purpose, and "total".
 
-    Parameters, gradients, optimiser state and weight average are float32 and exact up to
-    Adafactor's factors. "activations" and "logits" are rough: what the backward pass needs of
-    the b tokens of a device's micro-batch, in values of model.dtype,
+    Parameters, gradients, optimiser state and weight average are exact: those of the abstract
+    state of training, sharded as it is. "activations" and "logits" are rough: what the backward
+    pass needs of a device's micro-batch, where model.remat is
 
-        none, dots    L (6 D + (2 N + 2 K) H / t + (3 or 5 with a gate) F / t)
+        none, dots    twice what the products of the blocks yield, as they are and after what
+                      follows them (norm, rotation, activation, softmax); a kernel of attention
+                      that never holds all scores yields none
         attention     3 L D
         full          L D
 
-    with t the tensor axis, plus, where model.attention is "plain", float32 scores before and
-    after the softmax, 2 L N T / t; and float32 logits and their gradient, 2 V / t or 2 chunks.
+    and float32 logits and their gradient, of optim.loss_vocab_chunk columns at most.
 
     Args:
         config: the whole config.
         mesh_shape: devices along each mesh axis, such as `mesh.shape`.
     """
-    m, o = config.model, config.optim
+    m, mesh = config.model, tuple(mesh_shape.items())
+    specs = gpt.abstract_params(m)
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        optimizer = jax.eval_shape(state.make_optimizer(config).init, params)
 
-    def share(dims: str) -> int:
-        """How many devices a tensor is split over."""
-        return math.prod(mesh_shape[axis] for dim in dims for axis in PARAMETER_RULES.get(dim, ()))
+    def held(array: jax.ShapeDtypeStruct, where: PartitionSpec) -> int:
+        split = jax.tree.leaves(tuple(where))  # an entry is an axis, several or None
+        ways = math.prod(mesh_shape[axis] for axis in split)
+        return math.prod(array.shape) * array.dtype.itemsize // ways
 
-    held = [(t.dims, 4 * _size(t, m) // share(t.dims)) for t in tensors(m)]
-    parameter_bytes = sum(size for _, size in held)
-    rows = math.prod(mesh_shape[axis] for axis in PARAMETER_RULES["B"])
-    tokens = config.data.batch_size // config.train.accumulation * m.context / rows
-    tensor = share("V")
-    values: float  # kept of a token and layer
-    split = (2 * m.heads + 2 * m.K) * m.H + (5 if m.gated else 3) * m.F
+    def total(arrays: Any, where: Any) -> int:
+        return sum(jax.tree.leaves(jax.tree.map(held, arrays, where)))
+
+    parameter_bytes = total(params, jax.tree.map(lambda s: parameter_spec(s.dims), specs))
+    rows = config.data.batch_size // config.train.accumulation
+    products = _products(_same_products(m), _rows(m), rows, mesh)
+    stream = rows * m.context * m.width * (2 if m.dtype == "bfloat16" else 4)
+    stream //= math.prod(mesh_shape[axis] for axis in ACTIVATION_RULES["B"])
     match m.remat:
         case "full":
-            values = m.width
+            activations = m.layers * stream
         case "attention":
-            values = 3 * m.width
+            activations = 3 * m.layers * stream
         case _:
-            values = 6 * m.width + split / tensor
-    scores = 8 * m.heads * m.context / tensor if m.attention == "plain" else 0
-    itemsize = 2 if m.dtype == "bfloat16" else 4
+            kept = (p for p in products if p.part != "unembedding")
+            whole = m.attention in ("plain", "auto")
+            activations = 2 * sum(p.bytes for p in kept if whole or p.part != "scores")
+    logits = sum(p.bytes for p in products if p.part == "unembedding")
+    columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)
     parts = {
         "parameters": parameter_bytes,
         "gradients": parameter_bytes,
-        "optimizer": sum(_moments(o.optimizer, dims) * size for dims, size in held),
-        "ema": 0 if o.ema_decay is None else parameter_bytes,
-        "activations": int(tokens * m.layers * (values * itemsize + scores)),
-        "logits": int(tokens * 8 * min(o.loss_vocab_chunk or m.vocab_size, m.vocab_size) / tensor),
+        "optimizer": total(optimizer, state_specs(optimizer, specs)),
+        "ema": 0 if config.optim.ema_decay is None else parameter_bytes,
+        "activations": activations,
+        "logits": 2 * logits * columns // m.vocab_size,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
+    """What a run costs, by purpose, for a person: parameters, FLOPs and bytes, a line each."""
+    flops = flops_by_part(config.model, causal=True)
+    told = {
+        "parameters": {part: f"{n:,}" for part, n in parameters(config.model).items()},
+        "FLOPs of a token, forward and backward, causal": {
+            part: f"{n:.4g}" for part, n in {**flops, "total": sum(flops.values())}.items()
+        },
+    }
+    lines = [f"{title}: {', '.join(map(' '.join, parts.items()))}" for title, parts in told.items()]
+    memory = f"memory of a device, mesh {' x '.join(f'{a}={n}' for a, n in mesh_shape.items())}: "
+    try:
+        sharding.check_divisible(config, gpt.abstract_params(config.model), mesh_shape)
+    except ConfigError as error:
+        return [*lines, f"{memory}none, {error}"]
+    sizes = {part: f"{n / 2**20:,.1f} MiB" for part, n in memory_bytes(config, mesh_shape).items()}
+    sizes |= {part: f"about {sizes[part]}" for part in ("activations", "logits", "total")}
+    return [*lines, memory + ", ".join(map(" ".join, sizes.items()))]
 
 
 # Dense bf16 FLOP/s of a device, by how its `device_kind` begins; the first match counts.

@@ -156,20 +156,6 @@ class Model:
         return frozenset(kind)
 
     @property
-    def gated(self) -> bool:
-        """Whether the feed-forward has a gate, which its name says by ending in "glu"."""
-        return self.feedforward.endswith("glu")
-
-    @property
-    def F(self) -> int:
-        """Width of the feed-forward; gated variants spend 2/3, so that parameters are equal."""
-        if self.ff_dim is not None:
-            return self.ff_dim
-        if self.gated:
-            return -(-8 * self.width // (3 * 64)) * 64
-        return 4 * self.width
-
-    @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer: the pattern repeated; None sees the whole context."""
         return tuple(self.windows[i % len(self.windows)] for i in range(self.layers))

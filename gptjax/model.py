@@ -6,7 +6,7 @@ Shape alphabet, used in names (`x_BTD`), einsums and sharding rules:
     T  query position       N  query heads                     L  layers
     S  key position         K  key-value heads                 P  learned positions
     A  accumulation step    G  query heads a key-value head    C  vocabulary chunk
-    H  head width           F  feed-forward width
+    H  head width           F  feed-forward width              E  experts
 
 Parameters are one plain nested dict of float32 arrays. Those of the blocks are stacked
 along L whether the layers are scanned or unrolled, so both run the same checkpoint.
@@ -133,7 +133,7 @@ class Embed(nn.Module):
         c, position = self.config, choose(POSITION, self.config.position, "model.position")
 
         def table(name: str, dims: str, rows: int, role: str, ids_BT: jax.Array) -> jax.Array:
-            E = parameter(self, c, name, dims, (rows, c.width), role, fan_in=c.width)
+            E = parameter(self, c, name, dims, (rows, c.width), role, fan_in="D")
             if ids_BT.shape[0] == 1:  # one row stands for all: nothing to split
                 return E.at[ids_BT].get(out_sharding=sharding.out("TTD"))
             return E.at[ids_BT].get(out_sharding=sharding.out("BTD"))
@@ -155,7 +155,7 @@ class Unembed(nn.Module):
     def __call__(self) -> jax.Array:
         c = self.config
         shape = (c.width, c.vocab_size)
-        return parameter(self, c, "kernel", "DV", shape, "unembedding", fan_in=c.width)
+        return parameter(self, c, "kernel", "DV", shape, "unembedding", fan_in="D")
 
 
 def abstract_params(config: Model) -> Params:

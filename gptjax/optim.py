@@ -8,10 +8,10 @@ The update of step s (0-based) is
 so weight decay is decoupled and multiplied by the learning rate (Loshchilov & Hutter 2019,
 arXiv:1711.05101, as in PyTorch and optax), but not by the multiplier on a parameter's rate that
 muP gives it: a matrix forgets over as many steps at any width, which is what lets the decay
-transfer (Wang & Aitchison 2024, arXiv:2405.13698; Microsoft's `mup` package). Parameters are named by their dims, "LDNH":
-which of them decay, and what is a matrix to Muon, is read off the letters. Parameters are
-stacked over layers, and no row lets one layer's update depend on another's, save through
-the global norm.
+transfer (Wang & Aitchison 2024, arXiv:2405.13698; Microsoft's `mup` package). Which parameters
+decay, and what is a matrix to Muon, is read off the `Spec` that a layer declared. Parameters are
+stacked over layers, and no row lets one layer's update depend on another's, nor one expert's,
+save through the global norm.
 """
 
 from __future__ import annotations
@@ -28,27 +28,17 @@ from jax.sharding import PartitionSpec as P
 from optax import Schedule  # step, 0-based -> learning rate
 
 from gptjax.config import ConfigError, Optim, choose
-from gptjax.parametrisation import kind
+from gptjax.layers.parameter import Spec
 from gptjax.sharding import parameter_spec
 
 Tree = Any  # nested dict like the parameters
 
 
-def is_matrix(dims: str) -> bool:
-    """Whether a parameter maps to or from the width: "LDNH" and "VD", not a bias "LNH"."""
-    return kind(dims) != "vector"
-
-
-def is_inner_matrix(dims: str) -> bool:
-    """A matrix that is neither a table of tokens or positions nor the unembedding."""
-    return kind(dims) == "matrix"
-
-
-# Which parameters decay, by their dims.
-DECAY_MASKS: dict[str, Callable[[str], bool]] = {
-    "matrices": is_matrix,
-    "no_embedding": is_inner_matrix,
-    "all": lambda dims: True,
+# Which parameters decay.
+DECAY_MASKS: dict[str, Callable[[Spec], bool]] = {
+    "matrices": lambda spec: spec.kind != "vector",  # tables and the unembedding too
+    "no_embedding": lambda spec: spec.kind == "matrix",
+    "all": lambda spec: True,
 }
 
 
@@ -123,7 +113,7 @@ class Rates(NamedTuple):
 
     Attributes:
         schedule: the learning rate of each update.
-        multipliers: a factor on that of each parameter, like `dims`; None: all are 1.
+        multipliers: a factor on that of each parameter, like `specs`; None: all are 1.
     """
 
     schedule: Schedule
@@ -131,9 +121,9 @@ class Rates(NamedTuple):
 
 
 def _descend(
-    direction: optax.GradientTransformation, config: Optim, rates: Rates, dims: Tree
+    direction: optax.GradientTransformation, config: Optim, rates: Rates, specs: Tree
 ) -> optax.GradientTransformation:
-    mask = jax.tree.map(choose(DECAY_MASKS, config.decay_mask, "optim.decay_mask"), dims)
+    mask = jax.tree.map(choose(DECAY_MASKS, config.decay_mask, "optim.decay_mask"), specs)
     if rates.multipliers is not None:
         scale = optax.stateless(lambda u, _: jax.tree.map(operator.mul, rates.multipliers, u))
         direction = optax.chain(direction, scale)
@@ -144,21 +134,25 @@ def _descend(
     )
 
 
-def adamw(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
+def adamw(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019)."""
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    return _descend(direction, config, rates, dims)
+    return _descend(direction, config, rates, specs)
 
 
-def lion(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
+def lion(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformation:
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum.
 
     The authors advise a peak 3 to 10 times below AdamW's, and as much more weight decay.
     """
-    return _descend(optax.scale_by_lion(config.b1, config.b2), config, rates, dims)
+    return _descend(optax.scale_by_lion(config.b1, config.b2), config, rates, specs)
 
 
-def adafactor(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
+# By how many dims of a parameter are stacks; a saved state has these names.
+STACKED = ("single", "stacked", "stacked twice")
+
+
+def adafactor(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformation:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments.
 
     No momentum, which would undo the saving, so b1, b2 and eps are unused: the decay of the
@@ -169,14 +163,24 @@ def adafactor(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransfor
     one = optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=32), optax.clip_by_block_rms(1.0)
     )
-    # Statistics and clipping are the layer's own, not those of the whole stack.
-    per_layer = optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update))
-    labels = jax.tree.map(lambda d: "stacked" if d.startswith("L") else "single", dims)
-    direction = optax.partition({"stacked": per_layer, "single": one}, labels)
-    return _descend(direction, config, rates, dims)
+
+    # Statistics and clipping are the layer's own and the expert's own, not those of the stack.
+    def over(stacks: int) -> optax.GradientTransformation:
+        if stacks == 0:
+            return one
+        inner = over(stacks - 1)
+        return optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
+
+    depths = {0} | {len(spec.stacks) for spec in jax.tree.leaves(specs)}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        STACKED[stacks]: over(stacks) for stacks in sorted(depths, reverse=True)
+    }
+    labels = jax.tree.map(lambda spec: STACKED[len(spec.stacks)], specs)
+    direction = optax.partition(transforms, labels)
+    return _descend(direction, config, rates, specs)
 
 
-def muon(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
+def muon(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all the rest.
 
     Each layer's query, key and value are orthogonalised as D x (N H) matrices, `out` as
@@ -187,33 +191,33 @@ def muon(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformatio
     `momentum` is Muon's (Nesterov); b1, b2 and eps are AdamW's.
     """
     skip = optax.MaskedNode()
-    numbers = jax.tree.map(lambda d: _muon_numbers(d) if is_inner_matrix(d) else skip, dims)
-    labels = jax.tree.map(lambda d: "muon" if is_inner_matrix(d) else "adam", dims)
+
+    def fans(spec: Spec) -> Any:
+        if spec.kind != "matrix":
+            return skip
+        places = (tuple(map(spec.dims.index, fan)) for fan in (spec.fan_in, spec.fan_out))
+        return optax.contrib.MuonDimensionNumbers(*places)
+
+    numbers = jax.tree.map(fans, specs)
+    labels = jax.tree.map(lambda spec: "muon" if spec.kind == "matrix" else "adam", specs)
 
     def match_rms(updates: Tree, params: Tree) -> Tree:
-        def scaled(u: jax.Array, n: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-            fan_in, fan_out = (math.prod(u.shape[i] for i in fan) for fan in n)
-            return 0.2 * math.sqrt(max(fan_in, fan_out)) * u
+        def scaled(spec: Spec, u: Any) -> Any:
+            if isinstance(u, optax.MaskedNode):
+                return u
+            return 0.2 * math.sqrt(max(spec.size(spec.fan_in), spec.size(spec.fan_out))) * u
 
-        return jax.tree.map(scaled, updates, numbers)
+        return jax.tree.map(scaled, specs, updates)
 
     orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
     transforms: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(orthogonal, optax.stateless(match_rms)),
         "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
     }
-    return _descend(optax.partition(transforms, labels), config, rates, dims)
+    return _descend(optax.partition(transforms, labels), config, rates, specs)
 
 
-def _muon_numbers(dims: str) -> optax.contrib.MuonDimensionNumbers:
-    """Which dims of a matrix are fan-in and fan-out: D is one, all others are the other."""
-    D = (dims.index("D"),)
-    rest = tuple(i for i, letter in enumerate(dims) if letter not in "LD")
-    fans = (D, rest) if rest > D else (rest, D)
-    return optax.contrib.MuonDimensionNumbers(*fans)
-
-
-def schedule_free(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTransformation:
+def schedule_free(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformation:
     """Schedule-Free AdamW (Defazio et al. 2024, arXiv:2405.15682).
 
     b1 interpolates between the average and the fast iterate; weight decay acts where the
@@ -227,7 +231,9 @@ def schedule_free(config: Optim, rates: Rates, dims: Tree) -> optax.GradientTran
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)
     # Its own count starts at 1; ours at 0.
     return optax.contrib.schedule_free(
-        _descend(direction, config, rates, dims), lambda count: rates.schedule(count - 1), config.b1
+        _descend(direction, config, rates, specs),
+        lambda count: rates.schedule(count - 1),
+        config.b1,
     )
 
 
@@ -245,7 +251,7 @@ ADAM_LIKE = ("adamw", "lion", "schedule_free")
 
 
 def make_optimizer(
-    config: Optim, steps: int, dims: Tree, multipliers: Tree | None = None
+    config: Optim, steps: int, specs: Tree, multipliers: Tree | None = None
 ) -> optax.GradientTransformation:
     """The whole update: clip, optimiser, weight decay and learning rate.
 
@@ -255,7 +261,7 @@ def make_optimizer(
     Args:
         config: names the rows.
         steps: length of the run, for the schedule.
-        dims: the dims of each parameter, "LDNH", in a tree like the parameters.
+        specs: what each parameter was declared as, in a tree like the parameters.
         multipliers: muP's factor on each parameter's rate, in a like tree; None: all are 1.
 
     Raises:
@@ -268,14 +274,14 @@ def make_optimizer(
             f"optim.optimizer={config.optimizer!r} does not go with muP, whose rates are derived "
             f"for: {', '.join(ADAM_LIKE)}; or set model.parametrisation='standard'"
         )
-    transformation = row(config, Rates(make_schedule(config, steps), multipliers), dims)
+    transformation = row(config, Rates(make_schedule(config, steps), multipliers), specs)
     if config.clip is not None:
         transformation = optax.chain(optax.clip_by_global_norm(config.clip), transformation)
-    return _placed(transformation, dims)
+    return _placed(transformation, specs)
 
 
 def _placed(
-    transformation: optax.GradientTransformation, dims: Tree
+    transformation: optax.GradientTransformation, specs: Tree
 ) -> optax.GradientTransformation:
     """Lets XLA partition the update; what enters and leaves is sharded as said here.
 
@@ -285,28 +291,27 @@ def _placed(
     auto: Any = jax.sharding.auto_axes
 
     def init(params: Tree) -> optax.OptState:
-        specs = state_specs(jax.eval_shape(transformation.init, params), params, dims)
-        return auto(transformation.init, out_sharding=specs)(params)
+        where = state_specs(jax.eval_shape(transformation.init, params), specs)
+        return auto(transformation.init, out_sharding=where)(params)
 
     def update(
         updates: Tree, state: optax.OptState, params: Tree | None = None
     ) -> tuple[Tree, optax.OptState]:
-        specs = jax.tree.map(parameter_spec, dims), state_specs(state, params, dims)
-        return auto(transformation.update, out_sharding=specs)(updates, state, params)
+        where = jax.tree.map(lambda s: parameter_spec(s.dims), specs), state_specs(state, specs)
+        return auto(transformation.update, out_sharding=where)(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
 
-def state_specs(state: optax.OptState, params: Tree, dims: Tree) -> optax.OptState:
+def state_specs(state: optax.OptState, specs: Tree) -> optax.OptState:
     """The PartitionSpec of each leaf of an optimiser state, real or abstract.
 
     A leaf that stands at a parameter's path and has its shape (a moment, a fast iterate) is
     sharded like it. All else is small, a count or a factor of Adafactor, and replicated.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
     known = {
-        path: (leaf.shape, parameter_spec(letters))
-        for (path, leaf), letters in zip(leaves, jax.tree.leaves(dims), strict=True)
+        path: (spec.shape, parameter_spec(spec.dims))
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs)
     }
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> P:

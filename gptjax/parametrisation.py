@@ -30,7 +30,7 @@ class Rules(NamedTuple):
     """A parametrisation.
 
     Attributes:
-        kinds: the powers of each `kind` of parameter.
+        kinds: the powers of each kind of parameter, see `gptjax.layers.parameter.KIND`.
         logits: power of m, on the logits.
         scores: power of h, on attention scores that were divided by sqrt(head width).
         branch: power of d, on what attention and feed-forward add to the residual stream.
@@ -70,20 +70,6 @@ PARAMETRISATION: dict[str, Rules] = {
     # for their matrices (Dey et al. 2025, arXiv:2505.01618, table 1, alpha = 1/2).
     "mup_depth": MUP._replace(branch=-1 / 2, block_rate=-1 / 2),
 }
-
-
-def kind(dims: str) -> str:
-    """What the rules call a parameter of these dims, such as "LDNH" or one layer's "DNH".
-
-    A matrix maps between two sizes that grow with the width: D, heads x H, F. Embeddings are
-    tables of tokens (V) or positions (P) whose rows lie along D; gains and biases are vectors.
-    """
-    inner = dims.removeprefix("L")
-    if inner.startswith(("V", "P")):
-        return "embedding"
-    if inner.endswith("V"):
-        return "unembedding"
-    return "matrix" if "D" in inner and len(inner) > 1 else "vector"
 
 
 def rules(config: Model) -> Rules:
@@ -134,9 +120,9 @@ def _base(config: Model, name: str) -> int:
     return value
 
 
-def init_std(config: Model, dims: str) -> float:
+def init_std(config: Model, kind: str) -> float:
     """The factor on the initial standard deviation that `model.init` gives at the base shape."""
-    return width_ratio(config) ** rules(config).kinds[kind(dims)].std
+    return width_ratio(config) ** rules(config).kinds[kind].std
 
 
 def logit_multiplier(config: Model) -> float:
@@ -157,8 +143,7 @@ def scales_rates(config: Model) -> bool:
     return any((*(p.rate for p in powers.kinds.values()), powers.block_rate))
 
 
-def rate_multiplier(config: Model, dims: str) -> float:
-    """The factor on the learning rate of a parameter, whose dims start with L in the blocks."""
+def rate_multiplier(config: Model, kind: str, in_block: bool) -> float:
+    """The factor on the learning rate of a parameter, which is one of each layer or not."""
     m, d, powers = width_ratio(config), depth_ratio(config), rules(config)
-    in_block = powers.block_rate if dims.startswith("L") else 0
-    return m ** powers.kinds[kind(dims)].rate * d**in_block
+    return m ** powers.kinds[kind].rate * d ** (powers.block_rate if in_block else 0)

@@ -78,7 +78,8 @@ def set_up(config: Config) -> Setup:
     """Opens the data of a run and checks that it fits the model."""
     check_names(config)
     config = settle(config)
-    sharding.check_divisible(config, jax.sharding.get_mesh())
+    specs = model.abstract_params(config.model)
+    sharding.check_divisible(config, specs, jax.sharding.get_mesh().shape)
     vocabulary = load_tokenizer(config)
     batches = Batches(config.data, config.model.context, config.seed, "train", vocabulary)
     return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
@@ -101,13 +102,15 @@ def read_rows(setup: Setup, step: int, start: int, stop: int) -> dict[str, np.nd
 
 
 def describe(config: Config) -> str:
-    """Size and cost of a run in a line."""
+    """Size and cost of a run: a line of what it is, and those of `accounting.costs`."""
     parameters = accounting.parameters(config.model)["total"]
+    mesh = jax.sharding.get_mesh()
     tokens = config.train.steps * config.data.batch_size * config.model.context
-    devices = jax.sharding.get_mesh().devices
-    return (
+    devices = mesh.devices
+    size = (
         f"{parameters / 1e6:,.1f}M parameters, {config.train.steps:,} steps of "
         f"{config.data.batch_size * config.model.context:,} tokens ({tokens / 1e6:,.1f}M), "
         f"{devices.size} {devices.flat[0].device_kind} device{'s' * (devices.size > 1)}, "
         f"attention {config.model.attention}, {config.model.dtype}"
     )
+    return "\n  ".join([size, *accounting.costs(config, mesh.shape)])

@@ -12,7 +12,7 @@ traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit shardi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config, ConfigError, Model
+from gptjax.config import Config, ConfigError
 from gptjax.config import Mesh as MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -37,8 +37,16 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 }
 PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {"D": ("fsdp",)}
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
-# H head width, F feed-forward, V vocabulary, C vocabulary chunk, L layers, P positions.
-LETTERS = frozenset("ABTSDNKGHFVCLP")
+# H head width, F feed-forward, E experts, V vocabulary, C vocabulary chunk, L layers,
+# P positions.
+LETTERS = frozenset("ABTSDNKGHFEVCLP")
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, of so many; `data` None takes what the others leave."""
+    fixed = config.fsdp * config.tensor
+    data = config.data if config.data is not None else max(1, devices // fixed)
+    return dict(zip(AXES, (data, config.fsdp, config.tensor), strict=True))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -48,16 +56,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: if the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    fixed = config.fsdp * config.tensor
-    data = config.data if config.data is not None else max(1, len(devices) // fixed)
-    if data * fixed != len(devices):
+    shape = mesh_shape(config, len(devices))
+    if (wanted := math.prod(shape.values())) != len(devices):
         raise ConfigError(
-            f"mesh data={data} x fsdp={config.fsdp} x tensor={config.tensor} wants "
-            f"{data * fixed} devices, but {len(devices)} are here: set mesh.data, mesh.fsdp "
-            f"and mesh.tensor to numbers whose product is {len(devices)}"
+            f"mesh {' x '.join(f'{axis}={n}' for axis, n in shape.items())} wants {wanted} "
+            f"devices, but {len(devices)} are here: set mesh.data, mesh.fsdp and mesh.tensor to "
+            f"numbers whose product is {len(devices)}"
         )
     return jax.make_mesh(
-        (data, config.fsdp, config.tensor),
+        tuple(shape.values()),
         AXES,
         axis_types=(AxisType.Explicit,) * len(AXES),
         devices=devices,
@@ -133,29 +140,44 @@ def place(
     return {name: put(array) for name, array in load(first, last).items()}
 
 
-def check_divisible(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_divisible(config: Config, specs: Any, mesh: Mapping[str, int]) -> None:
     """Refuses a run that does not divide over the mesh, before anything is compiled.
+
+    Args:
+        config: of the run.
+        specs: of `gptjax.model.abstract_params`: a dim of a parameter has the size that it has
+            in activations.
+        mesh: devices along each axis, such as `Mesh.shape`.
 
     Raises:
         ConfigError: naming the knob, its value and the axis that does not divide it.
     """
     rows = config.data.batch_size // config.train.accumulation
     _check_divisible("B", "data.batch_size / train.accumulation", rows, mesh)
-    check_model_divisible(config.model, mesh)
+    check_model_divisible(specs, mesh)
 
 
-def check_model_divisible(m: Model, mesh: jax.sharding.Mesh) -> None:
+# The knob that sets the size of a dim that a mesh may split.
+KNOBS = {
+    "N": "model.heads",
+    "K": "model.kv_heads",
+    "F": "model.ff_dim",
+    "V": "model.vocab_size",
+    "D": "model.width",
+}
+
+
+def check_model_divisible(specs: Any, mesh: Mapping[str, int]) -> None:
     """The same of a model alone, whatever the batch."""
-    _check_divisible("N", "model.heads", m.heads, mesh)
-    _check_divisible("K", "model.kv_heads", m.K, mesh)
-    _check_divisible("F", "model.ff_dim", m.F, mesh)
-    _check_divisible("V", "model.vocab_size", m.vocab_size, mesh)
-    _check_divisible("D", "model.width", m.width, mesh)
+    sizes = {(d, n) for s in jax.tree.leaves(specs) for d, n in zip(s.dims, s.shape, strict=True)}
+    for dim, knob in KNOBS.items():
+        for size in sorted(size for letter, size in sizes if letter == dim):
+            _check_divisible(dim, knob, size, mesh)
 
 
-def _check_divisible(dim: str, knob: str, size: int, mesh: jax.sharding.Mesh) -> None:
+def _check_divisible(dim: str, knob: str, size: int, mesh: Mapping[str, int]) -> None:
     axes = PARAMETER_RULES[dim]
-    ways = math.prod(mesh.shape[axis] for axis in axes)
+    ways = math.prod(mesh[axis] for axis in axes)
     if size % ways:
         raise ConfigError(
             f"{knob}={size} does not divide over mesh axes {' x '.join(axes)} = {ways}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,13 +41,13 @@ class TrainState(struct.PyTreeNode):
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optimiser of a run, for the parameters of its model."""
     specs = model.abstract_params(config.model)
-    dims = jax.tree.map(lambda s: s.dims, specs, is_leaf=lambda leaf: isinstance(leaf, Spec))
-    multipliers = None
-    if parametrisation.scales_rates(config.model):
-        multipliers = jax.tree.map(
-            functools.partial(parametrisation.rate_multiplier, config.model), dims
-        )
-    return optim.make_optimizer(config.optim, config.train.steps, dims, multipliers)
+
+    def multiplier(spec: Spec) -> float:
+        return parametrisation.rate_multiplier(config.model, spec.kind, "L" in spec.stacks)
+
+    scaled = parametrisation.scales_rates(config.model)
+    multipliers = jax.tree.map(multiplier, specs) if scaled else None
+    return optim.make_optimizer(config.optim, config.train.steps, specs, multipliers)
 
 
 def create(config: Config, params: model.Params | None = None) -> TrainState:

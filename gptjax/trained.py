@@ -18,7 +18,7 @@ from gptjax import configure, setup, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError
 from gptjax.interop import hf, pretrained
-from gptjax.model import Params
+from gptjax.model import Params, abstract_params
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
     """
     setup.check_names(config)
     config = setup.settle(config)
-    sharding.check_model_divisible(config.model, jax.sharding.get_mesh())
+    sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
     if is_pretrained(folder):
         return 0, pretrained.load(folder).params
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:

@@ -1,35 +1,40 @@
-"""Closed forms against the real parameter tree, the real jaxpr and the real optimiser state."""
+"""What is counted against closed forms, the real tree, jaxpr and optimiser state, and new rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import types
+from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gptjax import model as gpt
+from gptjax import sharding, state
 from gptjax.accounting import (
-    matmul_parameters,
+    flops_by_part,
     memory_bytes,
     mfu,
     parameters,
     peak_flops,
-    tensors,
     train_flops_per_token,
 )
-from gptjax.config import ATTENTION_BIAS, Config, Model
+from gptjax.config import ATTENTION_BIAS, Config, Mesh, Model
 from gptjax.layers.attention import BLOCK
-from gptjax.layers.feedforward import FEEDFORWARD
+from gptjax.layers.feedforward import FEEDFORWARD, Branch, hidden_width
+from gptjax.layers.linear import linear
 from gptjax.layers.norm import NORM
+from gptjax.layers.parameter import parameter
 from gptjax.layers.position import POSITION
 from gptjax.losses import cross_entropy
 from gptjax.model import PLACEMENT
-from gptjax.optim import OPTIMIZERS, make_optimizer, state_specs
-from gptjax.sharding import AXES, PARAMETER_RULES
+from gptjax.optim import OPTIMIZERS, adamw
+from gptjax.sharding import AXES
 from tests import tiny
 
 SMALL = tiny.model(context=16, layers=3, width=32, ff_dim=48)
@@ -51,17 +56,6 @@ VARIANTS = [
 ]
 NAMES = [",".join(f"{k}={v}" for k, v in changes.items()) or "base" for changes in VARIANTS]
 
-# Where a parameter stands in the tree decides its part.
-PARTS = {
-    "embed/tokens": "embedding",
-    "embed/positions": "position",
-    "blocks/attention/": "attention",
-    "blocks/feedforward/": "feedforward",
-    "blocks/": "norm",
-    "final_norm": "norm",
-    "unembed": "unembedding",
-}
-
 
 def small(**changes) -> Model:
     return dataclasses.replace(SMALL, **changes)
@@ -76,26 +70,102 @@ def whole(model: Model, optimizer: str = "adamw", **train) -> Config:
     )
 
 
+# --- closed forms of the rows that there are: the audit -----------------------------------------
+
+
+def tensors(model: Model) -> Iterator[tuple[str, str, int]]:
+    """Every parameter of the model: its part, its dims and how many there are alike."""
+    m = model
+    yield "embedding", "VD", 1
+    if m.position == "learned":
+        yield "position", "PD", 1
+
+    yield "attention", "LDNH", 1  # query
+    yield "attention", "LDKH", 2  # key, value
+    yield "attention", "LNHD", 1  # out
+    if "query" in m.biased:
+        yield "attention", "LNH", 1
+        yield "attention", "LKH", 2
+    if "out" in m.biased:
+        yield "attention", "LD", 1
+    if m.qk_norm:
+        yield "attention", "LH", 2
+    if m.value_residual:
+        yield "attention", "L", 2
+
+    inputs = 2 if m.feedforward in ("swiglu", "geglu") else 1
+    yield "feedforward", "LDF", inputs
+    yield "feedforward", "LFD", 1
+    if m.bias:
+        yield "feedforward", "LF", inputs
+        yield "feedforward", "LD", 1
+
+    # Gain, and the offset of a LayerNorm.
+    vectors = 0 if m.norm == "parameterfree" else 1 + (m.norm == "layernorm" and m.bias)
+    branches = 1 if m.parallel_block else 2
+    if vectors:
+        yield "norm", "LD", vectors * branches * (2 if m.norm_placement == "sandwich" else 1)
+        if m.norm_placement != "post":
+            yield "norm", "D", vectors  # before the unembedding
+    if not m.tied:
+        yield "unembedding", "DV", 1
+
+
+def size(model: Model, dims: str) -> int:
+    m = model
+    sizes = {
+        "L": m.layers, "D": m.width, "N": m.heads, "K": m.K, "H": m.H, "F": hidden_width(m),
+        "V": m.vocab_size, "P": m.context,
+    }  # fmt: skip
+    return math.prod(sizes[dim] for dim in dims)
+
+
+def matmul_parameters(model: Model) -> int:
+    """Weights of the matrix products: blocks and unembedding, not the embedding look-ups."""
+    inner = [(d, n) for _, d, n in tensors(model) if d in ("LDNH", "LDKH", "LNHD", "LDF", "LFD")]
+    return sum(n * size(model, dims) for dims, n in inner) + size(model, "DV")
+
+
+def closed_flops(model: Model, causal: bool) -> float:
+    """6 * matmul_parameters + sum over layers of 12 * N * H * S (Chowdhery et al. 2022, B)."""
+    T, attended = model.context, 0.0
+    for window in model.layer_windows:
+        seen = np.minimum(np.arange(T) + 1, window or T)  # keys of each query
+        attended += seen.mean() if causal else min(window or T, T)
+    return 6.0 * matmul_parameters(model) + 12.0 * model.heads * model.H * attended
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
-def test_parameters_are_those_of_the_tree(changes):
+def test_what_is_counted_is_the_closed_form(changes):
     model = small(**changes)
-    counts, dims = dict.fromkeys(parameters(model), 0), []
-    for path, spec in jax.tree_util.tree_leaves_with_path(gpt.abstract_params(model)):
-        name = "/".join(part.key for part in path)
-        part = next(PARTS[start] for start in PARTS if name.startswith(start))
-        counts[part] += math.prod(spec.shape)
-        counts["total"] += math.prod(spec.shape)
-        dims.append(spec.dims)
-    assert parameters(model) == counts
-    assert sorted(d for t in tensors(model) for d in [t.dims] * t.copies) == sorted(dims)
+    counts: Counter[str] = Counter()
+    for part, dims, copies in tensors(model):
+        counts[part] += copies * size(model, dims)
+    assert parameters(model) == {**counts, "total": counts.total()}
+    declared = jax.tree.leaves(gpt.abstract_params(model))
+    assert sorted(d for _, dims, n in tensors(model) for d in [dims] * n) == sorted(
+        spec.dims for spec in declared
+    )
+    for causal in (True, False):
+        assert train_flops_per_token(model, causal) == closed_flops(model, causal)
 
 
-def test_parameters_of_gpt2():
+def test_counts_of_gpt2():
     gpt2 = small(vocab_size=50257, context=1024, layers=12, width=768, heads=12, ff_dim=None)
     # The released model has 124,439,808 (Radford et al. 2019, counted in huggingface.co/gpt2).
     assert parameters(gpt2)["total"] == 124_439_808
-    # 12 L D^2 (Kaplan et al. 2020, table 1) and the unembedding.
-    assert matmul_parameters(gpt2) == 12 * 12 * 768**2 + 50257 * 768
+    # 12 L D^2 (Kaplan et al. 2020, table 1) and the unembedding; 12 L D T for the scores.
+    products = 12 * 12 * 768**2 + 50257 * 768
+    assert train_flops_per_token(gpt2, causal=False) == 6 * products + 12 * 12 * 768 * 1024
+    assert flops_by_part(gpt2, causal=True) == {
+        "attention": 6 * 12 * 4 * 768**2,
+        "scores": 12 * 12 * 768 * 1025 / 2,
+        "feedforward": 6 * 12 * 8 * 768**2,
+        "unembedding": 6 * 50257 * 768,
+    }
+
+
+# --- the jaxpr of training ---------------------------------------------------------------------
 
 
 def dot_flops(jaxpr) -> int:
@@ -180,7 +250,7 @@ def test_causal_flops_count_the_visible_pairs():
     pairs = (2 * visible.sum() + narrow.sum()) / 7
     matrices = 6 * matmul_parameters(model)
     expected = matrices + 12 * model.width * pairs
-    assert train_flops_per_token(model, causal=True) == pytest.approx(expected, rel=1e-12)
+    assert train_flops_per_token(model, causal=True) == pytest.approx(expected, rel=1e-15)
     # A window wider than the context is none.
     assert train_flops_per_token(small(windows=(99,)), True) == train_flops_per_token(small(), True)
     full = train_flops_per_token(model, causal=False)
@@ -196,46 +266,156 @@ def test_the_block_kernel_lies_between_causal_and_full():
     assert train_flops_per_token(model, True) < counted < train_flops_per_token(model, False)
 
 
-@pytest.mark.parametrize("shape", [tiny.axes(), tiny.CUBE, tiny.TENSOR], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_memory_is_that_of_the_sharded_state(optimizer, shape):
-    mesh = dataclasses.asdict(shape)
-    config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256), optimizer)
-    specs = gpt.abstract_params(config.model)
-    dims = jax.tree.map(lambda s: s.dims, specs)
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
-    state = jax.eval_shape(make_optimizer(config.optim, 100, dims).init, params)
+# --- memory ------------------------------------------------------------------------------------
 
-    def held(leaf, spec) -> int:
-        axes = [
-            a for entry in spec if entry for a in (entry if isinstance(entry, tuple) else (entry,))
-        ]
-        return leaf.size * leaf.dtype.itemsize // math.prod(mesh[axis] for axis in axes)
+MESHES = [tiny.axes(), tiny.CUBE, tiny.TENSOR]
 
-    real = sum(jax.tree.leaves(jax.tree.map(held, state, state_specs(state, params, dims))))
+
+def check_memory(config: Config, axes: Mesh) -> None:
+    """Against what a device of a real mesh holds of the state that training begins with."""
+    mesh = dataclasses.asdict(axes)
+    devices = jax.devices()[: math.prod(mesh.values())]
+    with jax.set_mesh(sharding.make_mesh(axes, devices)):
+        real = state.abstract(config)
+
+    def held(tree) -> int:
+        leaves = jax.tree.leaves(tree)
+        shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+        return sum(n * leaf.dtype.itemsize for n, leaf in zip(shards, leaves, strict=True))
+
     got = memory_bytes(config, mesh)
-    by_dims = [
-        4
-        * math.prod(s.shape)
-        // math.prod(mesh[a] for d in s.dims for a in PARAMETER_RULES.get(d, ()))
-        for s in jax.tree.leaves(specs)
-    ]
-    assert got["parameters"] == got["gradients"] == got["ema"] == sum(by_dims)
-    # Counters, and Adafactor's replicated factors, are neglected.
-    slack = 4 * 0.05 * parameters(config.model)["total"] if optimizer == "adafactor" else 200
-    assert 0 <= real - got["optimizer"] <= slack
-    assert got["total"] == sum(size for part, size in got.items() if part != "total")
+    assert got["parameters"] == got["gradients"] == held(real.params)
+    assert got["optimizer"] == held(real.opt_state)
+    assert got["ema"] == held(real.ema)
+    assert got["total"] == sum(bytes for part, bytes in got.items() if part != "total")
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_is_that_of_the_sharded_state(optimizer, axes):
+    config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256), optimizer)
+    check_memory(config, axes)
 
 
 def test_activations_by_hand():
     config = whole(small())  # 8 rows in 2 micro-batches, 16 tokens each
     got = memory_bytes(config, {"data": 2, "fsdp": 1, "tensor": 2})
     tokens, t = 8 / 2 * 16 / 2, 2
-    values = 6 * 32 + (2 * 4 + 2 * 4) * 8 / t + 3 * 48 / t
-    assert got["activations"] == tokens * 3 * (4 * values + 8 * 4 * 16 / t)
-    assert got["logits"] == tokens * 8 * 64 / t
+    # Query, key, value, heads' outputs and up are split over the tensor axis, as scores are.
+    values = (4 * 32 + 48 + 4 * 16) / t + 2 * 32
+    assert got["activations"] == tokens * 3 * 2 * 4 * values
+    assert got["logits"] == 2 * tokens * 4 * 64 / t
+    chunked = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, loss_vocab_chunk=16)
+    )
+    assert memory_bytes(chunked, dict.fromkeys(AXES, 1))["logits"] == 2 * 4 * 16 * 4 * 16
     full = whole(small(remat="full", attention="block", dtype="bfloat16"))
     assert memory_bytes(full, dict.fromkeys(AXES, 1))["activations"] == 4 * 16 * 3 * 2 * 32
+
+
+# --- rows that are not there: each one row of one table ------------------------------------------
+
+
+def tanh_norm(module, c, x):
+    """Dynamic tanh (Zhu et al. 2025): a scalar, a gain and an offset."""
+    vectors = [("alpha", "", (), "gain"), ("scale", "D", (c.width,), "gain"),
+               ("bias", "D", (c.width,), "bias")]  # fmt: skip
+    alpha, scale, bias = (parameter(module, c, *vector, dtype=jnp.float32) for vector in vectors)
+    return scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias
+
+
+EXPERTS = 3
+
+
+def experts(module, c, x_BTD):
+    """Every token through every expert, weighted by a softmax over the router's logits."""
+    D, F, E = c.width, hidden_width(c), EXPERTS
+    router = parameter(module, c, "router", "DE", (D, E), "matrix", fan_in="D")
+    up = parameter(module, c, "up", "EDF", (E, D, F), "matrix", fan_in="D", stacks="E")
+    down = parameter(module, c, "down", "EFD", (E, F, D), "residual", fan_in="F", stacks="E")
+    share_BTE = jax.nn.softmax(linear("BTD,DE->BTE", x_BTD, router))
+    # An einsum that is not `linear` counts as well.
+    h_BTEF = jax.nn.relu(jnp.einsum("BTD,EDF->BTEF", x_BTD, up, out_sharding=sharding.out("BTEF")))
+    return linear("BTEF,EFD->BTD", h_BTEF * share_BTE[..., None], down)
+
+
+def sgd(config, rates, specs):
+    return optax.chain(optax.identity(), optax.scale_by_learning_rate(rates.schedule))
+
+
+def third_moment(config, rates, specs):
+    """A state of another size: one more value for each row of a matrix."""
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape[:-1]), params)
+
+    def update(updates, state, params=None):
+        return updates, jax.tree.map(lambda s, u: s + u.mean(-1) if u.ndim else s, state, updates)
+
+    extra = optax.GradientTransformation(init, update)
+    return optax.chain(extra, adamw(config, rates, specs))
+
+
+PLANTED = {
+    "norm": (NORM, tanh_norm),
+    "feedforward": (FEEDFORWARD, Branch(experts, lambda width: 2 * width)),
+}
+
+
+@pytest.mark.parametrize("knob", PLANTED)
+def test_a_planted_layer_is_counted_as_it_is(knob, monkeypatch):
+    table, row = PLANTED[knob]
+    monkeypatch.setitem(table, "planted", row)
+    model = small(**{knob: "planted", "ff_dim": None, "scan_layers": True, "remat": "full"})
+    real = gpt.init(model, 0)
+    assert parameters(model)["total"] == sum(leaf.size for leaf in jax.tree.leaves(real))
+    D, L, E, F = model.width, model.layers, EXPERTS, 2 * model.width
+    by_hand = {
+        "norm": ("norm", (2 * L + 1) * (2 * D + 1)),
+        "feedforward": ("feedforward", L * (D * E + 2 * E * D * F)),
+    }
+    part, count = by_hand[knob]
+    assert parameters(model)[part] == count
+    # The products of the real gradient, without those that remat makes again.
+    kept = dataclasses.replace(model, remat="none")
+    assert train_flops_per_token(model, causal=False) == counted_per_token(kept)
+    if knob == "feedforward":
+        assert flops_by_part(model, causal=True)["feedforward"] == 6 * count
+    for axes in MESHES:
+        check_memory(whole(model), axes)
+
+
+def test_a_row_written_anew_under_its_name_is_counted_anew(monkeypatch):
+    before = parameters(small())["total"], train_flops_per_token(small(), True)
+    monkeypatch.setitem(FEEDFORWARD, small().feedforward, PLANTED["feedforward"][1])
+    monkeypatch.setitem(NORM, small().norm, tanh_norm)
+    after = parameters(small())["total"], train_flops_per_token(small(), True)
+    assert after[0] == sum(leaf.size for leaf in jax.tree.leaves(gpt.init(small(), 0)))
+    assert after[0] > before[0] and after[1] > before[1]
+
+
+@pytest.mark.parametrize("row", [sgd, third_moment])
+def test_a_planted_optimiser_is_counted_as_it_is(row, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "planted", row)
+    config = whole(small(), "planted")
+    for axes in MESHES:
+        check_memory(config, axes)
+    weights = 4 * parameters(config.model)["total"]
+    got = memory_bytes(config, dict.fromkeys(AXES, 1))["optimizer"]
+    assert got < 100 if row is sgd else 2 * weights < got < 3 * weights
+
+
+def test_products_that_cannot_be_counted_are_refused(monkeypatch):
+    def loop(module, c, x_BTD):
+        w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ w, x_BTD)
+
+    monkeypatch.setitem(FEEDFORWARD, "planted", Branch(loop, lambda width: width))
+    with pytest.raises(NotImplementedError, match="products of 'while' in .*feedforward"):
+        train_flops_per_token(small(feedforward="planted"), causal=True)
+
+
+# --- rates ---------------------------------------------------------------------------------------
 
 
 def test_mfu():

@@ -30,6 +30,7 @@ from gptjax.config import (
 )
 from gptjax.data.batches import Batches
 from gptjax.layers.attention import resolve
+from gptjax.layers.feedforward import hidden_width
 from gptjax.tokenizer import load
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +157,7 @@ def test_what_only_looks_impossible_is_allowed():
 def test_derived_sizes():
     def sizes(**changes):
         m = from_dict(changed(**changes)).model
-        return m.K, m.H, m.F
+        return m.K, m.H, hidden_width(m)
 
     assert sizes() == (4, 32, 512)
     # 8/3 of 128 is 341.3: the next multiple of 64.

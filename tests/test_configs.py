@@ -26,6 +26,7 @@ from gptjax import sharding, state
 from gptjax.accounting import parameters
 from gptjax.config import Config, ConfigError, flatten, to_dict
 from gptjax.configure import from_file
+from gptjax.layers.feedforward import hidden_width
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def test_gpt3_is_the_papers_table(
     c = resolve(f"gpt3:{name}")
     m = c.model
     assert (m.layers, m.width, m.heads, m.H, m.context) == (layers, width, heads, head_dim, 2048)
-    assert 4 * width == m.F and c.optim.peak_lr == rate
+    assert 4 * width == hidden_width(m) and c.optim.peak_lr == rate
     assert (c.optim.b1, c.optim.b2, c.optim.eps) == (0.9, 0.95, 1e-8)
     assert (c.optim.clip, c.optim.weight_decay, c.optim.final_lr_fraction) == (1.0, 0.1, 0.1)
     # Rounded to multiples of 64 rows, and to whole steps.
@@ -169,7 +170,13 @@ def test_the_nanogpt_recipe_is_nanogpts():
     c = resolve("nanogpt_char")
     m, o = c.model, c.optim
     assert (m.layers, m.heads, m.width, m.context) == (4, 4, 128, 64)
-    assert (m.bias, m.tied, m.dropout, m.feedforward, m.F) == (False, True, 0.0, "gelu", 512)
+    assert (m.bias, m.tied, m.dropout, m.feedforward, hidden_width(m)) == (
+        False,
+        True,
+        0.0,
+        "gelu",
+        512,
+    )
     assert (m.position, m.norm, m.norm_placement, m.init) == ("learned", "layernorm", "pre", "gpt2")
     assert (c.data.batch_size, c.train.steps, c.train.accumulation) == (12, 2000, 1)
     assert (o.optimizer, o.schedule, o.warmup_steps) == ("adamw", "cosine", 100)

@@ -83,13 +83,17 @@ def specs(**knobs: Any) -> tuple[Config, dict[str, Spec]]:
     return config, named(model.abstract_params(config.model))
 
 
+def rate_of(config: Config, spec: Spec) -> float:
+    return parametrisation.rate_multiplier(config.model, spec.kind, "L" in spec.stacks)
+
+
 @pytest.mark.parametrize("init", INIT)
 def test_the_multipliers_are_those_of_the_papers(init):
     _, base = specs(init=init)
     large, found = specs(init=init, width=64, layers=8, **BASE)
     assert found.keys() == FOURFOLD.keys()
     for path, (std, rate) in FOURFOLD.items():
-        assert parametrisation.rate_multiplier(large.model, found[path].dims) == rate, path
+        assert rate_of(large, found[path]) == rate, path
         assert found[path].std == pytest.approx((std or 0) * base[path].std, rel=1e-15), path
     m = large.model
     assert parametrisation.logit_multiplier(m) == 1 / 4
@@ -104,7 +108,7 @@ def test_without_the_depth_version_depth_changes_nothing():
     _, deep = specs(layers=8)
     for path, (std, _) in FOURFOLD.items():
         rate = 1 / 4 if std == 1 / 2 else 1
-        assert parametrisation.rate_multiplier(large.model, found[path].dims) == rate
+        assert rate_of(large, found[path]) == rate
         assert found[path].std == pytest.approx((std or 0) * deep[path].std, rel=1e-15)
     assert parametrisation.branch_multiplier(large.model) == 1
 

@@ -149,14 +149,16 @@ def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
 
     parts = {name: change(getattr(CONFIG, name)) for name in ("model", "data", "train")}
     config = dataclasses.replace(CONFIG, **parts)
+    specs = model.abstract_params(config.model)
     with pytest.raises(ConfigError, match=f"^{message}: make it a multiple of {message[-1]}"):
-        check_divisible(config, make_mesh(sizes))
-    check_divisible(config, tiny.mesh())
+        check_divisible(config, specs, sharding.mesh_shape(sizes, 8))
+    check_divisible(config, specs, dict.fromkeys(AXES, 1))
 
 
 def test_a_divisible_config_passes_on_every_mesh():
+    specs = model.abstract_params(CONFIG.model)
     for sizes in tiny.MESHES:
-        check_divisible(CONFIG, make_mesh(sizes))
+        check_divisible(CONFIG, specs, sharding.mesh_shape(sizes, 8))
 
 
 # --- gather -----------------------------------------------------------------------------------

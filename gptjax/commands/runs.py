@@ -192,7 +192,10 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from gptjax import accounting, configure, setup
+    import jax
+
+    from gptjax import accounting, configure, setup, sharding
+    from gptjax.layers import attention
 
     found = configure.from_file(arguments.config, overrides)
     setup.check_names(found)
@@ -206,13 +209,15 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     for knob, value in flatten(dataclasses.asdict(found)).items():
         print(f"{knob} = {value!r}")
-    parts = accounting.parameters(found.model)
     tokens = found.train.steps * found.data.batch_size * found.model.context
     flops = accounting.train_flops_per_token(found.model, causal=True)
-    print("# parameters: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()))
     print(
         f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
     )
+    shape = sharding.mesh_shape(found.mesh, jax.device_count())
+    settled = attention.resolve(found.model, jax.default_backend())
+    for line in accounting.costs(dataclasses.replace(found, model=settled), shape):
+        print(f"# {line}")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config import Model as ModelConfig
 from gptjax.config import UserError, choose
+from gptjax.layers.feedforward import hidden_width
 
 Keys = dict[str, Any]
 
@@ -104,7 +105,7 @@ def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
         model,
         kv_heads=None if model.heads == model.K else model.K,
         head_dim=None if model.H * model.heads == model.width else model.H,
-        ff_dim=model.F,
+        ff_dim=hidden_width(model),
     )
 
 
@@ -117,7 +118,7 @@ def to_theirs(model: ModelConfig) -> tuple[Family, Keys]:
     wanted, nearest = canonical(model), None
     for kind, family in FAMILIES.items():
         explicit = dataclasses.asdict(model) | {
-            "kv_heads": model.K, "head_dim": model.H, "ff_dim": model.F,
+            "kv_heads": model.K, "head_dim": model.H, "ff_dim": hidden_width(model),
         }  # fmt: skip
         keys: Keys = {"model_type": kind, "architectures": [family.architecture]}
         keys |= {key: explicit[field] for key, (field, _) in family.keys.items()}
@@ -140,7 +141,7 @@ def to_theirs(model: ModelConfig) -> tuple[Family, Keys]:
 def canonical(model: ModelConfig) -> dict[str, Any]:
     """What function a model computes: equal for configs that say the same in other words."""
     fields = {k: v for k, v in dataclasses.asdict(model).items() if k not in RUN_FIELDS}
-    fields |= {"kv_heads": model.K, "head_dim": model.H, "ff_dim": model.F}
+    fields |= {"kv_heads": model.K, "head_dim": model.H, "ff_dim": hidden_width(model)}
     fields |= {"windows": model.layer_windows, "attention_bias": sorted(model.biased)}
     read = {"none": (), "linear": ("factor",), "dynamic": ("factor", "original_context")}
     unread = {"factor", "original_context", "rotations"} - set(

@@ -271,7 +271,10 @@ def _read(source: Source, row: Row, spec: Spec) -> jax.Array:
     name = row.theirs
     if not spec.dims.startswith("L"):
         return _place(spec, functools.partial(_shard, source, name, row, spec))
-    layers, one = spec.shape[0], dataclasses.replace(spec, shape=spec.shape[1:], dims=spec.dims[1:])
+    layers = spec.shape[0]
+    one = dataclasses.replace(
+        spec, shape=spec.shape[1:], dims=spec.dims[1:], stacks=spec.stacks[1:]
+    )
     whole = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
     for layer in range(layers):
         name = row.theirs.replace("*", str(layer))

@@ -136,6 +136,9 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     return jnp.concatenate(outputs, axis=1)
 
 
+# Products under this name are those of pairs of tokens, of which `gptjax.accounting` counts those
+# that a window and causality leave.
+KERNEL = "attention_kernel"
 MIXED_WINDOWS = "layers of different windows under model.scan_layers"
 
 
@@ -371,14 +374,16 @@ class Attention(nn.Module):
             cached=cache is not None,
         )
         name = "plain" if c.attention == "auto" else c.attention
-        o_BTNH = choose(ATTENTION, name, "model.attention")(q_BTNH, k_BTKH, v_BTKH, scores)
+        kernel = choose(ATTENTION, name, "model.attention")
+        with jax.named_scope(KERNEL):
+            o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, scores)
         return self._output(o_BTNH), own_value_BTKH, cache
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         c, letter = self.config, "N" if name == "query" else "K"
         heads = c.heads if name == "query" else c.K
         kernel = parameter(
-            self, c, name, f"D{letter}H", (c.width, heads, c.H), "matrix", fan_in=c.width
+            self, c, name, f"D{letter}H", (c.width, heads, c.H), "matrix", fan_in="D"
         )
         to = f"BT{letter}H"
         y = linear(f"BTD,D{letter}H->{to}", x_BTD, kernel)
@@ -395,7 +400,7 @@ class Attention(nn.Module):
     def _output(self, o_BTNH: jax.Array) -> jax.Array:
         c = self.config
         shape = (c.heads, c.H, c.width)
-        kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in=c.heads * c.H)
+        kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in="NH")
         y = linear("BTNH,NHD->BTD", o_BTNH, kernel)
         if "out" in c.biased:
             y += parameter(self, c, "out_bias", "D", (c.width,), "bias")

@@ -1,8 +1,9 @@
-"""The position-wise feed-forward."""
+"""The position-wise feed-forward: the second branch of a block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +13,84 @@ from gptjax.config import Model, choose
 from gptjax.layers.linear import linear
 from gptjax.layers.parameter import parameter
 
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Branch(NamedTuple):
+    """A variant.
+
+    Attributes:
+        apply: (module, config, x_BTD) -> y_BTD in x's dtype. It declares its parameters on
+            `module` with `parameter` and may multiply what it likes: `gptjax.accounting` counts
+            what it declares and the products that it makes.
+        width: D -> F, where model.ff_dim is None.
+    """
+
+    apply: Callable[[nn.Module, Model, jax.Array], jax.Array]
+    width: Callable[[int], int]
+
 
 def relu2(x: jax.Array) -> jax.Array:
     """max(x, 0)^2 (So et al. 2021, "Primer")."""
     return jnp.square(jax.nn.relu(x))
 
 
-# Activation by name. A name that ends in "glu" is gated: activation(x W_gate) * (x W_up)
-# (Shazeer 2020, eq. 6), see `config.Model.gated`.
-FEEDFORWARD: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,  # tanh form, as GPT-2 and faster; Hendrycks & Gimpel 2016
-    "relu2": relu2,
-    "swiglu": jax.nn.silu,
-    "geglu": jax.nn.gelu,
+def ungated(activation: Activation) -> Branch:
+    """activation(x W_up) W_down (Vaswani et al. 2017, eq. 2), 4 D wide."""
+
+    def apply(module: nn.Module, c: Model, x_BTD: jax.Array) -> jax.Array:
+        return _down(module, c, activation(_up(module, c, "up", x_BTD)))
+
+    return Branch(apply, lambda width: 4 * width)
+
+
+def gated(activation: Activation) -> Branch:
+    """(activation(x W_gate) * (x W_up)) W_down (Shazeer 2020, eq. 6).
+
+    8/3 D wide, up to the next multiple of 64: three matrices have the parameters of two.
+    """
+
+    def apply(module: nn.Module, c: Model, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = activation(_up(module, c, "gate", x_BTD))
+        return _down(module, c, gate_BTF * _up(module, c, "up", x_BTD))
+
+    return Branch(apply, lambda width: -(-8 * width // (3 * 64)) * 64)
+
+
+def _up(module: nn.Module, c: Model, name: str, x_BTD: jax.Array) -> jax.Array:
+    F = hidden_width(c)
+    kernel = parameter(module, c, name, "DF", (c.width, F), "matrix", fan_in="D")
+    y_BTF = linear("BTD,DF->BTF", x_BTD, kernel)
+    return y_BTF + parameter(module, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y_BTF
+
+
+def _down(module: nn.Module, c: Model, h_BTF: jax.Array) -> jax.Array:
+    kernel = parameter(module, c, "down", "FD", (hidden_width(c), c.width), "residual", fan_in="F")
+    y_BTD = linear("BTF,FD->BTD", h_BTF, kernel)
+    return y_BTD + parameter(module, c, "down_bias", "D", (c.width,), "bias") if c.bias else y_BTD
+
+
+FEEDFORWARD: dict[str, Branch] = {
+    "relu": ungated(jax.nn.relu),
+    "gelu": ungated(jax.nn.gelu),  # tanh form, as GPT-2 and faster; Hendrycks & Gimpel 2016
+    "relu2": ungated(relu2),
+    "swiglu": gated(jax.nn.silu),
+    "geglu": gated(jax.nn.gelu),
 }
 
 
+def hidden_width(config: Model) -> int:
+    """F: `model.ff_dim`, or what its row says of the model's width."""
+    row = choose(FEEDFORWARD, config.feedforward, "model.feedforward")
+    return row.width(config.width) if config.ff_dim is None else config.ff_dim
+
+
 class FeedForward(nn.Module):
-    """x_BTD -> x_BTD through F hidden units."""
+    """x_BTD -> y_BTD, as the row says."""
 
     config: Model
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c, (D, F) = self.config, (self.config.width, self.config.F)
-        activation = choose(FEEDFORWARD, c.feedforward, "model.feedforward")
-
-        def project(name: str) -> jax.Array:
-            kernel = parameter(self, c, name, "DF", (D, F), "matrix", fan_in=D)
-            y = linear("BTD,DF->BTF", x, kernel)
-            return y + parameter(self, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y
-
-        h = activation(project("gate")) * project("up") if c.gated else activation(project("up"))
-        kernel = parameter(self, c, "down", "FD", (F, D), "residual", fan_in=F)
-        y = linear("BTF,FD->BTD", h, kernel)
-        return y + parameter(self, c, "down_bias", "D", (D,), "bias") if c.bias else y
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        return choose(FEEDFORWARD, c.feedforward, "model.feedforward").apply(self, c, x_BTD)

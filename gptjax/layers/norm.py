@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,6 @@ from flax import linen as nn
 
 from gptjax.config import Model, choose
 from gptjax.layers.parameter import parameter
-
-
-class NormKind(NamedTuple):
-    centre: bool  # subtract the mean
-    scale: bool  # learn a gain
-    bias: bool  # learn an offset, where model.bias allows
-
-
-NORM: dict[str, NormKind] = {
-    "layernorm": NormKind(centre=True, scale=True, bias=True),  # Ba et al. 2016, eq. 3
-    "rmsnorm": NormKind(centre=False, scale=True, bias=False),  # Zhang & Sennrich 2019, eq. 4
-    "parameterfree": NormKind(centre=True, scale=False, bias=False),  # OLMo, Groeneveld et al. 2024
-}
 
 
 def normalise(x: jax.Array, eps: float, centre: bool) -> jax.Array:
@@ -33,6 +20,38 @@ def normalise(x: jax.Array, eps: float, centre: bool) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
+def layernorm(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
+    """Ba et al. 2016, eq. 3; without the offset where model.bias is False."""
+    y = _gain(module, c, normalise(x, c.norm_eps, centre=True))
+    if not c.bias:
+        return y
+    return y + parameter(module, c, "bias", "D", (c.width,), "bias", dtype=jnp.float32)
+
+
+def rmsnorm(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
+    """Zhang & Sennrich 2019, eq. 4."""
+    return _gain(module, c, normalise(x, c.norm_eps, centre=False))
+
+
+def parameterfree(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
+    """A LayerNorm that learns nothing (OLMo, Groeneveld et al. 2024)."""
+    return normalise(x, c.norm_eps, centre=True)
+
+
+def _gain(module: nn.Module, c: Model, y: jax.Array) -> jax.Array:
+    scale = parameter(module, c, "scale", "D", (c.width,), "gain", mean=1.0, dtype=jnp.float32)
+    return y * scale
+
+
+# (module, config, x of shape (..., D)) -> y alike, float32. A row declares on `module` whatever
+# vectors it learns.
+NORM: dict[str, Callable[[nn.Module, Model, jax.Array], jax.Array]] = {
+    "layernorm": layernorm,
+    "rmsnorm": rmsnorm,
+    "parameterfree": parameterfree,
+}
+
+
 class Norm(nn.Module):
     """Normalises (..., D) over D in float32; returns the input's dtype."""
 
@@ -40,15 +59,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, kind = self.config, choose(NORM, self.config.norm, "model.norm")
-        y = normalise(x, c.norm_eps, kind.centre)
-        if kind.scale:
-            y = y * parameter(
-                self, c, "scale", "D", (c.width,), "gain", mean=1.0, dtype=jnp.float32
-            )
-        if kind.bias and c.bias:
-            y = y + parameter(self, c, "bias", "D", (c.width,), "bias", dtype=jnp.float32)
-        return y.astype(x.dtype)
+        c = self.config
+        return choose(NORM, c.norm, "model.norm")(self, c, x).astype(x.dtype)
 
 
 class HeadNorm(nn.Module):

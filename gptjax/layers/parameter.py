@@ -1,16 +1,20 @@
 """How a layer declares a parameter, and how its initial value is drawn.
 
-A layer calls `parameter(self, "query", "DNH", shape, role)`. During `init` Linen
-collects what was declared (shape, dims, how to draw it) without drawing anything;
-`draw` then makes the values from the seed and the parameter's path. So a value
-depends on its path and shape alone: two architectures that share a path share its
-initial value, and neither call order, depth nor mesh changes it.
+A layer calls `parameter(self, config, "query", "DNH", shape, "matrix", fan_in="D")`. During
+`init` Linen collects what was declared, a `Spec`, without drawing anything; `draw` then makes
+the values from the seed and the parameter's path. So a value depends on its path and shape
+alone: two architectures that share a path share its initial value, and neither call order,
+depth nor mesh changes it.
+
+What is said here is said once: initial values, muP, weight decay, the optimisers, the mesh and
+the counts of `gptjax.accounting` all read the `Spec`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +29,21 @@ from scipy.special import ndtri
 from gptjax import parametrisation, sharding
 from gptjax.config import Model, choose
 
+# Role -> kind: what a parameter is to muP (`gptjax.parametrisation`), weight decay and Muon. An
+# embedding is a table whose rows are looked up, a matrix maps between two sizes that grow with
+# the width, and a vector is all that multiplies or adds entry by entry.
+KIND: dict[str, str] = {
+    "embedding": "embedding",
+    "position": "embedding",
+    "matrix": "matrix",
+    "residual": "matrix",  # writes to the residual stream
+    "unembedding": "unembedding",
+    "gain": "vector",
+    "bias": "vector",
+}
+
 # Scheme -> role -> standard deviation from (fan-in, layers), those of the base shape where
-# `gptjax.parametrisation` has one. Roles: "embedding" and
-# "position" tables, "matrix", "residual" (a matrix that writes to the residual
-# stream) and "unembedding".
+# `gptjax.parametrisation` has one. Vectors start at the mean that they declare.
 INIT: dict[str, dict[str, Callable[[float, float], float]]] = {
     # Radford et al. 2019, section 2.3: 0.02, residual writers scaled by depth (two a layer).
     "gpt2": {
@@ -66,7 +81,11 @@ class Spec:
         dims: one letter of the shape alphabet for each dim, "LDNH".
         mean: the initial value where std is 0.
         std: the standard deviation of initial values around 0; 0 makes them `mean`.
-        role: a role of `INIT`, or "gain" or "bias" for what is not a matrix.
+        role: a row of `KIND`.
+        fan_in: the letters over which an output sums; those of neither `fan_in` nor `stacks`
+            are the outputs. A table, whose rows are looked up, names its rows' own dim, over
+            which it sums where it is tied to the unembedding. "" for a vector.
+        stacks: the leading letters that only number copies: layers L, experts E.
     """
 
     shape: tuple[int, ...]
@@ -74,10 +93,27 @@ class Spec:
     mean: float
     std: float
     role: str
+    fan_in: str = ""
+    stacks: str = ""
+
+    @property
+    def kind(self) -> str:
+        return KIND[self.role]
+
+    @property
+    def fan_out(self) -> str:
+        """The letters that number the outputs."""
+        return "".join(letter for letter in self.dims if letter not in self.stacks + self.fan_in)
+
+    def size(self, letters: str) -> int:
+        """The product of the sizes of some of its dims."""
+        return math.prod(self.shape[self.dims.index(letter)] for letter in letters)
 
     def stacked(self, layers: int) -> Spec:
         """The same parameter of `layers` layers, stacked along a leading dim L."""
-        return dataclasses.replace(self, shape=(layers, *self.shape), dims="L" + self.dims)
+        return dataclasses.replace(
+            self, shape=(layers, *self.shape), dims="L" + self.dims, stacks="L" + self.stacks
+        )
 
 
 class Declared(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
@@ -107,7 +143,8 @@ def parameter(
     shape: tuple[int, ...],
     role: str,
     *,
-    fan_in: int = 1,
+    fan_in: str = "",
+    stacks: str = "",
     mean: float = 0.0,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
@@ -119,19 +156,29 @@ def parameter(
         name: the last part of its path.
         dims: its dims, "DNH".
         shape: its shape.
-        role: a role of `INIT`, or "gain" or "bias", which start at `mean`.
-        fan_in: how many inputs each output sums over.
+        role: a row of `KIND`; gains and biases start at `mean`.
+        fan_in: the letters of dims over which each output sums; see `Spec`.
+        stacks: the letters of dims, its first ones, that number copies, such as experts.
         mean: the mean of its initial value.
         dtype: the dtype to use it in; None is `config.dtype`.
+
+    Raises:
+        ValueError: on a role, fan_in or stacks that do not fit.
     """
+    spec = Spec(shape, dims, mean, 0.0, role, fan_in, stacks)
+    if role not in KIND or not set(fan_in) <= set(dims) or not dims.startswith(stacks):
+        raise ValueError(
+            f"parameter {name!r}: its role is one of {', '.join(KIND)}, its fan_in some of its "
+            f"dims and its stacks the first of them; got {spec}"
+        )
+    if (spec.kind == "vector") == bool(fan_in):
+        raise ValueError(f"parameter {name!r}: all but a gain or a bias name a fan_in, got {spec}")
     scheme = choose(INIT, config.init, "model.init")
-    std = 0.0
     if role in scheme:
-        base_fan_in = fan_in / parametrisation.width_ratio(config)
+        base_fan_in = spec.size(fan_in) / parametrisation.width_ratio(config)
         base_layers = config.layers / parametrisation.depth_ratio(config)
-        std = scheme[role](base_fan_in, base_layers) * parametrisation.init_std(config, dims)
-        std *= config.init_scale
-    spec = Spec(shape, dims, mean, std, role)
+        std = scheme[role](base_fan_in, base_layers) * parametrisation.init_std(config, spec.kind)
+        spec = dataclasses.replace(spec, std=std * config.init_scale)
     # Linen unboxes it: what comes back is the bare value.
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
@@ -157,7 +204,7 @@ def draw(spec: Spec, path: str, seed: jax.Array) -> jax.Array:
         seed: a PRNG key.
     """
     key = jax.random.fold_in(seed, zlib.crc32(path.encode()))
-    stacked = spec.dims.startswith("L")
+    stacked = "L" in spec.stacks
     shape, dims = (spec.shape[1:], spec.dims[1:]) if stacked else (spec.shape, spec.dims)
     where = None if sharding.out(dims) is None else sharding.parameter_spec(dims)
 

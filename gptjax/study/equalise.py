@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
 from gptjax import accounting
 from gptjax.config import Config, ConfigError, Model, choose
+from gptjax.layers.feedforward import hidden_width
 
 TOLERANCE = 0.01  # a budget further from the baseline's than this share is refused
 
@@ -45,11 +47,14 @@ def _width(config: Config, target: float, fixed: Collection[str]) -> Config:
 
     if "model.width" not in fixed and m.head_dim is None:
         unit = 2 * m.heads
-        widths = [m.width, *range(unit, 4 * m.width + 1, unit)]
-        m = min((dataclasses.replace(m, width=w) for w in widths), key=lambda m: abs(miss(m)))
+        shapes = [dataclasses.replace(m, width=w) for w in range(unit, 4 * m.width + 1, unit)]
+        # More width is never fewer parameters: the nearest are on either side of the target.
+        above = bisect.bisect_left(shapes, 0.0, key=miss)
+        m = min([m, *shapes[max(above - 1, 0) : above + 1]], key=lambda m: abs(miss(m)))
     if "model.ff_dim" not in fixed and miss(m):
-        a_unit = miss(dataclasses.replace(m, ff_dim=m.F + 1)) - miss(m)
-        m = dataclasses.replace(m, ff_dim=max(1, m.F - round(miss(m) / a_unit)))
+        F = hidden_width(m)
+        a_unit = miss(dataclasses.replace(m, ff_dim=F + 1)) - miss(m)
+        m = dataclasses.replace(m, ff_dim=max(1, F - round(miss(m) / a_unit)))
     return dataclasses.replace(config, model=m)
 
 
