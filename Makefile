@@ -1,18 +1,28 @@
 # The commands of the project; CI runs the same ones.
 #   make train   environment, install, train the default model (again: goes on, or says it is done)
 #   make test    format, lint, types and the whole test suite
+#   make quick   floors and the tests of what differs from main, for at most 90 seconds
 #   make check   format, lint and types only;  make format  mends what can be mended
+#   make lanes   the suite on the oldest and the newest versions that pyproject.toml allows
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check format golden clean
+# The ends of requires-python.
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.13
+
+.PHONY: train test quick check format lanes golden clean
 
 train: .venv/installed
 	$(BIN)/python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
 test: check
 	$(BIN)/python -m pytest
+
+# No test starts after 70 s; a warm .jax_cache makes most of them short.
+quick: .venv/installed-test
+	$(BIN)/python -m pytest -m "not slow" --durations=3 --seconds=70 $$($(BIN)/python -m tests.changed)
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .
@@ -22,6 +32,23 @@ check: .venv/installed-test
 format: .venv/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Without the extra `reference`: newer Pythons get torch with CUDA only, 3 GB. Each lane has a cache
+# of compiled programs of its own.
+lanes: .lanes/oldest .lanes/newest
+	for lane in oldest newest; do JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.lanes/cache-$$lane \
+		.lanes/$$lane/bin/python -m pytest || exit; done
+
+.lanes/oldest: PYTHON = $(OLDEST_PYTHON)
+.lanes/oldest: RESOLUTION = lowest-direct
+.lanes/newest: PYTHON = $(NEWEST_PYTHON)
+.lanes/newest: RESOLUTION = highest
+.lanes/oldest .lanes/newest: pyproject.toml
+	rm -rf $@
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet uv
+	$@/bin/uv pip install --quiet --python $@ --resolution $(RESOLUTION) --editable '.[test]'
+	@touch $@
 
 # After an intended change of a recipe, of a sharding or of the numerics: write what the tests
 # compare with anew, and read the difference before committing it.
@@ -42,4 +69,4 @@ golden: .venv/installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .lanes .jax_cache .mypy_cache .pytest_cache .ruff_cache

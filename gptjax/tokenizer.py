@@ -16,11 +16,12 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import tiktoken
@@ -30,12 +31,24 @@ from gptjax.config import UserError, choose
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+# The tokens with a part to play, as tokenizer_config.json and chat templates name them.
+NAMED = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 RANKS_FILE = Path(__file__).parent / "data" / "assets" / "r50k_base.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pattern in the equivalent form that tiktoken runs fastest.
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
+
+
+# Characters that are encoded at once, whatever the length of a text: a pattern's engine gives up on
+# a run of a million blanks, and ids take many times the memory of their text.
+PIECE = 1 << 17
+# Characters round a place where a text is cut that are looked at, more than any token has. Before
+# it several numbers of them: in a run of one to eight characters that repeat, tokens that are counted
+# from different beginnings end at different places.
+AFTER, BEFORE = 256, range(256, 265)
+TRIES = 64  # places
 
 
 class Encoding(Protocol):
@@ -75,13 +88,71 @@ class Tokenizer:
     _encoding: Encoding = field(repr=False, compare=False)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text; special tokens in it count as plain characters."""
-        return self._encoding.encode_ordinary(text)
+        """The ids of ordinary text; special tokens in it count as plain characters.
+
+        Raises:
+            UserError: on a character that the tokenizer has no token for.
+        """
+        return [i for piece in self._pieces(text) for i in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, encoded by several threads; int32 arrays."""
-        batch = self._encoding.encode_ordinary_batch(list(texts))
-        return [np.array(ids, np.int32) for ids in batch]
+        """The ids of each text, as `encode`, by several threads; int32 arrays."""
+        pieces = [self._pieces(text) for text in texts]
+        batch = iter(self._encoding.encode_ordinary_batch([*itertools.chain(*pieces)]))
+        return [np.concatenate([np.array(next(batch), np.int32) for _ in p]) for p in pieces]
+
+    def cut(self, text: str, start: int = 0) -> int | None:
+        """Where a piece of `text` that begins at `start` may end, so that no token changes.
+
+        That is a place at most PIECE characters on, or beyond only where all of these are within
+        one token. None: less than PIECE + AFTER characters are left, which are a piece if no more
+        text follows.
+
+        A token depends on what is round it, not on what is far away, but there is no telling how
+        far: pieces of a pattern, like three digits, may be counted from the beginning of a long
+        run. So a place is tried in several surroundings of different lengths, and where these
+        disagree, together with all that stands before it.
+        """
+        for size in itertools.accumulate(itertools.repeat(2), int.__mul__, initial=PIECE):
+            stop = start + size
+            if stop + AFTER > len(text):
+                return None
+            place = self._cut_near(text, start, stop) or self._cut_behind(text, start, stop)
+            if place is not None:
+                return place
+        return None
+
+    def _cut_near(self, text: str, start: int, stop: int) -> int | None:
+        encode = self._encoding.encode_ordinary
+
+        def apart(before: str, after: str) -> bool:
+            return encode(before) + encode(after) == encode(before + after)
+
+        for place in range(stop, max(start, stop - TRIES), -1):
+            after = text[place : place + AFTER]
+            if all(apart(text[max(start, place - n) : place], after) for n in BEFORE):
+                return place
+        return None
+
+    def _cut_behind(self, text: str, start: int, stop: int) -> int | None:
+        """The end of a token of the text from `start`, where encoding may begin anew."""
+        encode = self._encoding.encode_ordinary
+        ids, content = encode(text[start : stop + AFTER]), text[start : stop + AFTER].encode()
+        ends = np.cumsum(self.bytes_per_token[ids])
+        inside = np.flatnonzero(ends <= len(text[start:stop].encode()))
+        for i in inside[: -TRIES - 1 : -1].tolist():
+            before, after = content[: ends[i]], content[ends[i] :]
+            if after[0] & 0xC0 == 0x80:  # within a character
+                continue
+            if encode(after.decode()) == ids[i + 1 :] and encode(before.decode()) == ids[: i + 1]:
+                return start + len(before.decode())
+        return None
+
+    def _pieces(self, text: str) -> list[str]:
+        places = [0]
+        while (place := self.cut(text, places[-1])) is not None:
+            places.append(place)
+        return [text[a:b] for a, b in itertools.pairwise([*places, len(text)])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -153,12 +224,17 @@ def load(name: str) -> Tokenizer:
     Raises:
         ConfigError: on an unknown name.
         UserError: where the ranks are neither in tiktoken's cache nor to be downloaded, or a
-            folder's tokenizer is no reversible byte-level BPE.
+            folder is not there or its tokenizer is no reversible byte-level BPE.
     """
     if (Path(name) / TOKENIZER_FILE).is_file():
         return _from_folder(Path(name))
     if Path(name).is_dir():
         raise UserError(f"data.tokenizer={name!r} is a folder without a {TOKENIZER_FILE}")
+    if name not in TOKENIZERS and Path(name).name != name:  # a path
+        raise UserError(
+            f"data.tokenizer={name!r}: there is no such folder; set it to where the folder is now, "
+            f"or to one of: {', '.join(TOKENIZERS)}"
+        )
     build = choose(TOKENIZERS, name, "data.tokenizer")
     try:
         parts = build()
@@ -202,23 +278,29 @@ def byte_alphabet() -> dict[int, str]:
 class _ByteLevel:
     """A tokenizer.json behind tiktoken's methods.
 
-    Qwen's normaliser, NFC, is left out: it changes texts, so that they could not be had back and
-    their bytes not be counted. Text that is in NFC already has the same ids.
+    What would change a text, so that it could not be had back and its bytes not be counted, is left
+    out: Qwen's normaliser, NFC, and that a token swallows the blanks beside it (`lstrip`,
+    `rstrip`). Text that is in NFC already, and has no blanks there, has the same ids.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, tree: dict[str, Any]) -> None:
         import tokenizers
 
-        tree = json.loads(text)
         if tree["model"]["type"] != "BPE" or tree["model"].get("byte_fallback"):
             raise ValueError("it is no byte-level BPE")
         if (tree.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
             raise ValueError(f"its normaliser {tree['normalizer']['type']} changes texts")
-        added = tree["added_tokens"]
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree | {"normalizer": None}))
+        _check_pre_tokenizer(tree.get("pre_tokenizer"))
+        if tree["model"].get("dropout"):
+            raise ValueError("its model draws ids at random (dropout)")
+        # Names of special tokens are never found in a text.
+        strip = {"lstrip": False, "rstrip": False}
+        added = [t if t["special"] else t | strip for t in tree["added_tokens"]]
+        tree = tree | {"added_tokens": added, "normalizer": None}
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(tree))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        marked = self._tokenizer.encode("a").ids
+        marked = self._tokenizer.encode("a").ids  # with what the model was trained to find round it
         self._tokenizer.encode_special_tokens = True
         self.specials = {t["content"]: t["id"] for t in added if t["special"]}
         self.fingerprint = hashlib.sha256(
@@ -232,37 +314,81 @@ class _ByteLevel:
                     raise ValueError(f"its token {token!r} is not spelled in GPT-2's byte alphabet")
                 self._bytes[i] = bytes(byte_of[char] for char in token)
         self.vocab_size = 1 + max(self._bytes)
-        self.bos = marked[0] if marked[:1] != self.encode_ordinary("a")[:1] else None
-        self._check(tree["model"]["merges"])
+        self._lengths = np.zeros(self.vocab_size, np.int64)
+        for i, content in self._bytes.items():
+            self._lengths[i] = len(content)
+        self._check()
+        plain = self.encode_ordinary("a")
+        if marked[-len(plain) :] != plain or len(marked) > len(plain) + 1:
+            raise ValueError("it puts more round a text than one token before it")
+        self.bos = marked[0] if len(marked) > len(plain) else None
 
-    def _check(self, merges: list[Any]) -> None:
+    def _check(self) -> None:
         text = "a b  c\n\n 12 e\u0301 \u00e9 \U0001f642" + "".join(self.specials)
         if self.decode_bytes(self.encode_ordinary(text)).decode() != text:
             raise ValueError("it changes text, so that a text cannot be had back from its ids")
-        # Corpora are cut between a letter and a space, see `gptjax.data.prepare`.
-        split = self._tokenizer.pre_tokenizer
-        cuts = split is not None and split.pre_tokenize_str("word word")[0][1] == (0, 4)
-        if merges and not cuts:
-            raise ValueError("its pieces run across the spaces between words")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, text: list[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(text, add_special_tokens=False)]
+        batch = self._tokenizer.encode_batch_fast(text, add_special_tokens=False)
+        found = [encoded.ids for encoded in batch]
+        for part, ids in zip(text, found, strict=True):
+            # A byte that has no token is passed over in silence: SmolLM2 lacks 21 of them.
+            if self._lengths[ids].sum() != len(part.encode()):
+                self._refuse(part)
+        return found
+
+    def _refuse(self, text: str) -> NoReturn:
+        for i, char in enumerate(text):
+            [encoded] = self._tokenizer.encode_batch_fast([char], add_special_tokens=False)
+            if self.decode_bytes(encoded.ids) != char.encode():
+                around = text[max(0, i - 20) : i + 20]
+                raise UserError(
+                    f"the tokenizer has no token for {char!r}, in the midst of {around!r}: take it "
+                    "out of the text, or choose another data.tokenizer"
+                )
+        raise UserError(f"the tokenizer changes the text {text[:40]!r}: choose another one")
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self._bytes[i] for i in tokens)
 
 
+# Kinds of pre-tokenisers that cut a text and leave it whole.
+CUTTERS = (
+    "Sequence",
+    "ByteLevel",
+    "Split",
+    "Digits",
+    "Punctuation",
+    "UnicodeScripts",
+)
+
+
+def _check_pre_tokenizer(tree: dict[str, Any] | None) -> None:
+    if tree is None:
+        return
+    for part in tree.get("pretokenizers", ()):
+        _check_pre_tokenizer(part)
+    if (
+        tree["type"] not in CUTTERS
+        or tree.get("behavior") == "Removed"
+        or tree.get("add_prefix_space")
+    ):
+        raise ValueError(f"its pre-tokeniser {tree['type']} changes text, or its like is not known")
+
+
 def _from_folder(folder: Path) -> Tokenizer:
     try:
-        encoding = _ByteLevel((folder / TOKENIZER_FILE).read_text())
+        encoding = _ByteLevel(json.loads((folder / TOKENIZER_FILE).read_bytes()))
     except Exception as error:  # the library raises bare Exceptions
         told = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{folder / TOKENIZER_FILE} cannot be used: {told[0]}") from error
     settings = _json(folder / "tokenizer_config.json")
-    said = {key: settings[key] for key in ("bos_token", "eos_token") if settings.get(key)}
+    if "added_tokens_decoder" not in settings:  # where older folders name their tokens
+        settings |= _json(folder / "special_tokens_map.json")
+    said = {key: settings[key] for key in NAMED if settings.get(key)}
     named = {k: v["content"] if isinstance(v, dict) else v for k, v in said.items()}
     known = (END_OF_TEXT, "<|end_of_text|>", named.get("eos_token"))
     ends = [name for name in known if name in encoding.specials]
@@ -290,15 +416,21 @@ def _from_folder(folder: Path) -> Tokenizer:
 def _json(path: Path) -> dict[str, Any]:
     """A folder's optional file; {} where it is not there."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        tree = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is no JSON object: fetch it again")
+    return tree
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except ValueError as error:
+            raise UserError(f"{file} is not UTF-8 ({error}): fetch it again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)

@@ -1,11 +1,15 @@
 """Eight virtual CPU devices stand for a pod; compiled programs are kept between runs."""
 
+import math
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+STARTED = time.monotonic()
 
 # Before jax starts, which reads these once; subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -17,6 +21,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Nearly all time of the suite is LLVM's: programs are optimised as text only (HLO), which takes
 # 0.4 of the time. A test of the last bit that users get asks for `optimised_programs`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, default=math.inf, help="start no test after so long")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() - STARTED > item.config.getoption("seconds"):
+        pytest.skip("the time of --seconds is over; `make test` runs it")
 
 
 @pytest.fixture

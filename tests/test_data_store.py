@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import tokenizer as tokenizer_module
 from gptjax.config import ConfigError, UserError
 from gptjax.data import DATASETS, Batches, Store, open_source, prepare
 from gptjax.data import sources as sources_module
@@ -108,24 +109,94 @@ def test_reading_in_chunks_changes_nothing(texts, chunk, tmp_path_factory):
     assert rest == "" and got == texts
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-@given(text=st.text(st.sampled_from("ab9 '.\n\té—s"), max_size=300))
-@settings(max_examples=60, deadline=None)
-def test_encoding_in_pieces_changes_no_token(name, text):
-    tokenizer = load(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "PIECE_CHARS", 3)
-        pieces = [piece for piece, _ in prepare_module._pieces(iter([(text, True)]))]
-    assert "".join(pieces) == text
-    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+@pytest.mark.parametrize("text", [PLAYS[:20_000], "床前明月光，" * 2000, " " * 20_000], ids=len)
+@pytest.mark.parametrize("chunk", [7, 700, 50_000])
+def test_a_long_document_is_encoded_in_pieces(monkeypatch, text, chunk):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 1000)
+    parts = [(text[i : i + chunk], False) for i in range(0, len(text), chunk)]
+    pieces = [*prepare_module._pieces(iter([*parts, ("", True), ("next", True)]), GPT2)]
+    assert pieces.pop() == ("next", True)
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(len(piece) for piece, _ in pieces) <= 1000 + tokenizer_module.AFTER
+    ids = [i for piece, _ in pieces for i in GPT2.encode(piece)]
+    assert ids == GPT2._encoding.encode_ordinary(text)
 
 
-def test_a_long_document_is_encoded_in_pieces(monkeypatch):
-    monkeypatch.setattr(prepare_module, "PIECE_CHARS", 1000)
-    pieces = [piece for piece, _ in prepare_module._pieces(iter([(PLAYS[:20_000], True)]))]
-    assert 15 < len(pieces) < 21
-    ids = [i for piece in pieces for i in GPT2.encode(piece)]
-    assert ids == GPT2.encode(PLAYS[:20_000])
+@pytest.mark.parametrize("text", ["the cat. ", "床前明月光，", "😀", " "])
+def test_what_is_encoded_at_once_is_bounded_in_bytes(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 1000)
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 5000)
+    batches, encode = [], type(GPT2._encoding).encode_ordinary_batch
+
+    def spy(encoding, texts):
+        batches.append(sum(len(part.encode()) for part in texts))
+        return encode(encoding, texts)
+
+    monkeypatch.setattr(type(GPT2._encoding), "encode_ordinary_batch", spy)
+    path = write(tmp_path / "a.txt", text * 20_000)
+    prepare([path], tmp_path / "out", "gpt2", 0.0)
+    assert max(batches) <= 5000 + 4 * (1000 + tokenizer_module.AFTER)
+    assert split_text(tmp_path / "out", "train", GPT2) == [text * 20_000]
+
+
+def test_a_million_blanks_in_one_document(tmp_path):
+    path = write(tmp_path / "a.txt", "a" + " " * 1_000_000 + "b")
+    prepare([path], tmp_path / "out", "gpt2", 0.0)
+    store = Store.open(tmp_path / "out" / "train", GPT2)
+    assert store.tokens(0, 1_000_002).tolist() == [64, *[220] * 999_999, 275, GPT2.eot]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(prepare_module, "CHUNK_BYTES", chunk)
+    mark = "\ufeff".encode()
+    for name, content in (("a.txt", "é\ufeff"), ("b.raw", "é\ufeff")):  # inside it is text
+        path = write(tmp_path / name, mark + content.encode())
+        prepare([path], tmp_path / f"{name}.out", "bytes", 0.0)
+        assert split_text(tmp_path / f"{name}.out", "train") == [content]
+    path = write(tmp_path / "a.txt", mark + b"ab\xff")
+    assert "byte 5 cannot be decoded" in refusal(prepare, [path], tmp_path / "out", "bytes")
+    for lines in ('{"text": "é"}\n', '\n{"text": "é"}\n'):
+        path = write(tmp_path / "c.jsonl", mark + lines.encode())
+        shutil.rmtree(tmp_path / "c", ignore_errors=True)
+        prepare([path], tmp_path / "c", "bytes", 0.0)
+        assert split_text(tmp_path / "c", "train") == ["é"]
+
+
+@pytest.mark.parametrize("text", ["", "a" * 9])
+def test_a_mark_alone_is_no_text(tmp_path, text):
+    path = write(tmp_path / "a.txt", "\ufeff" + text)
+    if not text:
+        assert "holds no text" in refusal(prepare, [path], tmp_path / "out", "bytes", 0.0)
+    else:
+        assert prepare([path], tmp_path / "out", "bytes", 0.0)["train"]["bytes"] == 9
+
+
+def test_a_damaged_page_of_parquet_is_told_with_its_file(tmp_path):
+    table = pyarrow.table({"text": [f"document {i}" for i in range(3000)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=1000, compression="snappy")
+    group = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(0)
+    content = bytearray(path.read_bytes())
+    for i in range(group.dictionary_page_offset, group.data_page_offset + 200):
+        content[i] = 0xFF
+    path.write_bytes(content)
+    message = refusal(prepare, [path], tmp_path / "out", "bytes")
+    assert f"{path} cannot be read as parquet beyond row 1024: " in message
+
+
+def test_bytes_that_are_no_text_in_parquet_are_told_with_their_file(tmp_path):
+    column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    message = refusal(prepare, [tmp_path / "a.parquet"], tmp_path / "out", "bytes")
+    assert f"{tmp_path / 'a.parquet'} cannot be read as parquet" in message
+
+
+def test_a_file_that_cannot_be_read_on_is_named(tmp_path):
+    path = Path("/proc/self/mem")  # reading it at 0 is an input/output error
+    monkey = tmp_path / "a.txt"
+    monkey.symlink_to(path)
+    assert f"{monkey} cannot be read: " in refusal(prepare, [monkey], tmp_path / "out", "bytes")
 
 
 def test_jsonl_and_parquet_give_the_same_store_as_text(tmp_path):

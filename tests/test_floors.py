@@ -224,3 +224,19 @@ def test_recipes_import_nothing_but_recipes_and_the_config():
             else:
                 continue
             assert names <= allowed, f"{file.name} imports {names - allowed}"
+
+
+def test_every_room_has_tests_that_answer_for_it():
+    from tests import changed
+
+    rooms = [str(file.relative_to(ROOT)) for file in modules(ROOT).values()]
+    orphans = [
+        file for file in rooms if not file.endswith("__init__.py") and not changed.tests_of(file)
+    ]
+    assert orphans == []
+    assert changed.tests_of("gptjax/data/store.py") == {"test_data_store.py"}
+    assert changed.tests_of("gptjax/data/order.py") == {"test_data.py"}  # of its folder
+    assert "test_cli.py" in changed.tests_of("gptjax/commands/runs.py")  # of what imports it
+    assert changed.to_run(["configs/base.py", "README.md", "tests/test_floors.py"]) == [
+        "test_configs.py", "test_docs.py", "test_floors.py"
+    ]  # fmt: skip

@@ -54,6 +54,49 @@ def test_end_of_text_in_a_text_is_plain_text(name: str):
     assert tokenizer.bytes_per_token[tokenizer.eot] == 0
 
 
+# Long runs, in which pieces of a pattern and tokens are counted from where the run begins.
+RUNS = {
+    "blanks": "a" + " " * 9000 + "b", "lines": "\n" * 9000 + "x", "both": " \n" * 4500,
+    "digits": "x" + "1234567" * 1300, "letters": "ab" * 4500, "one letter": "a" * 9000,
+    "Chinese": "床前明月光，疑是地上霜。" * 700, "one character": "哈" * 9000, "emoji": "😀" * 9000,
+    "signs": "=" * 5000 + "-" * 4000, "quotes": "'s" * 4500, "words": "the cat's 12 dogs, " * 500,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(name, kind, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 1000)
+    text, tokenizer = RUNS[kind], load(name)
+    pieces = tokenizer._pieces(text)
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 1000 + module.AFTER
+    ids = tokenizer._encoding.encode_ordinary(text)
+    assert tokenizer.encode(text) == ids
+    first, second, empty = tokenizer.encode_batch([text, "a b", ""])
+    assert first.tolist() == ids and second.tolist() == tokenizer.encode("a b")
+    assert empty.shape == (0,) and empty.dtype == np.int32
+
+
+runs = st.lists(st.tuples(st.sampled_from("ab9 '.\n\té—s哈"), st.integers(1, 300)), max_size=25)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+@given(runs=runs)
+@settings(max_examples=30, deadline=None)
+def test_any_runs_are_cut_without_changing_a_token(name: str, runs: list[tuple[str, int]]):
+    tokenizer, text = load(name), "".join(char * count for char, count in runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PIECE", 300)
+        assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+
+
+def test_a_million_blanks_are_encoded():
+    # More than the engine of the pattern takes at once. GPT-2 merges no blanks with each other, but
+    # the last one with the word.
+    ids = load("gpt2").encode("a" + " " * 1_000_000 + "b")
+    assert ids == [64, *[220] * 999_999, 275]
+
+
 def test_half_a_character_decodes_to_the_replacement_character():
     assert load("bytes").decode([97, 195]) == "a\ufffd"
     assert load("bytes").decode_bytes([97, 195]) == b"a\xc3"

@@ -26,14 +26,10 @@ from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
 CHUNK_BYTES = 1 << 20  # of a text file, read at a time
-PIECE_CHARS = 1 << 16  # of a document, encoded at a time
-BATCH_CHARS = 1 << 22  # encoded at once by all threads
+BATCH_BYTES = 1 << 21  # encoded at once by all threads; a token has one or more
 
 # A separator's own line end is no part of the document that follows.
 _SEPARATOR = re.compile(re.escape(END_OF_TEXT) + "\n?")
-# No pattern of any encoding in TOKENIZERS has a piece that runs from a letter into a space,
-# nor looks back, so here a document can be cut without changing its tokens.
-_SAFE_CUT = re.compile(r"(?<=[A-Za-z])(?= )")
 
 # Consecutive parts of documents; True where the document ends.
 Parts = Iterator[tuple[str, bool]]
@@ -162,15 +158,15 @@ def _clip(parts: Parts, start: int, stop: int) -> Parts:
             return
 
 
-def _pieces(parts: Parts) -> Parts:
-    """The same documents in pieces of about PIECE_CHARS that can be encoded apart."""
+def _pieces(parts: Parts, tokenizer: Tokenizer) -> Parts:
+    """The same documents in pieces that can be encoded apart."""
     rest = ""
     for text, ends in parts:
         rest += text
         at = 0
-        while cut := _SAFE_CUT.search(rest, at + PIECE_CHARS):
-            yield rest[at : cut.start()], False
-            at = cut.start()
+        while (stop := tokenizer.cut(rest, at)) is not None:
+            yield rest[at:stop], False
+            at = stop
         rest = rest[at:]
         if ends:
             yield rest, True
@@ -188,10 +184,10 @@ def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) 
             advance(len(text))
         held.clear()
 
-    for text, ends in _pieces(parts):
+    for text, ends in _pieces(parts, writer.tokenizer):
         held.append((text, ends))
-        size += len(text)
-        if size >= BATCH_CHARS:
+        size += len(text.encode())
+        if size >= BATCH_BYTES:
             flush()
             size = 0
     flush()
@@ -201,14 +197,25 @@ def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
     read = choose(READERS, file.suffix, f"the file ending of {file}")
     if not file.is_file():
         raise UserError(f"{file} is no file: check the path")
-    return lambda: read(file, text_key)
+
+    def parts() -> Parts:
+        try:
+            yield from read(file, text_key)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+
+    return parts
 
 
 def _decoded(file: Path) -> Iterator[tuple[str, bool]]:
-    """Chunks of a UTF-8 file, line ends as they are; True with the last chunk."""
+    """Chunks of a UTF-8 file, line ends as they are; True with the last chunk.
+
+    A byte-order mark at the beginning is no text.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
     with file.open("rb") as stream:
+        offset = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+        stream.seek(offset)
         while True:
             chunk = stream.read(CHUNK_BYTES)
             held = len(decoder.getstate()[0])
@@ -244,10 +251,12 @@ def _read_text(file: Path, text_key: str) -> Parts:
 def _read_jsonl(file: Path, text_key: str) -> Parts:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                document = json.loads(line)
+                document = json.loads(line.decode())
             except ValueError as error:
                 reason = str(error).replace("\n", " ")
                 raise UserError(f"{file} line {number} is not JSON in UTF-8: {reason}") from error
@@ -264,22 +273,22 @@ def _read_parquet(file: Path, text_key: str) -> Parts:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read as parquet: {error}".replace("\n", " ")) from error
-    with table:
-        names = table.schema_arrow.names
-        if text_key not in names:
-            raise UserError(
-                f"{file} has no column '{text_key}': set the text key to one of its columns "
-                f"({', '.join(names)})"
-            )
-        row = 0
-        for batch in table.iter_batches(columns=[text_key], batch_size=1024):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield _text(value, f"{file} row {row}"), True
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if text_key not in names:
+                raise UserError(
+                    f"{file} has no column '{text_key}': set the text key to one of its columns "
+                    f"({', '.join(names)})"
+                )
+            for batch in table.iter_batches(columns=[text_key], batch_size=1024):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text(value, f"{file} row {row}"), True
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = f"{file} cannot be read as parquet beyond row {row}: {error}"
+        raise UserError(reason.replace("\n", " ")) from error
 
 
 def _text(value: Any, place: str) -> str:
