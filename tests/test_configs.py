@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from gptjax import sharding, state
+from gptjax import model, sharding, state
 from gptjax.accounting import parameters
 from gptjax.config import Config, ConfigError, flatten, to_dict
 from gptjax.configure import from_file
@@ -92,7 +92,7 @@ def test_a_recipe_opens_as_a_lab_note(name):
 def test_the_whole_step_has_matching_shapes_and_shardings(name):
     config = resolve(name)
     mesh = tiny.mesh(fsdp=4)
-    sharding.check_divisible(config, mesh)
+    sharding.check_divisible(config, model.abstract_params(config.model), mesh.shape)
     with jax.set_mesh(mesh):
         before, micro = state.abstract(config), config.train.accumulation
         shape = (config.data.batch_size // micro, micro, config.model.context)
