@@ -102,6 +102,9 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 500
+    t.objective = "next_token"  # what is minimised
+    t.trainable = "all"  # all | unfrozen (all but train.frozen)
+    t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
     t.accumulation = 1  # micro-batches a step: memory falls, the result does not change
     t.log_every = 10
     t.eval_every = 250

@@ -20,6 +20,7 @@ import numpy as np
 
 from gptjax import configure, ensemble, loop, setup, state
 from gptjax.config import Config, Mesh
+from gptjax.data.batches import Batch
 from gptjax.sharding import make_mesh
 
 SEEDS, STEPS, TURNS = 8, 10, 5
@@ -46,15 +47,15 @@ def main(recipe: str, *overrides: str) -> None:
     )
 
 
-def batch(config: Config) -> dict[str, np.ndarray]:
+def batch(config: Config) -> Batch[np.ndarray]:
     shape = (config.data.batch_size // config.train.accumulation, config.train.accumulation)
     rng = np.random.default_rng(config.seed)
     tokens = rng.integers(config.model.vocab_size, size=(*shape, config.model.context + 1))
-    return {
-        "tokens": tokens[..., :-1].astype(np.int32),
-        "targets": tokens[..., 1:].astype(np.int32),
-        "weights": np.ones((*shape, config.model.context), np.float32),
-    }
+    return Batch(
+        tokens[..., :-1].astype(np.int32),
+        tokens[..., 1:].astype(np.int32),
+        np.ones((*shape, config.model.context), np.float32),
+    )
 
 
 def one_by_one(configs: list[Config], batches: list[Any]) -> Callable[[], str]:

@@ -230,6 +230,9 @@ class Train:
     """The length of a run and the rhythm of its side effects, in optimiser steps."""
 
     steps: int
+    objective: str
+    trainable: str
+    frozen: tuple[str, ...]
     accumulation: int
     log_every: int
     eval_every: int
@@ -237,7 +240,8 @@ class Train:
     keep_checkpoints: int
 
     def __post_init__(self) -> None:
-        _positive(self, *(f.name for f in dataclasses.fields(self)))
+        _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
+        _positive(self, "keep_checkpoints")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _begin(
         n_B, end_B = jax.reshard((n_B, end_B), sharding.out("B"))
     cache: Any = gpt.init_cache(config, *tokens_BS.shape)
     if width:
-        _, cache = gpt.hidden(config, params, tokens_BS[:, :width], cache=cache)
+        cache = gpt.hidden(config, params, tokens_BS[:, :width], cache=cache).cache
     return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B)
 
 
@@ -174,7 +174,7 @@ def _advance(
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
-        x_BTD, new_cache = gpt.hidden(config, params, last_B[:, None], cache=cache)
+        x_BTD, new_cache, _ = gpt.hidden(config, params, last_B[:, None], cache=cache)
         logits_BV = gpt.logits(config, params, x_BTD)[:, 0]
         new_B = _draw(logits_BV, tokens_BS, length_B, sampling, vocab_size, key)
         length_B = jnp.where(done_B, length_B, length_B + 1)

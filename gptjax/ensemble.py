@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import loop, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, from_dict, to_dict
+from gptjax.data.batches import Batch
 from gptjax.files import disk, replace_file
 from gptjax.progress import Progress, say
 from gptjax.records import CONFIG, open_run
@@ -248,7 +249,7 @@ class _Group:
     def _place(self, stacked: Any) -> Any:
         return jax.device_put(stacked, self._split)
 
-    def _batch(self, index: int) -> state.Batch:
+    def _batch(self, index: int) -> Batch[jax.Array]:
         c = self._setups[0].config
         rows = c.data.batch_size // c.train.accumulation
         return self._place(_stack([read_rows(s, index, 0, rows) for s in self._setups]))
@@ -287,7 +288,7 @@ class _Group:
         total = sum(loop.count(m.setup.evaluators) for m in self._left)
         with progress.task("evaluating", total) as advance, jax.set_mesh(self._mesh):
             for m, train_state in self._each():
-                params = state.evaluation_params(train_state)
+                params = state.evaluation_params(m.setup.config, train_state)
                 scores = loop.score(m.setup.evaluators, params, advance)
                 loop.log_scores(m.run, step, scores, f"member {m.index}, ")
 
@@ -339,7 +340,7 @@ def make_step(
     """
 
     def one(
-        train_state: state.TrainState, batch: state.Batch, knobs: dict[str, jax.Array]
+        train_state: state.TrainState, batch: Batch[jax.Array], knobs: dict[str, jax.Array]
     ) -> tuple[state.TrainState, state.Metrics]:
         return state.make_train_step(_with(config, knobs))(train_state, batch)
 

@@ -95,7 +95,7 @@ def train(
         meta = {"config": record, "fingerprints": fingerprints}
         one = _One(setup, train_state, run, checkpoints, meta)
         drive(one, config, jax.sharding.get_mesh().devices.flatten().tolist(), step or 0, until)
-        return state.evaluation_params(one.train_state)
+        return state.evaluation_params(config, one.train_state)
 
 
 class Runs(Protocol):
@@ -187,7 +187,7 @@ class _One:
 
     def evaluate(self, step: int, progress: Progress) -> None:
         evaluators = self._setup.evaluators
-        params = state.evaluation_params(self.train_state)
+        params = state.evaluation_params(self._setup.config, self.train_state)
         with progress.task("evaluating", count(evaluators)) as advance:
             log_scores(self._run, step, score(evaluators, params, advance))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax import parametrisation, sharding
 from gptjax.config import Model, choose
-from gptjax.layers.attention import Attention, Cache, Place
+from gptjax.layers.attention import Attention
+from gptjax.layers.context import (
+    INSIDE,
+    Cache,
+    Context,
+    Edit,
+    Listen,
+    Tap,
+    check_met,
+    check_points,
+)
 from gptjax.layers.feedforward import FeedForward
 from gptjax.layers.norm import Norm
 from gptjax.layers.parameter import Declared, draw, parameter
@@ -77,50 +87,47 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        place: Place,
-        window: int | jax.Array | None,
-        layer: int | jax.Array = 0,
-        first_value: jax.Array | None = None,
-        cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
+        self, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """Runs layer number `layer`; the other arguments are those of `Attention`.
+        """Runs the layer that `context` tells of.
 
         Returns:
             The stream (B, T, D), this layer's values (B, T, K, H) and the new cache.
         """
         c, kind = self.config, choose(PLACEMENT, self.config.norm_placement, "model.norm_placement")
         attention, feedforward = Attention(c, name="attention"), FeedForward(c, name="feedforward")
+        tap = context.tap
 
         def norm(use: bool, name: str, x: jax.Array) -> jax.Array:
             return Norm(c, name=name)(x) if use else x
 
         def add(x: jax.Array, name: str, branch: Callable[[jax.Array], jax.Array]) -> jax.Array:
-            y = branch(norm(kind.branch_in, f"{name}_norm_in", x))
+            y = branch(tap(f"{name}_in", norm(kind.branch_in, f"{name}_norm_in", x)))
             y = norm(kind.branch_out, f"{name}_norm_out", y)
             if (scale := parametrisation.branch_multiplier(c)) != 1:
                 y = scale * y
-            x = x + dropout(y, c.dropout, dropout_key, ("attention", "feedforward").index(name))
-            return norm(kind.stream, f"{name}_norm_stream", x)
+            number = ("attention", "feedforward").index(name)
+            y = dropout(y, c.dropout, context.dropout_key, number)
+            return norm(kind.stream, f"{name}_norm_stream", x + tap(f"{name}_added", y))
 
         kept: list[Any] = []
 
         def attend(y: jax.Array) -> jax.Array:
-            y, *rest = attention(y, place, window, layer, first_value, cache)
+            y, *rest = attention(y, context)
             kept.extend(rest)
-            return checkpoint_name(y, "attention")
+            return checkpoint_name(tap("attention_out", y), "attention")
 
         def feed(y: jax.Array) -> jax.Array:
-            return checkpoint_name(feedforward(y), "feedforward")
+            return checkpoint_name(tap("feedforward_out", feedforward(y, tap)), "feedforward")
 
+        x_BTD = tap("stream_in", x_BTD)
         if c.parallel_block:  # GPT-J, Wang & Komatsuzaki 2021: one norm, both branches at once
             x_BTD = add(x_BTD, "attention", lambda y: attend(y) + feed(y))
         else:
-            x_BTD = add(add(x_BTD, "attention", attend), "feedforward", feed)
+            x_BTD = tap("stream_middle", add(x_BTD, "attention", attend))
+            x_BTD = add(x_BTD, "feedforward", feed)
         value, cache = kept
-        return x_BTD, value, cache
+        return tap("stream", x_BTD), value, cache
 
 
 class Embed(nn.Module):
@@ -162,24 +169,31 @@ def abstract_params(config: Model) -> Params:
     """The parameter tree with a `Spec` (shape, dims, initial distribution) at each leaf."""
     # Fused kernels refuse the one token that shapes are asked for with.
     config = dataclasses.replace(config, attention="plain")
-    x_BTD = jax.ShapeDtypeStruct((1, 1, config.width), config.dtype)
-    ids_BT: Any = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
-    def specs(module: nn.Module, *inputs: Any) -> Params:
+    def specs(declare: Callable[[jax.Array], Any]) -> Params:
         # Shapes are asked for with one row, which no mesh divides: look away from the mesh.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs).get("params", {})
+            boxed = jax.eval_shape(declare, jax.random.key(0)).get("params", {})
         return jax.tree.map(lambda box: box.spec, boxed, is_leaf=lambda x: isinstance(x, Declared))
 
+    def x_BTD() -> jax.Array:
+        return jnp.zeros((1, 1, config.width), config.dtype)
+
+    def ids_BT() -> jax.Array:
+        return jnp.zeros((1, 1), jnp.int32)
+
+    def context() -> Context:
+        return Context(ids_BT(), ids_BT(), Tap())
+
     params = {
-        "embed": specs(Embed(config), ids_BT, ids_BT),
-        "blocks": specs(Block(config), x_BTD, Place(ids_BT, ids_BT), None),
+        "embed": specs(lambda key: Embed(config).init(key, ids_BT(), ids_BT())),
+        "blocks": specs(lambda key: Block(config).init(key, x_BTD(), context())),
     }
     params["blocks"] = jax.tree.map(lambda spec: spec.stacked(config.layers), params["blocks"])
     if not choose(PLACEMENT, config.norm_placement, "model.norm_placement").stream:
-        params["final_norm"] = specs(Norm(config), x_BTD)
+        params["final_norm"] = specs(lambda key: Norm(config).init(key, x_BTD()))
     if not config.tied:
-        params["unembed"] = specs(Unembed(config))
+        params["unembed"] = specs(Unembed(config).init)
     return {name: part for name, part in params.items() if part}
 
 
@@ -223,6 +237,21 @@ def split_layers(config: Model, params: Params) -> Params:
     return params | {"blocks": layers}
 
 
+class Hidden(NamedTuple):
+    """What `hidden` returns.
+
+    Attributes:
+        x_BTD: the stream that is unembedded, in `config.dtype`.
+        cache: extended by these tokens; None without one.
+        heard: the points listened to, and auxiliary losses under "loss/NAME". Points and losses
+            of the blocks have a leading dim L.
+    """
+
+    x_BTD: jax.Array
+    cache: Params | None
+    heard: dict[str, jax.Array]
+
+
 def hidden(
     config: Model,
     params: Params,
@@ -232,7 +261,9 @@ def hidden(
     segments_BT: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
     cache: Params | None = None,
-) -> tuple[jax.Array, Params | None]:
+    listen: Listen = (),
+    edit: Mapping[str, Edit] | None = None,
+) -> Hidden:
     """The residual stream after the last layer, final norm and multiplier: what is unembedded.
 
     Args:
@@ -243,31 +274,44 @@ def hidden(
         segments_BT: int32 document of each token; attention stays inside; None: one document.
         dropout_key: drops out with this key; None is evaluation.
         cache: of `init_cache`, holding the tokens before `tokens_BT`; one document a row.
-
-    Returns:
-        x_BTD in `config.dtype`, and the cache extended by these tokens (None without).
+        listen: points of `layers.context.POINTS` to return in `heard`; or point -> what to
+            return of the value, which is then all that is kept of it: {"scores": jnp.max}.
+        edit: point -> (value, layer's number) -> the value to go on with. It is called once for
+            layers that share a compiled body, with a traced number: choose by `jnp.where`.
 
     Raises:
         ValueError: on segments together with a cache, which does not keep its tokens' segments.
+        ConfigError: on a point that is none, or that this architecture does not have.
     """
     if cache is not None and segments_BT is not None:
         raise ValueError("segments_BT does not go with a cache: it holds one document a row")
+    edit = edit or {}
+    check_points([*listen, *edit])
     index_BT = jnp.arange(tokens_BT.shape[1])[None]
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
     position_BT = index_BT if position_BT is None else position_BT
-    place = Place(position_BT, index_BT, segments_BT, None if cache is None else cache["length"])
+    tap = Tap(listen, edit)
+    context = Context(
+        position_BT,
+        index_BT,
+        tap,
+        segments_BT,
+        None if cache is None else cache["length"],
+        dropout_key=dropout_key,
+    )
     x_BTD = _apply(Embed(config), params, "embed", tokens_BT, position_BT)
-    x_BTD = dropout(x_BTD, config.dropout, dropout_key, 2)
+    x_BTD = tap("embedding", dropout(x_BTD, config.dropout, dropout_key, 2))
     caches = None if cache is None else cache["layers"]
-    x_BTD, caches = _blocks(config, params, x_BTD, place, dropout_key, caches)
+    x_BTD, caches, heard = _blocks(config, params, x_BTD, context, caches, listen, edit)
     if not PLACEMENT[config.norm_placement].stream:
         x_BTD = _apply(Norm(config), params, "final_norm", x_BTD)
+    x_BTD = tap("final", x_BTD)
     if (scale := parametrisation.logit_multiplier(config)) != 1:
         x_BTD = scale * x_BTD  # here, so that no way from the stream to logits can miss it
-    if cache is None:
-        return x_BTD, None
-    return x_BTD, {"layers": caches, "length": cache["length"] + tokens_BT.shape[1]}
+    if cache is not None:
+        cache = {"layers": caches, "length": cache["length"] + tokens_BT.shape[1]}
+    return Hidden(x_BTD, cache, tap.heard | heard)
 
 
 def unembedding(config: Model, params: Params) -> tuple[jax.Array, str]:
@@ -293,7 +337,7 @@ def logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def apply(config: Model, params: Params, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:
     """logits_BTV, float32, of the next token at every position; arguments as `hidden`."""
-    return logits(config, params, hidden(config, params, tokens_BT, **kwargs)[0])
+    return logits(config, params, hidden(config, params, tokens_BT, **kwargs).x_BTD)
 
 
 def _apply(module: nn.Module, params: Params, name: str, *inputs: Any) -> Any:
@@ -305,28 +349,37 @@ def _blocks(
     config: Model,
     params: Params,
     x_BTD: jax.Array,
-    place: Place,
-    dropout_key: jax.Array | None,
+    shared: Context,
     caches: tuple[Cache, ...] | None,
-) -> tuple[jax.Array, tuple[Cache, ...] | None]:
+    listen: Listen,
+    edit: Mapping[str, Edit],
+) -> tuple[jax.Array, tuple[Cache, ...] | None, dict[str, jax.Array]]:
     """All layers, scanned or unrolled: the same function of the same stacked parameters.
 
     With a cache always unrolled: a scan would copy the whole cache for every token.
     """
     windows = config.layer_windows
     uniform = len(set(windows)) == 1
+    met: set[str] = set()
 
-    def body(carry: Any, layer: Any, window: int | jax.Array | None) -> tuple[Any, Cache | None]:
+    def body(carry: Any, layer: Any, window: int | jax.Array | None) -> tuple[Any, Any]:
         x_BTD, first_value = carry
         index, block_params, layer_cache = layer
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        block: Any = Block(config)
-        x_BTD, value, layer_cache = block.apply(
-            {"params": block_params}, x_BTD, place, window, index, first_value, layer_cache, key
+        key = shared.dropout_key
+        context = shared._replace(
+            window=window,
+            layer=index,
+            first_value_BTKH=first_value,
+            cache=layer_cache,
+            dropout_key=None if key is None else jax.random.fold_in(key, index),
+            tap=Tap(listen, edit, index),
         )
+        block: Any = Block(config)
+        x_BTD, value, layer_cache = block.apply({"params": block_params}, x_BTD, context)
         if config.value_residual:
             first_value = jnp.where(index == 0, value, first_value)
-        return (x_BTD, first_value), layer_cache
+        met.update(context.tap.met)
+        return (x_BTD, first_value), (layer_cache, context.tap.heard)
 
     B, T = x_BTD.shape[:2]
     first_value = None
@@ -340,21 +393,25 @@ def _blocks(
         run = functools.partial(body, window=window)
         return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
 
+    new: Any = None
     if config.scan_layers and caches is None:
         seen = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
         stacked = (jnp.arange(config.layers), params["blocks"], None)
         if uniform:
-            carry, _ = jax.lax.scan(step(windows[0]), carry, stacked)
+            carry, (_, heard) = jax.lax.scan(step(windows[0]), carry, stacked)
         else:
             body_of = lambda carry, layer: step(layer[1])(carry, layer[0])  # noqa: E731
-            carry, _ = jax.lax.scan(body_of, carry, (stacked, seen))
-        return carry[0], None
-    if not isinstance(params["blocks"], tuple):
-        params = split_layers(config, params)
-    # One function for each window, so that remat traces layers alike once.
-    steps, new = {window: step(window) for window in set(windows)}, []
-    for i, window in enumerate(windows):
-        layer = (i, params["blocks"][i], None if caches is None else caches[i])
-        carry, layer_cache = steps[window](carry, layer)
-        new.append(layer_cache)
-    return carry[0], None if caches is None else tuple(new)
+            carry, (_, heard) = jax.lax.scan(body_of, carry, (stacked, seen))
+    else:
+        if not isinstance(params["blocks"], tuple):
+            params = split_layers(config, params)
+        # One function for each window, so that remat traces layers alike once.
+        steps, each = {window: step(window) for window in set(windows)}, []
+        for i, window in enumerate(windows):
+            layer = (i, params["blocks"][i], None if caches is None else caches[i])
+            carry, kept = steps[window](carry, layer)
+            each.append(kept)
+        new = None if caches is None else tuple(cache for cache, _ in each)
+        heard = jax.tree.map(lambda *layers: jnp.stack(layers), *(heard for _, heard in each))
+    check_met([name for name in (*listen, *edit) if name in INSIDE], met)
+    return carry[0], new, heard

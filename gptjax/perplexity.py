@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import model, sharding
 from gptjax.config import Config, ConfigError, Model, UserError, choose
-from gptjax.data.batches import PACKING, mark_documents
+from gptjax.data.batches import PACKING, Batch, mark_documents
 from gptjax.data.store import Store
 from gptjax.layers.position import POSITION
 from gptjax.losses import token_nll
@@ -212,15 +212,16 @@ class Evaluator:
         end = min(start + context, self.tokens)
         return start, min(start if window == 0 else start + context - stride, end), end
 
-    def _load(self, first: int, start_row: int, stop_row: int) -> dict[str, np.ndarray]:
+    def _load(self, first: int, start_row: int, stop_row: int) -> Batch[np.ndarray]:
         """Rows of the batch that begins with window `first`; what lies beyond the text is padding."""
         shape = (stop_row - start_row, self.convention.context)
         inputs = np.full(shape, self._tokenizer.eot, np.int32)
-        targets = np.zeros(shape, np.int32)
+        targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for row, window in enumerate(range(first + start_row, first + stop_row)):
-            start, _, end = self._span(window)
+            start, begin, end = self._span(window)
             if start >= end:
                 continue
+            weights[row, begin - start : end - start] = 1
             found = self.targets(start, end)
             targets[row, : len(found)] = found
             if start:
@@ -230,10 +231,8 @@ class Evaluator:
             else:
                 inputs[row, 0] = self._prefix
             inputs[row, 1 : len(found)] = found[:-1]
-        batch = {"tokens": inputs, "targets": targets}
-        if self.convention.apart:
-            batch |= mark_documents(inputs, self._tokenizer.eot)
-        return batch
+        batch = Batch(inputs, targets, weights)
+        return mark_documents(batch, self._tokenizer.eot) if self.convention.apart else batch
 
 
 def _within_positions(context: int, config: Model) -> None:
@@ -247,17 +246,17 @@ def _within_positions(context: int, config: Model) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def batch_nll(
-    config: Model, chunk: int | None, params: model.Params, batch: dict[str, jax.Array]
+    config: Model, chunk: int | None, params: model.Params, batch: Batch[jax.Array]
 ) -> jax.Array:
-    """nll_BT, float32, whole on every process."""
-    x_BTD, _ = model.hidden(
+    """nll_BT, float32, of every target whatever it weighs; whole on every process."""
+    x_BTD = model.hidden(
         config,
         params,
-        batch["tokens"],
-        position_BT=batch.get("positions"),
-        segments_BT=batch.get("segments"),
-    )
+        batch.tokens,
+        position_BT=batch.positions,
+        segments_BT=batch.segments,
+    ).x_BTD
     kernel, dims = model.unembedding(config, params)
     softcap = config.logit_softcap
-    nll_BT, _ = token_nll(x_BTD, kernel, dims, batch["targets"], chunk=chunk, softcap=softcap)
+    nll_BT, _ = token_nll(x_BTD, kernel, dims, batch.targets, chunk=chunk, softcap=softcap)
     return jax.reshard(nll_BT, P())

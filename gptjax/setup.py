@@ -12,9 +12,10 @@ import numpy as np
 
 from gptjax import accounting, model, sharding, state, tokenizer
 from gptjax.config import Config, ConfigError, choose
-from gptjax.data.batches import Batches
+from gptjax.data.batches import Batch, Batches
 from gptjax.data.sources import open_source
 from gptjax.layers import attention
+from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import Evaluator
 
 
@@ -50,8 +51,8 @@ def settle(config: Config) -> Config:
 
 def check_names(config: Config) -> None:
     """Refuses names that are no rows of their tables, before anything is compiled or read."""
-    model.abstract_params(config.model)
     choose(model.REMAT, config.model.remat, "model.remat")
+    choose(OBJECTIVE, config.train.objective, "train.objective")
     state.make_optimizer(config)
 
 
@@ -85,20 +86,19 @@ def set_up(config: Config) -> Setup:
     return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
 
 
-def load_batch(setup: Setup, step: int) -> state.Batch:
+def load_batch(setup: Setup, step: int) -> Batch[jax.Array]:
     """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
     rows = setup.config.data.batch_size // setup.config.train.accumulation
     return sharding.place(functools.partial(read_rows, setup, step), rows, "BAT")
 
 
-def read_rows(setup: Setup, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+def read_rows(setup: Setup, step: int, start: int, stop: int) -> Batch[np.ndarray]:
     """Rows [start, stop) of what `load_batch` places."""
     A = setup.config.train.accumulation
-    names = ["tokens", "targets", "weights"]
-    if setup.batches.segmented:
-        names += ["segments", "positions"]
-    found = setup.batches.rows(step, start * A, stop * A)
-    return {name: found[name].reshape(stop - start, A, -1) for name in names}
+    rows = setup.batches.rows(step, start * A, stop * A)
+    if not setup.batches.segmented:
+        rows = rows._replace(segments=None, positions=None)
+    return jax.tree.map(lambda x: x.reshape(stop - start, A, -1), rows)
 
 
 def describe(config: Config) -> str:

@@ -114,13 +114,11 @@ def round_up(size: int, dim: str) -> int:
     return -(-size // ways) * ways
 
 
-def place(
-    load: Callable[[int, int], dict[str, np.ndarray]], rows: int, dims: str
-) -> dict[str, jax.Array]:
+def place(load: Callable[[int, int], Any], rows: int, dims: str) -> Any:
     """Puts the rows of a batch on the mesh; each process loads only those it owns.
 
     Args:
-        load: (start, stop) -> arrays whose leading dim is rows [start, stop).
+        load: (start, stop) -> a tree of arrays whose leading dim is rows [start, stop).
         rows: rows over all processes.
         dims: the dims of the arrays, "BT".
     """
@@ -137,7 +135,7 @@ def place(
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, shard)
 
-    return {name: put(array) for name, array in load(first, last).items()}
+    return jax.tree.map(put, load(first, last))
 
 
 def check_divisible(config: Config, specs: Any, mesh: Mapping[str, int]) -> None:

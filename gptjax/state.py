@@ -13,12 +13,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import model, optim, parametrisation
-from gptjax.config import Config
+from gptjax.config import Config, choose
+from gptjax.data.batches import Batch
 from gptjax.layers.parameter import Spec
-from gptjax.losses import Sums, cross_entropy
+from gptjax.objectives import OBJECTIVE, Totals
 from gptjax.sharding import out
+from gptjax.trainable import trainable
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -27,20 +28,22 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
         step: int32 scalar, steps done so far, skipped ones included.
-        params: the tree of `model.init`, float32.
+        params: what is trained (`trainable`), float32.
         opt_state: the optimiser's.
         ema: average of the parameters, like `params`; None where `optim.ema_decay` is None.
+        frozen: the parameters that are not trained; None where there are none.
     """
 
     step: jax.Array
     params: model.Params
     opt_state: optax.OptState
     ema: model.Params | None
+    frozen: model.Params | None = None
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimiser of a run, for the parameters of its model."""
-    specs = model.abstract_params(config.model)
+    """The optimiser of a run, for the parameters that it trains."""
+    specs = trainable(config).specs
 
     def multiplier(spec: Spec) -> float:
         return parametrisation.rate_multiplier(config.model, spec.kind, "L" in spec.stacks)
@@ -55,15 +58,18 @@ def create(config: Config, params: model.Params | None = None) -> TrainState:
 
     Args:
         config: of the run.
-        params: to begin with, which the state then owns; None draws them from the seed.
+        params: of the whole model to begin with, which the state then owns; None draws them
+            from the seed.
     """
     params = model.init(config.model, config.seed) if params is None else params
+    params, frozen = trainable(config).split(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=jax.jit(make_optimizer(config).init)(params),
         # A copy: the state is donated, and one buffer cannot be given away twice.
         ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
+        frozen=frozen,
     )
 
 
@@ -80,11 +86,12 @@ def abstract(config: Config) -> TrainState:
     return jax.tree.map(leaf, jax.eval_shape(lambda: create(config)))
 
 
-def evaluation_params(state: TrainState) -> model.Params:
-    """The parameters to evaluate and generate with: the average where the run keeps one."""
-    if state.ema is not None:
-        return state.ema
-    return optim.evaluation_params(state.opt_state, state.params)
+def evaluation_params(config: Config, state: TrainState) -> model.Params:
+    """The whole model to evaluate and generate with: the average where the run keeps one."""
+    trained = state.ema
+    if trained is None:
+        trained = optim.evaluation_params(state.opt_state, state.params)
+    return trainable(config).realise(trained, state.frozen)
 
 
 def _updates(opt_state: optax.OptState) -> jax.Array:
@@ -94,66 +101,39 @@ def _updates(opt_state: optax.OptState) -> jax.Array:
     return next(part.count for part in parts if isinstance(part, kind))
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    config: Config,
+) -> Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, Metrics]]:
     """The jitted update; it donates the state.
 
-    The batch holds tokens, targets, weights and positions, and segments where attention
-    stays within documents, each of shape (B, A, T): A micro-batches of B rows, one after
-    another. The gradient is that of the mean over all scored tokens of all micro-batches.
+    The arrays of the batch have the shape (B, A, T): A micro-batches of B rows, one after
+    another. The gradient is that of the objective's mean over all of them.
 
-    Metrics, float32 scalars: loss (nats per scored token), z (mean squared log-partition),
-    gradient_norm (before the clip), learning_rate, tokens (scored), and skipped, 1 where
-    loss or gradient was not finite: such an update is left out whole, because one NaN under
-    clip and AdamW would turn every parameter NaN. The next update takes its place in schedule
-    and averages, so that only the data moves on.
+    Metrics, float32 scalars: those of the objective, gradient_norm (before the clip),
+    learning_rate, tokens (the batch's weight), and skipped, 1 where objective or gradient was
+    not finite: such an update is left out whole, because one NaN under clip and AdamW would turn
+    every parameter NaN. The next update takes its place in schedule and averages, so that only
+    the data moves on.
     """
-    optimizer, schedule = (
-        make_optimizer(config),
-        optim.make_schedule(config.optim, config.train.steps),
-    )
+    optimizer = make_optimizer(config)
+    schedule = optim.make_schedule(config.optim, config.train.steps)
+    objective = choose(OBJECTIVE, config.train.objective, "train.objective")
+    realise = trainable(config).realise
 
-    def objective(
-        params: model.Params, micro: Batch, key: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, Sums]:
-        x_BTD, _ = model.hidden(
-            config.model,
-            params,
-            micro["tokens"],
-            position_BT=micro.get("positions"),
-            segments_BT=micro.get("segments"),
-            dropout_key=key if config.model.dropout else None,
-        )
-        kernel, dims = model.unembedding(config.model, params)
-        sums = cross_entropy(
-            x_BTD,
-            kernel,
-            dims,
-            micro["targets"],
-            micro["weights"],
-            chunk=config.optim.loss_vocab_chunk,
-            softcap=config.model.logit_softcap,
-            z_loss=config.optim.z_loss,
-        )
-        return sums.objective * scale, sums
-
-    def gradient(params: model.Params, batch: Batch, key: jax.Array) -> tuple[model.Params, Sums]:
-        scale = 1 / jnp.maximum(batch["weights"].sum(), 1)
-        grad = jax.grad(objective, has_aux=True)
-        micros = config.train.accumulation
-        if micros == 1:
-            return grad(params, {k: v[:, 0] for k, v in batch.items()}, key, scale)
-
-        def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-            micro = {k: v.at[:, index].get(out_sharding=out("BT")) for k, v in batch.items()}
-            part = grad(params, micro, jax.random.fold_in(key, index), scale)
-            return jax.tree.map(jnp.add, total, part), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params), Sums(*(jnp.zeros(()),) * 4)
-        return jax.lax.scan(add, zeros, jnp.arange(micros))[0]
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums = gradient(state.params, batch, key)
+
+        def totals(
+            params: model.Params, micro: Batch[jax.Array], key: jax.Array, scale: jax.Array
+        ) -> tuple[jax.Array, Totals]:
+            whole = realise(params, state.frozen)
+            sums = objective.totals(config, whole, micro, key if config.model.dropout else None)
+            return sums.objective * scale, sums
+
+        scale = 1 / jnp.maximum(objective.weight(batch), 1)
+        grads, sums = _accumulate(totals, config.train.accumulation)(
+            state.params, batch, key, scale
+        )
         norm = optax.global_norm(grads)
         done = _updates(state.opt_state)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -165,14 +145,38 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         weight = jnp.maximum(sums.weight, 1)
-        metrics = {
-            "loss": sums.nll / weight,
-            "z": sums.z / weight,
+        metrics = {name: value / weight for name, value in sums.metrics.items()} | {
             "gradient_norm": norm,
             "learning_rate": schedule(done),
             "tokens": sums.weight,
             "skipped": 1.0 - finite,
         }
-        return TrainState(state.step + 1, *kept), metrics
+        params, opt_state, ema = kept
+        return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) -> Callable[..., Any]:
+    """The gradient of `totals` and its sums over `micros` micro-batches, one after another."""
+    grad = jax.grad(totals, has_aux=True)
+
+    def gradient(
+        params: model.Params, batch: Batch[jax.Array], key: jax.Array, scale: jax.Array
+    ) -> tuple[model.Params, Totals]:
+        if micros == 1:
+            return grad(params, jax.tree.map(lambda x: x[:, 0], batch), key, scale)
+
+        def part(index: jax.Array) -> tuple[model.Params, Totals]:
+            micro = jax.tree.map(lambda x: x.at[:, index].get(out_sharding=out("BT")), batch)
+            return grad(params, micro, jax.random.fold_in(key, index), scale)
+
+        def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, part(index)), None
+
+        _, sums = jax.eval_shape(part, jnp.zeros((), jnp.int32))
+        zero = jnp.zeros(())
+        zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda s: zero, sums)
+        return jax.lax.scan(add, zeros, jnp.arange(micros))[0]
+
+    return gradient

@@ -68,7 +68,8 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{folder} holds no complete checkpoint: train it first")
-        return step, state.evaluation_params(checkpoints.restore(step, state.abstract(config)))
+        saved = checkpoints.restore(step, state.abstract(config))
+        return step, state.evaluation_params(config, saved)
 
 
 class Opened(NamedTuple):

@@ -200,7 +200,7 @@ def counted_per_token(model: Model, chunk: int | None = None) -> float:
     tokens_BT = jax.ShapeDtypeStruct((rows, model.context), jnp.int32)
 
     def loss(params, tokens_BT):
-        x_BTD, _ = gpt.hidden(model, params, tokens_BT)
+        x_BTD = gpt.hidden(model, params, tokens_BT).x_BTD
         kernel, dims = gpt.unembedding(model, params)
         weights_BT = jnp.ones(tokens_BT.shape)
         return cross_entropy(
@@ -327,7 +327,7 @@ def tanh_norm(module, c, x):
 EXPERTS = 3
 
 
-def experts(module, c, x_BTD):
+def experts(module, c, x_BTD, tap):
     """Every token through every expert, weighted by a softmax over the router's logits."""
     D, F, E = c.width, hidden_width(c), EXPERTS
     router = parameter(module, c, "router", "DE", (D, E), "matrix", fan_in="D")
@@ -406,7 +406,7 @@ def test_a_planted_optimiser_is_counted_as_it_is(row, monkeypatch):
 
 
 def test_products_that_cannot_be_counted_are_refused(monkeypatch):
-    def loop(module, c, x_BTD):
+    def loop(module, c, x_BTD, tap):
         w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ w, x_BTD)
 

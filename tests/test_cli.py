@@ -275,9 +275,9 @@ def test_data_show_prints_what_the_loop_reads(store: Path) -> None:
         batch = jax.device_get(setup.load_batch(opened, 2))
     blocks = re.split(r"^--- step 2, row \d of 8\n", done.out, flags=re.MULTILINE)[1:]
     for row, block in enumerate(blocks):
-        scored = batch["weights"][row, 0] > 0
-        text = opened.tokenizer.decode(batch["targets"][row, 0][scored])
-        assert block.startswith(f"⟦{opened.tokenizer.decode(batch['tokens'][row, 0, :1])}⟧{text}")
+        scored = batch.weights[row, 0] > 0
+        text = opened.tokenizer.decode(batch.targets[row, 0][scored])
+        assert block.startswith(f"⟦{opened.tokenizer.decode(batch.tokens[row, 0, :1])}⟧{text}")
     assert len(blocks) == 8
 
 

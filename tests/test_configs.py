@@ -26,6 +26,7 @@ from gptjax import model, sharding, state
 from gptjax.accounting import parameters
 from gptjax.config import Config, ConfigError, flatten, to_dict
 from gptjax.configure import from_file
+from gptjax.data.batches import Batch
 from gptjax.layers.feedforward import hidden_width
 from tests import tiny
 
@@ -97,8 +98,8 @@ def test_the_whole_step_has_matching_shapes_and_shardings(name):
         before, micro = state.abstract(config), config.train.accumulation
         shape = (config.data.batch_size // micro, micro, config.model.context)
         rows = NamedSharding(mesh, sharding.spec("BAT"))
-        dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=rows) for k, d in dtypes.items()}
+        dtypes = Batch(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
+        batch = jax.tree.map(lambda d: jax.ShapeDtypeStruct(shape, d, sharding=rows), dtypes)
         after, metrics = jax.eval_shape(state.make_train_step(config), before, batch)
     assert all(metric.shape == () for metric in metrics.values())
 

@@ -63,7 +63,7 @@ def curve() -> list[float]:
     with jax.set_mesh(tiny.mesh()):
         now, step, losses = state.create(config), state.make_train_step(config), []
         for i in range(STEPS):
-            rows = {k: v.reshape(4, 2, -1) for k, v in batches.rows(i, 0, 8).items()}
+            rows = jax.tree.map(lambda x: x.reshape(4, 2, -1), batches.rows(i, 0, 8))
             placed = sharding.place(lambda a, b, rows=rows: rows, 4, "BAT")
             now, metrics = step(now, placed)
             losses.append(float(metrics["loss"]))

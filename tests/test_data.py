@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gptjax.config import ConfigError, UserError
 from gptjax.data import PACKING, Batches, Store, describe
 from gptjax.data import store as store_module
+from gptjax.data.batches import Batch
 from gptjax.data.order import key, mix_sources, permute
 from gptjax.data.store import StoreWriter
 from gptjax.tokenizer import load
@@ -127,7 +128,7 @@ def test_weights_decide_how_often_a_source_is_read(tmp_path):
     second = make(tmp_path / "b", "b" * 40)
     mixed = batches(first, second, rows=8, weights=(3.0, 1.0))
     for step in range(5):
-        tokens = mixed.rows(step, 0, 8)["tokens"]
+        tokens = mixed.rows(step, 0, 8).tokens
         assert (tokens[:, 1] == ord("a")).sum() == 6
 
 
@@ -136,7 +137,7 @@ def test_without_weights_every_target_is_scored_equally_often(tmp_path):
     mixed = batches(*sources, rows=1)
     assert [len(s) for s in mixed.sources] == [20, 10, 5]
     rows = [mixed.rows(step, 0, 1) for step in range(35)]
-    scored = np.concatenate([r["targets"][r["weights"] > 0] for r in rows])
+    scored = np.concatenate([r.targets[r.weights > 0] for r in rows])
     # 81 tokens of "a" and its end-of-text have 80 targets, and so on.
     assert Counter(scored.tolist()) == {ord("a"): 79, ord("b"): 39, ord("c"): 19, E: 3}
 
@@ -144,10 +145,10 @@ def test_without_weights_every_target_is_scored_equally_often(tmp_path):
 # ---- packings, literally
 
 
-def epoch(data: Batches) -> dict[str, list]:
+def epoch(data: Batches) -> Batch[list]:
     """All rows of the only source in the order of the store."""
     rows = data.sources[0].rows(np.arange(len(data.sources[0])))
-    return {name: array.tolist() for name, array in rows.items()}
+    return Batch(*(array.tolist() for array in rows))
 
 
 def ids(text: str) -> list[int]:
@@ -158,38 +159,38 @@ def ids(text: str) -> list[int]:
 def test_stream(tmp_path):
     # abc.defg.h. has 11 tokens, 10 targets, 3 windows of which the last overlaps by 2.
     got = epoch(batches(make(tmp_path / "s", "abc", "defg", "h")))
-    assert got["tokens"] == [ids("abc."), ids("defg"), ids("fg.h")]
-    assert got["targets"] == [ids("bc.d"), ids("efg."), ids("g.h.")]
-    assert got["weights"] == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
-    assert got["segments"] == [[0] * 4] * 3
-    assert got["positions"] == [[0, 1, 2, 3]] * 3
+    assert got.tokens == [ids("abc."), ids("defg"), ids("fg.h")]
+    assert got.targets == [ids("bc.d"), ids("efg."), ids("g.h.")]
+    assert got.weights == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+    assert got.segments == [[0] * 4] * 3
+    assert got.positions == [[0, 1, 2, 3]] * 3
 
 
 def test_masked(tmp_path):
     got = epoch(batches(make(tmp_path / "s", "abc", "defg", "h"), packing="masked"))
-    assert got["tokens"] == [ids("abc."), ids("defg"), ids("fg.h")]
-    assert got["targets"] == [ids("bc.d"), ids("efg."), ids("g.h.")]
-    assert got["weights"] == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
-    assert got["segments"] == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
-    assert got["positions"] == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
+    assert got.tokens == [ids("abc."), ids("defg"), ids("fg.h")]
+    assert got.targets == [ids("bc.d"), ids("efg."), ids("g.h.")]
+    assert got.weights == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+    assert got.segments == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]
+    assert got.positions == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
 
 
 def test_masked_window_that_begins_with_end_of_text(tmp_path):
     got = epoch(batches(make(tmp_path / "s", "abcd", "ef"), packing="masked"))
     # abcd.ef. : the second window is clipped to begin one token early, at "d".
-    assert got["tokens"] == [ids("abcd"), ids("d.ef")]
+    assert got.tokens == [ids("abcd"), ids("d.ef")]
     got = epoch(batches(make(tmp_path / "t", "abcd", "efg"), packing="masked"))
-    assert got["tokens"][1] == ids(".efg")
-    assert got["segments"][1] == [0, 0, 0, 0] and got["positions"][1] == [0, 1, 2, 3]
+    assert got.tokens[1] == ids(".efg")
+    assert got.segments[1] == [0, 0, 0, 0] and got.positions[1] == [0, 1, 2, 3]
 
 
 def test_document(tmp_path):
     got = epoch(batches(make(tmp_path / "s", "ab", "cdefgh", "xyz"), packing="document"))
-    assert got["tokens"] == [ids(".ab."), ids(".cde"), ids("fgh."), ids(".xyz")]
-    assert got["targets"] == [ids("ab.."), ids("cdef"), ids("gh.."), ids("xyz.")]
-    assert got["weights"] == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert got["segments"] == [[0, 0, 0, -1], [0] * 4, [0, 0, 0, -1], [0] * 4]
-    assert got["positions"] == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
+    assert got.tokens == [ids(".ab."), ids(".cde"), ids("fgh."), ids(".xyz")]
+    assert got.targets == [ids("ab.."), ids("cdef"), ids("gh.."), ids("xyz.")]
+    assert got.weights == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert got.segments == [[0, 0, 0, -1], [0] * 4, [0, 0, 0, -1], [0] * 4]
+    assert got.positions == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
 
 
 documents = st.lists(st.text("abcdefg", min_size=1, max_size=12), min_size=1, max_size=8)
@@ -211,8 +212,8 @@ def test_an_epoch_scores_every_target_once(packing, texts, T, seed, tmp_path_fac
         scored: list[int] = []
         for step in range(first, first + size):
             row = data.rows(step, 0, 1)
-            scored += row["targets"][row["weights"] > 0].tolist()
-            assert set(np.unique(row["weights"])) <= {0.0, 1.0}
+            scored += row.targets[row.weights > 0].tolist()
+            assert set(np.unique(row.weights)) <= {0.0, 1.0}
         assert Counter(scored) == Counter(everything)
 
 
@@ -226,7 +227,7 @@ def test_no_segment_holds_two_documents(packing, texts, T, tmp_path_factory):
     rows = batches(path, packing=packing, T=T).sources[0]
     got = rows.rows(np.arange(len(rows)))
     for tokens, targets, segments, positions in zip(
-        got["tokens"], got["targets"], got["segments"], got["positions"], strict=True
+        got.tokens, got.targets, got.segments, got.positions, strict=True
     ):
         for segment in set(segments.tolist()) - {-1}:
             inside = segments == segment
@@ -252,16 +253,17 @@ def test_any_split_of_the_rows_gives_the_same_batch(tmp_path, packing, processes
         batches(*sources, packing=packing, rows=6).rows(step, p * share, (p + 1) * share)
         for p in reversed(range(processes))
     ][::-1]
-    for name, array in whole.items():
-        assert np.array_equal(np.concatenate([part[name] for part in parts]), array), name
+    for name, array in whole._asdict().items():
+        pieces = [getattr(part, name) for part in parts]
+        assert np.array_equal(np.concatenate(pieces), array), name
 
 
 def test_no_history_is_kept_and_seeking_is_free(tmp_path):
     data = batches(make(tmp_path / "s", "abcdefghij" * 20))
     first = data.rows(3, 0, 4)
     data.rows(10**9, 0, 4)
-    for name, array in data.rows(3, 0, 4).items():
-        assert np.array_equal(array, first[name])
+    for array, before in zip(data.rows(3, 0, 4), first, strict=True):
+        assert np.array_equal(array, before)
 
 
 def test_seed_and_epoch_change_the_order(tmp_path):
@@ -270,7 +272,7 @@ def test_seed_and_epoch_change_the_order(tmp_path):
     def order(seed: int, epoch: int) -> list:
         data = batches(path, seed=seed, rows=100)
         assert len(data.sources[0]) == 100
-        return data.rows(epoch, 0, 100)["tokens"].tolist()
+        return data.rows(epoch, 0, 100).tokens.tolist()
 
     orders = [order(0, 0), order(1, 0), order(0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
@@ -280,8 +282,7 @@ def test_seed_and_epoch_change_the_order(tmp_path):
 @pytest.mark.parametrize("packing", PACKING)
 def test_shapes_and_dtypes(tmp_path, packing):
     batch = batches(make(tmp_path / "s", "abcdefgh", "ij"), packing=packing).rows(0, 1, 4)
-    assert set(batch) == {"tokens", "targets", "weights", "segments", "positions"}
-    for name, array in batch.items():
+    for name, array in batch._asdict().items():
         assert array.shape == (3, 4)
         assert array.dtype == (np.float32 if name == "weights" else np.int32)
 

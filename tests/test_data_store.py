@@ -420,7 +420,7 @@ def test_nanogpt_bins_open(tmp_path):
     assert store.document_ends.tolist() == [ids.index(GPT2.eot) + 1, len(ids)]
     data = tiny.data(sources=(str(tmp_path),), packing="document", batch_size=2)
     rows = Batches(data, 16, 0, "val", GPT2).sources[0].rows(np.arange(2))
-    assert rows["weights"].sum() == len(ids)
+    assert rows.weights.sum() == len(ids)
     before = store.fingerprint
     ids[0] += 1
     np.array(ids, np.uint16).tofile(tmp_path / "val.bin")

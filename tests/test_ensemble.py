@@ -20,6 +20,7 @@ import pytest
 from gptjax import ensemble, loop, records, setup, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, UserError, to_dict
+from gptjax.data.batches import Batch
 from gptjax.optim import OPTIMIZERS
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
@@ -52,16 +53,12 @@ def bits(workdir: Path, config: Config, step: int) -> list[bytes]:
 # --- the step ---------------------------------------------------------------------------------
 
 
-def batches(config: Config, step: int) -> dict[str, np.ndarray]:
+def batches(config: Config, step: int) -> Batch[np.ndarray]:
     """(B, A, T) of random tokens, a function of seed and step as real ones are."""
     rng = np.random.default_rng((config.seed, step))
     shape = (config.data.batch_size, 1, config.model.context)
     tokens = rng.integers(config.model.vocab_size, size=shape, dtype=np.int32) // 8
-    return {
-        "tokens": tokens,
-        "targets": np.roll(tokens, 1, -1),
-        "weights": np.ones(shape, np.float32),
-    }
+    return Batch(tokens, np.roll(tokens, 1, -1), np.ones(shape, np.float32))
 
 
 @functools.cache

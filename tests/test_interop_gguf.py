@@ -235,7 +235,7 @@ def test_smollm2_knows_the_capital_of_france(tmp_path):
 
     @jax.jit
     def following(params, tokens, last):
-        x, _ = model.hidden(config, params, tokens)
+        x = model.hidden(config, params, tokens).x_BTD
         return model.logits(config, params, x[:, last][:, None])[0, 0].argmax()
 
     ids = chat.encode(own, [{"role": "user", "content": "What is the capital of France?"}])

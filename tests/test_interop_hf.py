@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from gptjax import model, sharding, state
 from gptjax.config import Config, UserError
 from gptjax.configure import from_file
+from gptjax.data.batches import Batch
 from gptjax.interop import families, hf, pretrained
 from gptjax.interop.pretrained import adopt, import_, load
 from tests import tiny
@@ -257,13 +258,13 @@ def test_training_goes_on_from_the_imported_loss(folder):
     config = adopt(from_file(str(ROOT / "configs" / "base.py"), words), folder("llama"))
     assert (config.model.context, config.model.scan_layers) == (T, True)  # of the run
     start = state.create(config).replace(params=load(folder("llama")).params)
-    rows = {
-        "tokens": TOKENS[:, :-1],
-        "targets": TOKENS[:, 1:],
-        "weights": np.ones((2, T - 1), np.float32),
-        "positions": np.broadcast_to(np.arange(T - 1, dtype=np.int32), (2, T - 1)),
-    }
-    batch = {name: jnp.asarray(array)[:, None] for name, array in rows.items()}
+    rows = Batch(
+        TOKENS[:, :-1],
+        TOKENS[:, 1:],
+        np.ones((2, T - 1), np.float32),
+        positions=np.broadcast_to(np.arange(T - 1, dtype=np.int32), (2, T - 1)),
+    )
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[:, None], rows)
     _, metrics = state.make_train_step(config)(start, batch)
     ids = torch.tensor(TOKENS).long()
     with torch.no_grad():

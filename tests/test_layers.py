@@ -13,6 +13,7 @@ import pytest
 from gptjax.config import ConfigError, Model
 from gptjax.layers import attention
 from gptjax.layers.attention import ATTENTION, Scores, resolve, splash
+from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
 from gptjax.layers.norm import NORM, HeadNorm, Norm
 from gptjax.layers.parameter import INIT, Spec, draw
@@ -330,8 +331,8 @@ def test_an_odd_width_has_no_pairs(hook, changes, knob):
 # Norms and the feed-forward.
 
 
-def applied(module, x, **params):
-    return np.asarray(module.apply({"params": params}, x))
+def applied(module, x, *others, **params):
+    return np.asarray(module.apply({"params": params}, x, *others))
 
 
 @pytest.mark.parametrize("name", NORM)
@@ -411,7 +412,7 @@ def test_a_feedforward_by_its_formula_in_float64(name):
     f = ACTIVATIONS[name]
     hidden = f(x @ q["gate"] + q["gate_bias"]) * up if gated else f(up)
     expected = hidden @ q["down"] + q["down_bias"]
-    np.testing.assert_allclose(applied(FeedForward(c), x, **p), expected, atol=5e-6)
+    np.testing.assert_allclose(applied(FeedForward(c), x, Tap(), **p), expected, atol=5e-6)
 
 
 # Initial values.

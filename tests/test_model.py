@@ -176,7 +176,7 @@ def cached_logits(config: Model, params: Any, tokens_BT: np.ndarray, prefill: in
 
     @jax.jit
     def feed(params: Any, tokens_BT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        x_BTD, cache = gpt.hidden(config, params, tokens_BT, cache=cache)
+        x_BTD, cache, _ = gpt.hidden(config, params, tokens_BT, cache=cache)
         return gpt.logits(config, params, x_BTD), cache
 
     cache: Any = gpt.init_cache(config, len(tokens_BT), T + 2)
@@ -295,7 +295,7 @@ def test_rows_of_different_lengths_decode_as_alone(position):
 
     @jax.jit
     def feed(params, tokens_BT, cache):
-        x_BTD, cache = gpt.hidden(config, params, tokens_BT, cache=cache)
+        x_BTD, cache, _ = gpt.hidden(config, params, tokens_BT, cache=cache)
         return gpt.logits(config, params, x_BTD), cache
 
     def decode(params: Any, put: Any) -> np.ndarray:
@@ -392,7 +392,7 @@ def test_the_softcap_bounds_logits():
 def test_a_tied_model_unembeds_with_its_table():
     config = model()
     params = random_params(config)
-    x_BTD, _ = gpt.hidden(config, params, TOKENS)
+    x_BTD = gpt.hidden(config, params, TOKENS).x_BTD
     close(gpt.logits(config, params, x_BTD), np.asarray(x_BTD) @ params["embed"]["tokens"].T, 1e-6)
 
 

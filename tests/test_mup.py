@@ -14,6 +14,7 @@ import pytest
 
 from gptjax import configure, model, optim, parametrisation, state
 from gptjax.config import Config, ConfigError, UserError, from_dict, to_dict
+from gptjax.data.batches import Batch
 from gptjax.interop import families
 from gptjax.layers.parameter import INIT, Spec
 from gptjax.parametrisation import MUP, PARAMETRISATION, Powers
@@ -43,10 +44,10 @@ def named(tree: Any) -> dict[str, Any]:
     return {"/".join(part.key for part in path): leaf for path, leaf in leaves}
 
 
-def batch(seed: int = 0) -> dict[str, jax.Array]:
+def batch(seed: int = 0) -> Batch[jax.Array]:
     tokens = np.random.default_rng(seed).integers(0, V, (8, 1, T + 1)).astype(np.int32)
     ones = jnp.ones((8, 1, T), jnp.float32)
-    return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "weights": ones}
+    return Batch(tokens[..., :-1], tokens[..., 1:], ones)
 
 
 # --- the table ------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def large(request: pytest.FixtureRequest) -> tuple[Config, model.Params]:
 
 def test_the_multipliers_act_where_the_papers_have_them(large):
     config, params = large
-    tokens = batch()["tokens"][:, 0]
+    tokens = batch().tokens[:, 0]
     standard = dataclasses.replace(config.model, parametrisation="standard")
     # The same function without multipliers: each folded into the parameters before it.
     factors = {"query": 2**-0.5, "query_bias": 2**-0.5, "out": 2**-0.5, "out_bias": 2**-0.5}
@@ -227,7 +228,7 @@ def test_the_multipliers_act_where_the_papers_have_them(large):
 def test_training_evaluation_and_decoding_see_the_multipliers(large):
     config, params = large
     one = batch()
-    tokens, targets = one["tokens"][:, 0], one["targets"][:, 0]
+    tokens, targets = one.tokens[:, 0], one.targets[:, 0]
     logits = jax.jit(model.apply, static_argnums=0)(config.model, params, tokens)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
     wanted = float(-chosen.mean())
@@ -237,14 +238,16 @@ def test_training_evaluation_and_decoding_see_the_multipliers(large):
     assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
 
     with jax.set_mesh(tiny.mesh()):
-        nll_BT = batch_nll(config.model, 100, params, {"tokens": tokens, "targets": targets})
+        nll_BT = batch_nll(
+            config.model, 100, params, Batch(tokens, targets, jnp.ones(targets.shape))
+        )
     np.testing.assert_allclose(nll_BT, -chosen[..., 0], rtol=1e-4, atol=1e-5)
 
     @jax.jit
     def decoded() -> jax.Array:
         cache, found = model.init_cache(config.model, len(tokens), T), []
         for i in range(3):
-            x_BTD, cache = model.hidden(config.model, params, tokens[:, i : i + 1], cache=cache)
+            x_BTD, cache, _ = model.hidden(config.model, params, tokens[:, i : i + 1], cache=cache)
             found.append(model.logits(config.model, params, x_BTD))
         return jnp.concatenate(found, 1)
 
@@ -337,10 +340,8 @@ def test_activations_are_those_of_the_model():
     config = small("mup_depth", layers=3, parallel_block=False).model
     first, params = model.init(config, 0), model.init(config, 1)
     one = batch()
-    probe = {
-        "tokens": one["tokens"][:, 0],
-        "positions": jnp.arange(T)[None] + jnp.zeros((8, 1), int),
-    }
+    positions = jnp.arange(T)[None] + jnp.zeros((8, 1), int)
+    probe = jax.tree.map(lambda x: x[:, 0], one)._replace(positions=positions)
     found = jax.jit(coordinates.activations, static_argnums=0)(config, first, params, probe)
     shapes = {name: x.shape for name, x in found.items()}
     layers, once = (3, 8, T, 32), (1, 8, T, 32)
@@ -353,11 +354,11 @@ def test_activations_are_those_of_the_model():
     np.testing.assert_allclose(
         found["stream"][0], found["embedding"][0] + scale * branches, rtol=1e-4, atol=1e-5
     )
-    logits = model.apply(config, params, probe["tokens"])
+    logits = model.apply(config, params, probe.tokens)
     np.testing.assert_allclose(found["logits"][0], logits, rtol=1e-4, atol=1e-5)
     # The logits are linear in the table: the part of the first one is what readout lacks.
     frozen = params | {"embed": first["embed"]}
-    x_BTD, _ = model.hidden(config, params, probe["tokens"])
+    x_BTD = model.hidden(config, params, probe.tokens).x_BTD
     rest = model.logits(config, frozen, x_BTD)
     np.testing.assert_allclose(found["readout"][0], logits - rest, rtol=1e-4, atol=1e-5)
 

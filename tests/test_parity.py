@@ -165,7 +165,7 @@ def test_logits_and_gradients_are_those_of_transformers(name):
     assert sum(p.numel() for p in reference.parameters()) == accounting.parameters(model)["total"]
 
     def loss(params: gpt.Params) -> tuple[jax.Array, jax.Array]:
-        x_BTD, _ = gpt.hidden(model, params, TOKENS)
+        x_BTD = gpt.hidden(model, params, TOKENS).x_BTD
         kernel, dims = gpt.unembedding(model, params)
         weights_BT = jnp.ones((B, T)).at[:, -1].set(0)
         sums = cross_entropy(

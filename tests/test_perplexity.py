@@ -228,7 +228,7 @@ def test_every_token_is_scored_once_by_the_window_that_should(
     def stub(config: Any, chunk: Any, params: Any, batch: Any) -> np.ndarray:
         """Each prediction's window and place, as one number."""
         nonlocal windows
-        rows, T = batch["tokens"].shape
+        rows, T = batch.tokens.shape
         first, windows = windows, windows + rows
         return (first + np.arange(rows))[:, None] * 1000.0 + np.arange(T)
 
@@ -290,7 +290,7 @@ def test_the_bytes_are_the_text_s(
     tokens = tokenizer.load(name)
     text = write(tmp_path / "text", *DOCUMENTS, tokens=tokens)
     monkeypatch.setattr(
-        perplexity, "batch_nll", lambda c, k, p, batch: np.zeros(batch["tokens"].shape)
+        perplexity, "batch_nll", lambda c, k, p, batch: np.zeros(batch.tokens.shape)
     )
     with jax.set_mesh(tiny.mesh(data=8)):
         every = Evaluator(configure(), text, tokens)({})

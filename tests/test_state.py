@@ -14,6 +14,7 @@ import pytest
 
 from gptjax import model, optim, sharding, state
 from gptjax.config import Config, Mesh
+from gptjax.data.batches import Batch
 from gptjax.model import REMAT
 from gptjax.optim import OPTIMIZERS
 from tests import tiny
@@ -53,7 +54,7 @@ def on(sizes: Mesh | None):
     return contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(sizes))
 
 
-def arrays(step: int, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def arrays(step: int, weights: np.ndarray | None = None) -> Batch[np.ndarray]:
     """(ROWS, T) of a batch: two documents a row, counting up by its own stride."""
     rng = np.random.default_rng(step)
     start, stride = rng.integers(V, size=(ROWS, 1)), rng.integers(1, 4, size=(ROWS, 1))
@@ -62,21 +63,21 @@ def arrays(step: int, weights: np.ndarray | None = None) -> dict[str, np.ndarray
         weights = rng.random((ROWS, T)) < 0.9
     first = rng.integers(1, T, size=(ROWS, 1))  # a second document begins here
     place = np.arange(T)
-    return {
-        "tokens": text[:, :-1].astype(np.int32),
-        "targets": text[:, 1:].astype(np.int32),
-        "weights": weights.astype(np.float32),
-        "segments": (place >= first).astype(np.int32),
-        "positions": np.where(place < first, place, place - first).astype(np.int32),
-    }
+    return Batch(
+        tokens=text[:, :-1].astype(np.int32),
+        targets=text[:, 1:].astype(np.int32),
+        weights=weights.astype(np.float32),
+        segments=(place >= first).astype(np.int32),
+        positions=np.where(place < first, place, place - first).astype(np.int32),
+    )
 
 
-def batch(config: Config, whole: dict[str, np.ndarray]) -> state.Batch:
+def batch(config: Config, whole: Batch[np.ndarray]) -> Batch[jax.Array]:
     """The batch (B, A, T) where the current mesh wants it."""
     A = config.train.accumulation
 
-    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
-        return {k: v.reshape(-1, A, T)[start:stop] for k, v in whole.items()}
+    def rows(start: int, stop: int) -> Batch[np.ndarray]:
+        return jax.tree.map(lambda x: x.reshape(-1, A, T)[start:stop], whole)
 
     if jax.sharding.get_mesh().empty:
         return jax.device_put(rows(0, ROWS))
@@ -176,14 +177,14 @@ def test_metrics_are_those_of_the_model_with_documents_apart(one_step):
     whole = arrays(0)
     logits = jax.jit(functools.partial(model.apply, CONFIG.model))(
         state.create(CONFIG).params,
-        whole["tokens"],
-        position_BT=whole["positions"],
-        segments_BT=whole["segments"],
+        whole.tokens,
+        position_BT=whole.positions,
+        segments_BT=whole.segments,
     )
     logits = np.asarray(logits, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
-    nll = log_z - np.take_along_axis(logits, whole["targets"][..., None], -1)[..., 0]
-    weights = whole["weights"].astype(np.float64)
+    nll = log_z - np.take_along_axis(logits, whole.targets[..., None], -1)[..., 0]
+    weights = whole.weights.astype(np.float64)
     (loss,), (z,), (tokens,) = (one_step[1][name] for name in ("loss", "z", "tokens"))
     # float32 sums of some 250 terms.
     assert loss == pytest.approx((weights * nll).sum() / weights.sum(), rel=1e-6)
@@ -194,7 +195,7 @@ def test_metrics_are_those_of_the_model_with_documents_apart(one_step):
 @pytest.mark.parametrize("name", ["segments", "positions"])
 def test_the_loss_depends_on_the_documents(name, one_step):
     whole = arrays(0)
-    whole[name] = arrays(1)[name]
+    whole = whole._replace(**{name: getattr(arrays(1), name)})
     _, metrics = make_step(CONFIG, None)(state.create(CONFIG), batch(CONFIG, whole))
     assert abs(metrics["loss"] - one_step[1]["loss"][0]) > 1e-5
 
@@ -251,7 +252,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_masters(one_step):
     alike(first_moment(now), first_moment(one_step[0]), 0.05)
     # Only the loss and the backward pass meet float32, as they should.
     traced = jax.make_jaxpr(functools.partial(model.hidden, config.model))(
-        state.abstract(config).params, arrays(0)["tokens"]
+        state.abstract(config).params, arrays(0).tokens
     )
     inputs = {str(v.aval.dtype) for product in products(traced.jaxpr) for v in product.invars}
     assert inputs == {"bfloat16"}
@@ -291,7 +292,7 @@ def test_dropout_is_reproducible_fresh_each_step_and_the_same_on_every_mesh(plai
 @pytest.mark.parametrize("sizes", [None, tiny.CUBE], ids=str)
 def test_a_step_without_a_finite_gradient_is_left_out_whole(sizes):
     poison = arrays(0)
-    poison["targets"][3, 5], poison["weights"][3, 5] = V, 1  # outside the vocabulary: NaN
+    poison.targets[3, 5], poison.weights[3, 5] = V, 1  # outside the vocabulary: NaN
     with on(sizes):
         step = make_step(CONFIG, sizes)
         start = state.create(CONFIG)
@@ -333,12 +334,12 @@ def test_the_average_is_the_debiased_exponential_one():
     weights /= weights.sum()
     wanted = jax.tree.map(lambda *p: sum(w * x for w, x in zip(weights, p, strict=True)), *seen)
     alike(wanted, now.ema, 1e-6)
-    assert state.evaluation_params(now) is now.ema
+    assert state.evaluation_params(CONFIG, now) is now.ema
 
 
 def test_the_parameters_themselves_are_evaluated_where_there_is_no_average():
     now = state.create(configure(ema_decay=None))
-    assert now.ema is None and state.evaluation_params(now) is now.params
+    assert now.ema is None and state.evaluation_params(CONFIG, now) is now.params
 
 
 def test_schedule_free_evaluates_its_average():
@@ -351,7 +352,7 @@ def test_schedule_free_evaluates_its_average():
         now.opt_state,
         is_leaf=lambda part: isinstance(part, kind),
     )
-    x = state.evaluation_params(dataclasses.replace(now, opt_state=opt_state))
+    x = state.evaluation_params(config, dataclasses.replace(now, opt_state=opt_state))
     # Defazio et al. 2024, eq. 3: the gradient is taken at y = (1 - b1) z + b1 x, so z = 3 y
     # leaves x = (1 - 3 (1 - b1)) / b1 y.
     b1 = config.optim.b1
@@ -385,7 +386,7 @@ def test_the_state_is_donated(sizes):
 
 def test_the_guard_of_these_tests_notices_a_batch_that_was_not_placed():
     start, step = state.create(CONFIG), make_step(CONFIG, None)
-    whole = {k: v.reshape(ROWS, 1, T) for k, v in arrays(0).items()}
+    whole = jax.tree.map(lambda x: x.reshape(ROWS, 1, T), arrays(0))
     with (
         jax.transfer_guard("disallow"),
         pytest.raises(Exception, match="Disallowed host-to-device"),

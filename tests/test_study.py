@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gptjax import accounting, configure, model, tokenizer
 from gptjax.config import Config, ConfigError, UserError
-from gptjax.data.batches import Batches
+from gptjax.data.batches import Batch, Batches
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.study.equalise import EQUAL, TOLERANCE, equalise
 from gptjax.study.spec import (
@@ -478,7 +478,7 @@ def paired(store: Path) -> dict[tuple[str, int], Config]:
     return {(cell.arm, cell.seed): cell.config for cell in found}
 
 
-def rows(config: Config, step: int) -> dict[str, np.ndarray]:
+def rows(config: Config, step: int) -> Batch[np.ndarray]:
     vocabulary = tokenizer.load(config.data.tokenizer)
     batches = Batches(config.data, config.model.context, config.seed, "train", vocabulary)
     return batches.rows(step, 0, config.data.batch_size)
@@ -489,9 +489,8 @@ def test_a_pair_sees_the_same_batches(arm: str, paired: dict[tuple[str, int], Co
     for seed in (0, 1):
         for step in (0, 7, 299):  # in the first epoch and in later ones
             ours, theirs = rows(paired[arm, seed], step), rows(paired["base", seed], step)
-            assert ours.keys() == theirs.keys()
-            assert all((ours[name] == theirs[name]).all() for name in ours)
-    assert (rows(paired[arm, 0], 7)["tokens"] != rows(paired[arm, 1], 7)["tokens"]).any()
+            assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+    assert (rows(paired[arm, 0], 7).tokens != rows(paired[arm, 1], 7).tokens).any()
 
 
 @functools.cache

@@ -99,10 +99,10 @@ def test_fine_tuning_begins_at_the_models_loss(
     with jax.set_mesh(make_mesh(config.mesh)):
         _, params = trained.restore(config, run)
         settled = setup.set_up(config)
-        batch = {k: v[:, 0] for k, v in setup.load_batch(settled, 0).items()}
-        logp = jax.nn.log_softmax(apply(settled.config.model, params, batch["tokens"]))
-        picked = np.take_along_axis(np.asarray(logp), np.asarray(batch["targets"])[..., None], -1)
-    weights = np.asarray(batch["weights"])
+        batch = jax.tree.map(lambda x: x[:, 0], setup.load_batch(settled, 0))
+        logp = jax.nn.log_softmax(apply(settled.config.model, params, batch.tokens))
+        picked = np.take_along_axis(np.asarray(logp), np.asarray(batch.targets)[..., None], -1)
+    weights = np.asarray(batch.weights)
     expected = -(picked[..., 0] * weights).sum() / weights.sum()
     assert first == pytest.approx(expected, abs=1e-5)  # float32 sums in another order
     assert fresh > first + 0.05

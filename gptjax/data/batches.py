@@ -8,7 +8,7 @@ draw falls in epoch k // rows and is place k % rows of that epoch's permutation
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,8 +18,29 @@ from gptjax.data.sources import open_source
 from gptjax.data.store import Store
 from gptjax.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
 PAD = -1  # the segment of positions that hold no token
+
+
+A = TypeVar("A")  # numpy's arrays where rows are read, jax's where they are used
+
+
+class Batch(NamedTuple, Generic[A]):
+    """Rows of tokens; all arrays have one shape, (R, T), or (B, A, T) for the step of training.
+
+    Attributes:
+        tokens: int32 inputs.
+        targets: int32, the token after each input.
+        weights: float32, what each target counts; 0 where nothing is scored.
+        segments: int32 document within the row, from 0; -1 is padding. Attention stays within
+            a segment. None: each row is one document.
+        positions: int32, counted from the segment's start; None: from the row's.
+    """
+
+    tokens: A
+    targets: A
+    weights: A
+    segments: A | None = None
+    positions: A | None = None
 
 
 class Packing(Protocol):
@@ -35,8 +56,8 @@ class Packing(Protocol):
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
-    def rows(self, index: np.ndarray) -> Batch:
-        """Rows `index`, int64 (R,) in range(len): arrays (R, T), see `Batches.rows`."""
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
+        """Rows `index`, int64 (R,) in range(len), all fields given."""
         ...
 
 
@@ -61,19 +82,19 @@ class Stream:
     def __len__(self) -> int:
         return (self.store.num_tokens - 2) // self.context + 1
 
-    def rows(self, index: np.ndarray) -> Batch:
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
         T = self.context
         starts = np.minimum(index * T, self.store.num_tokens - 1 - T)
         window = np.stack([self.store.tokens(start, start + T + 1) for start in starts.tolist()])
         place = np.arange(T, dtype=np.int32)
         scored = starts[:, None] + place >= (index * T)[:, None]
-        return {
-            "tokens": window[:, :-1],
-            "targets": window[:, 1:],
-            "weights": scored.astype(np.float32),
-            "segments": np.zeros((len(index), T), np.int32),
-            "positions": np.broadcast_to(place, (len(index), T)),
-        }
+        return Batch(
+            tokens=window[:, :-1],
+            targets=window[:, 1:],
+            weights=scored.astype(np.float32),
+            segments=np.zeros((len(index), T), np.int32),
+            positions=np.broadcast_to(place, (len(index), T)),
+        )
 
 
 class Masked(Stream):
@@ -86,21 +107,20 @@ class Masked(Stream):
 
     segmented = True
 
-    def rows(self, index: np.ndarray) -> Batch:
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
         batch = super().rows(index)
-        return batch | mark_documents(batch["tokens"], self.eot)
+        return mark_documents(batch, self.eot)
 
 
-def mark_documents(tokens: np.ndarray, eot: int) -> Batch:
-    """segments and positions, int32 (R, T), of rows of input tokens, as `Masked` says."""
+def mark_documents(batch: Batch[np.ndarray], eot: int) -> Batch[np.ndarray]:
+    """`batch` with the segments and positions of its tokens, as `Masked` says."""
+    tokens = batch.tokens
     starts = tokens == eot
     starts[:, 0] = True
     place = np.arange(tokens.shape[1], dtype=np.int32)
     begun = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
-    return {
-        "segments": np.cumsum(starts, axis=1, dtype=np.int32) - 1,
-        "positions": place - begun,
-    }
+    segments = np.cumsum(starts, axis=1, dtype=np.int32) - 1
+    return batch._replace(segments=segments, positions=place - begun)
 
 
 class Document:
@@ -122,7 +142,7 @@ class Document:
     def __len__(self) -> int:
         return int(self.first_row[-1])
 
-    def rows(self, index: np.ndarray) -> Batch:
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
         shape = (len(index), self.context)
         inputs, targets = np.full(shape, self.eot, np.int32), np.full(shape, self.eot, np.int32)
         document = np.searchsorted(self.first_row, index, side="right") - 1
@@ -136,13 +156,13 @@ class Document:
             inputs[row, 0] = self.store.tokens(int(starts[row]) - 1, int(starts[row]))[0]
         place = np.arange(self.context, dtype=np.int32)
         real = place < (stops - starts)[:, None]
-        return {
-            "tokens": inputs,
-            "targets": targets,
-            "weights": real.astype(np.float32),
-            "segments": np.where(real, 0, PAD).astype(np.int32),
-            "positions": np.where(real, place, 0),
-        }
+        return Batch(
+            tokens=inputs,
+            targets=targets,
+            weights=real.astype(np.float32),
+            segments=np.where(real, 0, PAD).astype(np.int32),
+            positions=np.where(real, place, 0),
+        )
 
 
 PACKING: dict[str, type[Packing]] = {"stream": Stream, "masked": Masked, "document": Document}
@@ -181,45 +201,34 @@ class Batches:
         self.batch_size, self.context, self.seed = config.batch_size, context, seed
         self.weights = config.weights or [len(source) for source in self.sources]
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the batch at `step`, R of them.
-
-        Returns:
-            tokens int32 (R, T): inputs.
-            targets int32 (R, T): the token after each input.
-            weights float32 (R, T): 1, or 0 where nothing is scored.
-            segments int32 (R, T): document within the row, from 0; -1 is padding. Attention
-                stays within a segment ("stream" has one).
-            positions int32 (R, T): counted from the segment's start.
-        """
+    def rows(self, step: int, start: int, stop: int) -> Batch[np.ndarray]:
+        """Rows [start, stop) of the batch at `step`, R of them, each array (R, T)."""
         rows = step * self.batch_size + np.arange(start, stop)
         source_R, draw_R = mix_sources(rows, self.weights, self.seed)
-        batch: Batch = {
-            name: np.empty((len(rows), self.context), np.float32 if name == "weights" else np.int32)
-            for name in ("tokens", "targets", "weights", "segments", "positions")
-        }
+        shape = (len(rows), self.context)
+        batch: Any = Batch(*(np.empty(shape, np.int32) for _ in Batch._fields))
+        batch = batch._replace(weights=np.empty(shape, np.float32))
         for i, source in enumerate(self.sources):
             here = np.flatnonzero(source_R == i)
             if not len(here):
                 continue
             epoch, place = np.divmod(draw_R[here], len(source))
             index = permute(place, len(source), key(self.seed, i, epoch))
-            for name, array in source.rows(index).items():
-                batch[name][here] = array
+            for array, drawn in zip(batch, source.rows(index), strict=True):
+                array[here] = drawn
         return batch
 
 
-def describe(batch: Batch, tokenizer: Tokenizer) -> list[str]:
+def describe(batch: Batch[np.ndarray], tokenizer: Tokenizer) -> list[str]:
     """The exact text of each row: its first input, then every target.
 
     A document's end shows as <|endoftext|>, a change of segment as a double bar, and what is
     not scored stands in double brackets: ⟦first input⟧ targets ‖ next document ⟦padding x 7⟧.
     """
     texts = []
-    for row in range(len(batch["tokens"])):
-        tokens, targets, weights, segments = (
-            batch[name][row] for name in ("tokens", "targets", "weights", "segments")
-        )
+    assert batch.segments is not None
+    rows = zip(batch.tokens, batch.targets, batch.weights, batch.segments, strict=True)
+    for tokens, targets, weights, segments in rows:
         shown = [f"⟦{tokenizer.decode(tokens[:1])}⟧"]
         scored = weights > 0
         changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(scored) != 0)) + 1

@@ -169,7 +169,7 @@ def _score(
     config: Model, params: model.Params, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Log-likelihood and whether it is the likeliest, of each target; S counts targets."""
-    x_BTD, _ = model.hidden(config, params, batch["tokens"])
+    x_BTD = model.hidden(config, params, batch["tokens"]).x_BTD
     # The unembedding is a large part of a small model: only what predicts a target goes there.
     place_BST = batch["places"][:, :, None] == jnp.arange(x_BTD.shape[1])
     x_BSD = jnp.einsum(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from flax import linen as nn
 
 from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
+from gptjax.layers.context import Cache, Context, Tap
 from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.parameter import parameter
@@ -41,6 +41,7 @@ class Scores:
         slopes_N: ALiBi slopes; None adds no bias.
         softcap: c turns scores z into c tanh(z / c); None leaves them.
         cached: keys come from a cache, so query t is not at row t of the keys.
+        tap: hears and edits "scores" and "weights" in a kernel that forms them whole.
     """
 
     q_index_BT: jax.Array
@@ -51,6 +52,7 @@ class Scores:
     slopes_N: np.ndarray | None = None
     softcap: float | None = None
     cached: bool = False
+    tap: Tap = dataclasses.field(default_factory=Tap)
 
     def visible(self) -> jax.Array:
         """mask_BTS, bool: True where the query may look."""
@@ -71,6 +73,7 @@ class Scores:
             k_index_BS=self.k_index_BS[:, keys],
             q_segments_BT=None if q is None else q[:, queries],
             k_segments_BS=None if k is None else k[:, keys],
+            tap=Tap(),  # a part of the scores is not the point "scores"
         )
 
     def bias(self) -> jax.Array | None:
@@ -110,8 +113,10 @@ def plain(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     # The lowest finite value, not -inf: a padded row that sees nothing stays finite.
     lowest = jnp.finfo(jnp.float32).min
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
-    weights = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, out_sharding=out("BTKGH"))
+    scores_BKGTS = scores.tap("scores", scores_BKGTS)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    weights_BKGTS = scores.tap("weights", weights_BKGTS)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, out_sharding=out("BTKGH"))
     # With one key-value head jax would forget that the heads may be split.
     return jnp.reshape(o_BTKGH, (B, T, N, H), out_sharding=out("BTNH"))
 
@@ -275,25 +280,6 @@ def resolve(config: Model, platform: str) -> Model:
     return dataclasses.replace(config, attention=name if able else "plain")
 
 
-class Place(NamedTuple):
-    """Where the tokens of a batch stand; shared by all layers.
-
-    Attributes:
-        position_BT: what position encodings see, int32; restarts with each document.
-        index_BT: index in the row, int32; B may be 1. Decides causality.
-        segments_BT: document of each token; None: all is one document.
-        start_B: where a cache row takes the new keys; None without a cache.
-    """
-
-    position_BT: jax.Array
-    index_BT: jax.Array
-    segments_BT: jax.Array | None = None
-    start_B: jax.Array | None = None
-
-
-Cache = dict[str, jax.Array]  # "key" and "value", each (B, S, K, H), slot s holds index s
-
-
 def _extend(cache_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
     """The cache with T new entries written from each row's own start."""
 
@@ -318,28 +304,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        place: Place,
-        window: int | jax.Array | None,
-        layer: int | jax.Array = 0,
-        first_value_BTKH: jax.Array | None = None,
-        cache: Cache | None = None,
+        self, x_BTD: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         """Attends.
 
         Args:
             x_BTD: the normalised residual stream.
-            place: where the tokens stand.
-            window: see `Scores`.
-            layer: which layer this is, from 0.
-            first_value_BTKH: the first layer's values, for the value residual.
-            cache: keys and values of earlier tokens; the new ones are written into it.
+            context: where the tokens stand, and what this layer is told.
 
         Returns:
             The output (B, T, D), this layer's own values (B, T, K, H) and the new cache.
         """
-        c = self.config
+        c, tap = self.config, context.tap
         position = choose(POSITION, c.position, "model.position")
         # A name that is no row is refused with any position, not only when RoPE reads it.
         choose(ROPE_SCALING, c.rope_scaling, "model.rope_scaling")
@@ -348,36 +324,39 @@ class Attention(nn.Module):
             q_BTNH = HeadNorm(c, name="query_norm")(q_BTNH)
             k_BTKH = HeadNorm(c, name="key_norm")(k_BTKH)
         if position.rotate is not None:
-            q_BTNH = position.rotate(c, q_BTNH, place.position_BT)
-            k_BTKH = position.rotate(c, k_BTKH, place.position_BT)
+            q_BTNH = position.rotate(c, q_BTNH, context.position_BT)
+            k_BTKH = position.rotate(c, k_BTKH, context.position_BT)
         if (scale := parametrisation.score_multiplier(c)) != 1:
             q_BTNH = scale * q_BTNH  # kernels divide by sqrt(H)
         own_value_BTKH = v_BTKH
         if c.value_residual:
-            first = v_BTKH if first_value_BTKH is None else first_value_BTKH
-            v_BTKH = self._mix(v_BTKH, jnp.where(layer == 0, v_BTKH, first))
-        k_index_BS, k_segments_BS = place.index_BT, place.segments_BT
+            first = v_BTKH if context.first_value_BTKH is None else context.first_value_BTKH
+            v_BTKH = self._mix(v_BTKH, jnp.where(context.layer == 0, v_BTKH, first))
+        q_BTNH, k_BTKH = tap("query", q_BTNH), tap("key", k_BTKH)
+        v_BTKH = tap("value", v_BTKH)
+        k_index_BS, k_segments_BS, cache = context.index_BT, context.segments_BT, context.cache
         if cache is not None:
-            assert place.start_B is not None, "a cache needs place.start_B"
-            k_BTKH = _extend(cache["key"], k_BTKH, place.start_B)
-            v_BTKH = _extend(cache["value"], v_BTKH, place.start_B)
+            assert context.start_B is not None, "a cache needs context.start_B"
+            k_BTKH = _extend(cache["key"], k_BTKH, context.start_B)
+            v_BTKH = _extend(cache["value"], v_BTKH, context.start_B)
             cache = {"key": k_BTKH, "value": v_BTKH}
             k_index_BS = jnp.arange(k_BTKH.shape[1])[None]
         scores = Scores(
-            q_index_BT=place.index_BT,
+            q_index_BT=context.index_BT,
             k_index_BS=k_index_BS,
-            q_segments_BT=place.segments_BT,
+            q_segments_BT=context.segments_BT,
             k_segments_BS=k_segments_BS,
-            window=window,
+            window=context.window,
             slopes_N=None if position.slopes is None else position.slopes(c),
             softcap=c.attention_softcap,
             cached=cache is not None,
+            tap=tap,
         )
         name = "plain" if c.attention == "auto" else c.attention
         kernel = choose(ATTENTION, name, "model.attention")
         with jax.named_scope(KERNEL):
             o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, scores)
-        return self._output(o_BTNH), own_value_BTKH, cache
+        return self._output(tap("heads", o_BTNH)), own_value_BTKH, cache
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         c, letter = self.config, "N" if name == "query" else "K"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.config import Model, choose
+from gptjax.layers.context import Tap
 from gptjax.layers.linear import linear
 from gptjax.layers.parameter import parameter
 
@@ -20,13 +21,14 @@ class Branch(NamedTuple):
     """A variant.
 
     Attributes:
-        apply: (module, config, x_BTD) -> y_BTD in x's dtype. It declares its parameters on
+        apply: (module, config, x_BTD, tap) -> y_BTD in x's dtype. It declares its parameters on
             `module` with `parameter` and may multiply what it likes: `gptjax.accounting` counts
-            what it declares and the products that it makes.
+            what it declares and the products that it makes. It shows its hidden units to
+            `tap("feedforward_hidden", ...)`, and may add a loss by `tap.loss`.
         width: D -> F, where model.ff_dim is None.
     """
 
-    apply: Callable[[nn.Module, Model, jax.Array], jax.Array]
+    apply: Callable[[nn.Module, Model, jax.Array, Tap], jax.Array]
     width: Callable[[int], int]
 
 
@@ -38,8 +40,8 @@ def relu2(x: jax.Array) -> jax.Array:
 def ungated(activation: Activation) -> Branch:
     """activation(x W_up) W_down (Vaswani et al. 2017, eq. 2), 4 D wide."""
 
-    def apply(module: nn.Module, c: Model, x_BTD: jax.Array) -> jax.Array:
-        return _down(module, c, activation(_up(module, c, "up", x_BTD)))
+    def apply(module: nn.Module, c: Model, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        return _down(module, c, activation(_up(module, c, "up", x_BTD)), tap)
 
     return Branch(apply, lambda width: 4 * width)
 
@@ -50,9 +52,9 @@ def gated(activation: Activation) -> Branch:
     8/3 D wide, up to the next multiple of 64: three matrices have the parameters of two.
     """
 
-    def apply(module: nn.Module, c: Model, x_BTD: jax.Array) -> jax.Array:
+    def apply(module: nn.Module, c: Model, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         gate_BTF = activation(_up(module, c, "gate", x_BTD))
-        return _down(module, c, gate_BTF * _up(module, c, "up", x_BTD))
+        return _down(module, c, gate_BTF * _up(module, c, "up", x_BTD), tap)
 
     return Branch(apply, lambda width: -(-8 * width // (3 * 64)) * 64)
 
@@ -64,7 +66,8 @@ def _up(module: nn.Module, c: Model, name: str, x_BTD: jax.Array) -> jax.Array:
     return y_BTF + parameter(module, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y_BTF
 
 
-def _down(module: nn.Module, c: Model, h_BTF: jax.Array) -> jax.Array:
+def _down(module: nn.Module, c: Model, h_BTF: jax.Array, tap: Tap) -> jax.Array:
+    h_BTF = tap("feedforward_hidden", h_BTF)
     kernel = parameter(module, c, "down", "FD", (hidden_width(c), c.width), "residual", fan_in="F")
     y_BTD = linear("BTF,FD->BTD", h_BTF, kernel)
     return y_BTD + parameter(module, c, "down_bias", "D", (c.width,), "bias") if c.bias else y_BTD
@@ -91,6 +94,6 @@ class FeedForward(nn.Module):
     config: Model
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         c = self.config
-        return choose(FEEDFORWARD, c.feedforward, "model.feedforward").apply(self, c, x_BTD)
+        return choose(FEEDFORWARD, c.feedforward, "model.feedforward").apply(self, c, x_BTD, tap)

@@ -18,32 +18,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from gptjax import model, state
 from gptjax.config import Config, ConfigError, UserError, to_dict
 from gptjax.config import Model as ModelConfig
-from gptjax.data.batches import Batches
-from gptjax.layers.attention import Attention, resolve
-from gptjax.layers.feedforward import FeedForward
+from gptjax.data.batches import Batch, Batches
+from gptjax.layers.attention import resolve
 from gptjax.setup import load_tokenizer
 from gptjax.tokenizer import Tokenizer
 
 Record = dict[str, Any]
 Sizes = dict[str, dict[str, list[float]]]  # place -> "size", "change" -> at each step
 
-# Module -> what its output is called; a block's is the residual stream.
-PLACES: dict[type[nn.Module], str] = {
-    model.Embed: "embedding",
-    Attention: "attention",
-    FeedForward: "feedforward",
-    model.Block: "stream",
+# What is measured -> the point at which it is heard (`layers.context.POINTS`).
+PLACES = {
+    "embedding": "embedding",
+    "attention": "attention_out",
+    "feedforward": "feedforward_out",
+    "stream": "stream",
 }
 # Knob -> places whose change must neither grow nor shrink; of the others only growth counts.
 KEPT = {
@@ -178,10 +176,8 @@ def measure(config: Config, vocabulary: Tokenizer, seeds: int) -> list[Sizes]:
         before = look(first, first, probe)
         seen = [compare(before, before)]
         for step in range(steps):
-            micros = {
-                k: v.reshape(rows // micro, micro, -1)
-                for k, v in batch(batches, step, rows).items()
-            }
+            whole = batch(batches, step, rows)
+            micros = jax.tree.map(lambda x: x.reshape(rows // micro, micro, -1), whole)
             now, _ = train(now, micros)
             seen.append(compare(before, look(first, now.params, probe)))
         found.append(
@@ -196,44 +192,34 @@ def measure(config: Config, vocabulary: Tokenizer, seeds: int) -> list[Sizes]:
     return found
 
 
-def batch(batches: Batches, step: int, rows: int) -> state.Batch:
-    found = batches.rows(step, 0, rows)
-    return {k: jnp.asarray(v) for k, v in found.items() if batches.segmented or k != "segments"}
+def batch(batches: Batches, step: int, rows: int) -> Batch[jax.Array]:
+    drawn = batches.rows(step, 0, rows)
+    return jax.tree.map(jnp.asarray, drawn if batches.segmented else drawn._replace(segments=None))
 
 
 def activations(
-    config: ModelConfig, first: model.Params, params: model.Params, probe: state.Batch
+    config: ModelConfig, first: model.Params, params: model.Params, probe: Batch[jax.Array]
 ) -> dict[str, jax.Array]:
-    """What each place computes with `params`, (layers, B, T, ...) in float32.
+    """What each place computes with `params`, float32, the blocks' with a leading dim L.
 
     "stream" is the last block's; "readout" the logits by what the table learned since `first`.
     """
-    heard: dict[str, list[jax.Array]] = {name: [] for name in PLACES.values()}
-
-    def listen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        result = call(*args, **kwargs)
-        if (name := PLACES.get(type(context.module))) and context.method_name == "__call__":
-            heard[name].append(result[0] if isinstance(result, tuple) else result)
-        return result
-
-    # Layers apart and nothing computed twice, so that each is heard once.
-    config = dataclasses.replace(config, scan_layers=False, remat="none")
-    with nn.intercept_methods(listen):
-        x_BTD, _ = model.hidden(
-            config,
-            params,
-            probe["tokens"],
-            position_BT=probe["positions"],
-            segments_BT=probe.get("segments"),
-        )
+    x_BTD, _, heard = model.hidden(
+        config,
+        params,
+        probe.tokens,
+        position_BT=probe.positions,
+        segments_BT=probe.segments,
+        listen=tuple(PLACES.values()),
+    )
     learned = jax.tree.map(jnp.subtract, params, first)
     uncapped = dataclasses.replace(config, logit_softcap=None)
-    heard |= {
+    places = {name: heard[point] for name, point in PLACES.items()} | {
         "stream": heard["stream"][-1:],
-        "readout": [model.logits(uncapped, learned, x_BTD)],
-        "logits": [model.logits(config, params, x_BTD)],
+        "readout": model.logits(uncapped, learned, x_BTD),
+        "logits": model.logits(config, params, x_BTD),
     }
-    return {name: jnp.stack(found).astype(jnp.float32) for name, found in heard.items()}
+    return {name: x.astype(jnp.float32) for name, x in places.items()}
 
 
 def _rms(x: jax.Array) -> jax.Array:
