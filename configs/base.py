@@ -105,7 +105,9 @@ def get_config() -> ConfigDict:
     t.objective = "next_token"  # what is minimised
     t.trainable = "all"  # all | unfrozen (all but train.frozen)
     t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
-    t.accumulation = 1  # micro-batches a step: memory falls, the result does not change
+    # Micro-batches a step: memory falls, and the result changes by rounding alone, but with dropout,
+    # which each micro-batch draws anew.
+    t.accumulation = 1
     t.log_every = 10
     t.eval_every = 250
     t.checkpoint_every = 250

@@ -17,7 +17,7 @@ from gptjax.records import read_metrics
 
 def main(workdir: str, picture: str) -> None:
     lines = read_metrics(workdir)
-    config = json.loads((Path(workdir) / "config.json").read_text())
+    config = json.loads((Path(workdir) / "config.json").read_bytes())
     tokens = config["data"]["batch_size"] * config["model"]["context"]
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", "o-")):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +15,7 @@ from gptjax.commands.command import EXITS, OVERRIDES, Command
 from gptjax.config import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell tells of `yes | head -1`
 EXIT_STOPPED = 75  # after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL)
 
 COMMANDS: dict[str, Command] = {
@@ -25,7 +29,30 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    _say_what_a_terminal_cannot()
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # a reader that has gone shows here, and not after all is done
+    except BrokenPipeError:  # `data show | head -1`: whoever asked has heard enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def _say_what_a_terminal_cannot() -> None:
+    """A terminal's encoding decides how a character is shown, never whether a run ends well."""
+    for stream, errors in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "replace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _run(words: list[str]) -> int:
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else " ".join(words[:1])
     if name not in COMMANDS:
         return _overview(name)
@@ -39,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     own, overrides = _apart(words[len(name.split()) :])
-    arguments, rest = parser.parse_known_args(own)
     try:
+        arguments, rest = parser.parse_known_args(own)
         return command.run(arguments, [*overrides, *rest]) or 0
     except BaseException as error:
         status, message = _explain(error)
-        if status is None or arguments.debug:
+        if status is None or "--debug" in own:
             raise
         print(f"gptjax: {message}" if message else "", file=sys.stderr, end="\n" * bool(message))
         return status
@@ -92,15 +119,17 @@ def _overview(name: str) -> int:
 
 def _explain(error: BaseException) -> tuple[int | None, str]:
     """Exit status and one line for what a user can mend; None for what is ours to mend."""
-    from gptjax.loop import Stopped
-
+    # Not imported here: jax, which it imports, may be what has failed.
+    loop = sys.modules.get("gptjax.loop")
+    if loop is not None and isinstance(error, loop.Stopped):
+        return EXIT_STOPPED, ""
     match error:
-        case Stopped():
-            return EXIT_STOPPED, ""
         case UserError():
             return EXIT_USER_ERROR, str(error)
         case KeyboardInterrupt():
             return 130, "interrupted"
+        case BrokenPipeError():
+            return None, ""
         case OSError():
             return EXIT_USER_ERROR, f"{error.filename or 'a file'}: {error.strerror or error}"
     if "RESOURCE_EXHAUSTED" in str(error):

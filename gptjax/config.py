@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses inside, one strict crossing from the edge.
 
 A run is described by one `Config`. Files and command-line overrides live in
-ml_collections at the edge (`gptjax/cli.py`); `from_dict` is the only way in. It
+ml_collections at the edge (`gptjax/configure.py`); `from_dict` is the only way in. It
 refuses unknown, missing and ill-typed keys and combinations that cannot work,
 each with one line that names what would be valid.
 
@@ -16,6 +16,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -38,6 +40,32 @@ class ConfigError(UserError):
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def check_seed(seed: int) -> int:
+    """`seed`, if initial values, data order, dropout and samples all use the whole of it.
+
+    jax.random.key reads 32 bits: 2^32 would have the initial values of 0 and another data order.
+    A traced seed is passed through.
+
+    Raises:
+        ConfigError: outside of [0, 2^32).
+    """
+    if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must lie in [0, 2^32), got {seed}")
+    return seed
+
+
+def _numbers(section: Any) -> None:
+    """Refuses what no computation can use: inf and nan, and numbers beyond a device's integers."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        path = f"{type(section).__name__.lower()}.{field.name}"
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float):
+                _require(math.isfinite(item), f"{path} must be finite, got {value}")
+            elif isinstance(item, int):
+                _require(-(2**31) <= item < 2**31, f"{path} must be below 2^31, got {value}")
 
 
 def _positive(section: Any, *names: str) -> None:
@@ -107,6 +135,7 @@ class Model:
     dtype: str
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
         _positive(self, "head_dim", "ff_dim", "norm_eps")
         _positive(self, "rope_base", "rope_factor", "rope_original_context")
@@ -183,6 +212,7 @@ class Optim:
     loss_vocab_chunk: int | None
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "peak_lr", "eps", "clip", "loss_vocab_chunk")
         _fraction(self, "b1", "b2", "momentum", "ema_decay")
         _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
@@ -203,6 +233,7 @@ class Data:
     batch_size: int
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "batch_size")
         _require(bool(self.sources), "data.sources is empty: name a token store or a built-in text")
         if self.weights is not None:
@@ -222,6 +253,7 @@ class Mesh:
     tensor: int
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "data", "fsdp", "tensor")
 
 
@@ -240,6 +272,7 @@ class Train:
     keep_checkpoints: int
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
         _positive(self, "keep_checkpoints")
 
@@ -256,6 +289,7 @@ class Eval:
     max_tokens: int | None
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "context", "stride", "batch_size", "max_tokens")
 
 
@@ -273,6 +307,7 @@ class Sample:
     stop: str | None
 
     def __post_init__(self) -> None:
+        _numbers(self)
         _positive(self, "batch_size", "max_new_tokens", "top_k", "repetition_penalty")
         _require(self.temperature >= 0, "sample.temperature must not be negative; 0 is greedy")
         _require(
@@ -295,6 +330,7 @@ class Config:
     sample: Sample
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         rows, micro = self.data.batch_size, self.train.accumulation
         _require(
             rows % micro == 0,
@@ -386,7 +422,10 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
             return tuple(_typed(item, inner, f"{path}[{i}]") for i, item in enumerate(value))
         # bool is an int to Python; to a researcher `layers=True` is a mistake.
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{path} must be finite, got a number too large") from None
         if option in (int, str, bool) and type(value) is option:
             return value
     wanted = " or ".join(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
+import re
+import runpy
 import sys
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
+import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, unknown_key
+from gptjax.places import expand
+
+# The recipes that come with the package: by this name in a wheel, which shares its folder.
+RECIPES = Path(gptjax.__file__).absolute().parents[1] / "gptjax_configs"
+if not RECIPES.is_dir():
+    RECIPES = RECIPES.with_name("configs")
 
 
 def from_file(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -28,24 +40,63 @@ def from_file(recipe: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: on a missing or failing file, an unknown key or an ill-typed value.
     """
-    path = recipe.partition(":")[0]
-    if not Path(path).is_file():
-        raise ConfigError(f"no config file {path}: name one, such as configs/shakespeare.py")
-    # So that recipes can build on each other: `from configs import base`.
-    for folder in (Path.cwd(), Path(path).absolute().parent.parent):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    values, argv = flags.FlagValues(), ["gptjax", f"--config={recipe}"]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    path, argument = find(recipe)
     try:
-        values(argv)
-        found = values["config"].value
+        with _neighbours(path.absolute().parent):
+            get_config = runpy.run_path(str(path)).get("get_config")
+            if get_config is None:
+                raise ConfigError("it defines no get_config()")
+            found = get_config() if argument is None else get_config(argument)
     except Exception as error:  # whatever the file's own code raises
         told = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"config {recipe} cannot be read: {told[-1]}") from error
     if not isinstance(found, ConfigDict):
         raise ConfigError(f"get_config() of {path} must return a ConfigDict")
     return _override(found, overrides)
+
+
+def find(recipe: str) -> tuple[Path, str | None]:
+    """The file and the argument of FILE[:ARGUMENT].
+
+    configs/NAME.py is the recipe that comes with the package where there is no such file.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    ends = [len(recipe), *(match.start() for match in re.finditer(":", recipe))]
+    for end in ends:
+        path, argument = expand(recipe[:end]), recipe[end + 1 :] if end < len(recipe) else None
+        if path.is_file():
+            return path, argument
+        if path == Path("configs", path.name) and (RECIPES / path.name).is_file():
+            return RECIPES / path.name, argument
+    ours = ", ".join(sorted(f"configs/{file.name}" for file in RECIPES.glob("*.py")))
+    raise ConfigError(f"no config file {recipe.partition(':')[0]}: name one, such as {ours}")
+
+
+@contextlib.contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+    """Lets a recipe in `folder` import others, `from configs import base`, and forgets them.
+
+    Another checkout's recipes have the same names. Besides its own neighbours a recipe finds
+    those of the package.
+    """
+    packages = {"configs": [folder.parent / "configs", RECIPES] if folder != RECIPES else [RECIPES]}
+    if folder.name not in sys.modules:
+        packages.setdefault(folder.name, [folder])
+    hidden = {n: sys.modules.pop(n) for n in list(sys.modules) if n.partition(".")[0] in packages}
+    for name, places in packages.items():
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(place) for place in places]
+    sys.path.insert(0, str(folder.parent))
+    importlib.invalidate_caches()  # files may be a moment old
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.parent))
+        for name in [n for n in sys.modules if n.partition(".")[0] in packages]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

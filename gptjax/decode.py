@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import model as gpt
 from gptjax import sharding
-from gptjax.config import Model, Sample, UserError
+from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -258,15 +258,19 @@ def stream(
         chunk: tokens a row between two yields, at most.
 
     Raises:
-        UserError: on a prompt longer than the context or with an id outside the vocabulary,
-            or a text longer than dynamic RoPE scaling can be cached for.
+        UserError: without a prompt, on one longer than the context or with an id outside the
+            vocabulary, or a text longer than dynamic RoPE scaling can be cached for.
     """
+    check_seed(seed)
+    if not prompts:
+        raise UserError("there is no prompt: give one or more")
     texts = [list(prompt) or [end_of_text] for prompt in prompts]
     _check(texts, config.context, vocab_size)
-    stops, most = sorted({end_of_text, *stop_ids}), sample.max_new_tokens
+    # No text is longer than the context; more could not be counted in 32 bits.
+    stops, most = sorted({end_of_text, *stop_ids}), min(sample.max_new_tokens, config.context)
     longest = max(map(len, texts))
     size = min(config.context, _round_up(longest + most))
-    _keeps_its_angles(config, min(config.context, longest + most))
+    check_length(config, longest + most)
     surplus = sharding.round_up(len(texts), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     tokens_BS = np.zeros((len(n_B), size), np.int32)
@@ -329,12 +333,17 @@ def _check(texts: list[list[int]], context: int, vocab_size: int) -> None:
             )
 
 
-def _keeps_its_angles(config: Model, length: int) -> None:
-    # Dynamic scaling turns all earlier keys anew once a text is longer than that.
+def check_length(config: Model, length: int) -> None:
+    """Refuses a text of `length` tokens (or as many as the context takes) that cannot be cached.
+
+    Raises:
+        ConfigError: beyond where dynamic RoPE scaling turns all earlier keys anew.
+    """
+    length = min(config.context, length)
     dynamic = config.position == "rope" and config.rope_scaling == "dynamic"
     original = config.rope_original_context
     if dynamic and original is not None and length > original:
-        raise UserError(
+        raise ConfigError(
             f"a text of {length} tokens is beyond model.rope_original_context={original}, where "
             "model.rope_scaling='dynamic' changes the keys that are cached: make it shorter"
         )

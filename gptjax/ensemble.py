@@ -364,7 +364,7 @@ def stack_knobs(configs: Sequence[Config]) -> dict[str, np.ndarray]:
     """The numbers in which members differ as they enter the step, each of shape (members,)."""
     kinds = {"seed": np.int32}
     return {
-        # int64 first: a seed beyond 32 bits wraps, as jax.random.key lets it.
+        # int64 first: seeds of 2^31 and more keep their 32 bits, which is what jax.random.key reads.
         name: np.asarray(values).astype(kinds.get(name, np.float32))
         for name, values in varied(configs).items()
         if name in TRACED

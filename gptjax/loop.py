@@ -41,11 +41,10 @@ class Stopped(Exception):
 
 
 class Diverged(UserError):
-    """So many updates in a row had no finite gradient that going on is no use."""
+    """Going on is no use: so many updates had no finite gradient, or the end has no finite loss."""
 
-    def __init__(self, step: int, skipped: int) -> None:
-        self.step = step
-        self.reason = f"{skipped} updates in a row, the last at step {step}, had no finite gradient"
+    def __init__(self, step: int, reason: str) -> None:
+        self.step, self.reason = step, reason
         super().__init__(
             f"the run has diverged: {self.reason}. Lower optim.peak_lr, or set optim.clip or "
             "model.qk_norm"
@@ -85,6 +84,8 @@ def train(
         run = stack.enter_context(open_run(workdir, record, fingerprints, step))
         if step == config.train.steps:
             say(f"{workdir} is done: {step} of {step} steps")
+            for line in [line for line in read_metrics(workdir) if "val_loss" in line][-1:]:
+                _check_end(step, line)
             return None
         if step is None:
             train_state = state.create(config, None if begin is None else begin.load())
@@ -95,7 +96,15 @@ def train(
         meta = {"config": record, "fingerprints": fingerprints}
         one = _One(setup, train_state, run, checkpoints, meta)
         drive(one, config, jax.sharding.get_mesh().devices.flatten().tolist(), step or 0, until)
+        if until is None:
+            _check_end(config.train.steps, one.held_out)
         return state.evaluation_params(config, one.train_state)
+
+
+def _check_end(step: int, held_out: Mapping[str, float]) -> None:
+    """Refuses to call a run done whose model says nothing."""
+    if not math.isfinite(loss := held_out["val_loss"]):
+        raise Diverged(step, f"the held-out loss after the last step, {step}, is {loss}")
 
 
 class Runs(Protocol):
@@ -189,7 +198,7 @@ class _One:
         evaluators = self._setup.evaluators
         params = state.evaluation_params(self._setup.config, self.train_state)
         with progress.task("evaluating", count(evaluators)) as advance:
-            log_scores(self._run, step, score(evaluators, params, advance))
+            self.held_out = log_scores(self._run, step, score(evaluators, params, advance))
 
     def save(self, step: int, wait: bool) -> None:
         meta = {**self._meta, "step": step}
@@ -238,8 +247,10 @@ def score(
     return scores
 
 
-def log_scores(run: Run, step: int, scores: Mapping[str, Score], whose: str = "") -> None:
-    """Writes and says held-out scores; "val_loss" is that of all sources together."""
+def log_scores(
+    run: Run, step: int, scores: Mapping[str, Score], whose: str = ""
+) -> dict[str, float]:
+    """Writes, says and returns held-out scores; "val_loss" is that of all sources together."""
     *_, whole = scores.values()
     values = {
         "val_loss": whole.loss,
@@ -251,6 +262,7 @@ def log_scores(run: Run, step: int, scores: Mapping[str, Score], whose: str = ""
     run.log(step, values)
     for name, s in scores.items():
         say(f"{whose}step {step}: held-out {name}: {s}")
+    return values
 
 
 class Log:
@@ -279,8 +291,9 @@ class Log:
         if recorded:
             self._run.log(step, values | self._cost)
             self._cost = {}
-        if self._skipped >= MAX_SKIPPED:
-            raise Diverged(step, self._skipped)
+        if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
+            updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
+            raise Diverged(step, f"{updates}, the last at step {step}, had no finite gradient")
         return recorded
 
 

@@ -25,7 +25,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax import parametrisation, sharding
-from gptjax.config import Model, choose
+from gptjax.config import Model, check_seed, choose
 from gptjax.layers.attention import Attention
 from gptjax.layers.context import (
     INSIDE,
@@ -209,7 +209,7 @@ def init(config: Model, seed: int) -> Params:
         name = lambda path: "/".join(part.key for part in path)  # noqa: E731
         return jax.tree.map_with_path(lambda path, s: draw(s, name(path), key), specs)
 
-    return make(jax.random.key(seed))
+    return make(jax.random.key(check_seed(seed)))
 
 
 def init_cache(config: Model, rows: int, length: int) -> Params:

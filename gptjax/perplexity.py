@@ -80,7 +80,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(loss): of a token, so it compares only between equal tokenizers."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

@@ -266,7 +266,7 @@ def _cpu() -> str:
     "" where /proc does not tell.
     """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
         return f"{model}, {len(os.sched_getaffinity(0))} cores"
     except (OSError, StopIteration):
@@ -359,6 +359,19 @@ def portable(value: float) -> float | str:
     if math.isnan(value):
         return "NaN"
     return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def strict_json(record: Any) -> str:
+    """One line of JSON, in which each number of mappings and lists is `portable`."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: told(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [told(item) for item in value]
+        return portable(value) if isinstance(value, float) else value
+
+    return json.dumps(told(record), allow_nan=False)
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -12,11 +12,11 @@ import numpy as np
 
 from gptjax import accounting, model, sharding, state, tokenizer
 from gptjax.config import Config, ConfigError, choose
-from gptjax.data.batches import Batch, Batches
+from gptjax.data.batches import PACKING, Batch, Batches
 from gptjax.data.sources import open_source
 from gptjax.layers import attention
 from gptjax.objectives import OBJECTIVE
-from gptjax.perplexity import Evaluator
+from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,21 @@ def settle(config: Config) -> Config:
 
 
 def check_names(config: Config) -> None:
-    """Refuses names that are no rows of their tables, before anything is compiled or read."""
-    choose(model.REMAT, config.model.remat, "model.remat")
+    """Refuses names that are no rows of their tables, before anything is compiled or read.
+
+    Raises:
+        ConfigError: naming the knob and the rows that there are.
+    """
+    m = config.model
+    choose({"auto": None, **attention.ATTENTION}, m.attention, "model.attention")
+    choose(model.REMAT, m.remat, "model.remat")
     choose(OBJECTIVE, config.train.objective, "train.objective")
-    state.make_optimizer(config)
+    state.make_optimizer(config)  # all others of the sections model, optim and train
+    choose(PACKING, config.data.packing, "data.packing")
+    tokenizer.folder_of(config.data.tokenizer)
+    choose(PREFIX, config.eval.prefix, "eval.prefix")
+    if config.eval.documents is not None:
+        choose(DOCUMENTS, config.eval.documents, "eval.documents")
 
 
 def load_tokenizer(config: Config) -> tokenizer.Tokenizer:

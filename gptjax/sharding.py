@@ -3,7 +3,7 @@
 Every tensor is named by the letters of the shape alphabet (see `gptjax/model.py`):
 "BTD" is an activation, "LDNH" a stacked parameter. `RULES` says which mesh axes
 split which letter, for activations and for parameters; nothing else in the
-codebase names a mesh axis. Axes are Explicit: jax checks every sharding while it
+codebase names a mesh axis, but as a field of the config's section `mesh`. Axes are Explicit: jax checks every sharding while it
 traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit sharding").
 
 `axis` always means a mesh axis, `dim` always a tensor's.

@@ -28,11 +28,8 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
     Raises:
         ConfigError: as `check`.
     """
-    check(config, tokenizer)
+    ids = check(config, tokenizer)
     sample, one = config.sample, config.sample.batch_size == 1
-    ids = tokenizer.encode(sample.prompt)
-    if tokenizer.bos is not None:
-        ids = [tokenizer.bos, *ids]
     stops = set() if sample.stop is None else {_one_token(sample.stop, tokenizer)}
     if one:
         _print(sample.prompt, end="")
@@ -130,20 +127,26 @@ def _print(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-def check(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuses what cannot be generated, for before a model is loaded or trained.
+def check(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids of `sample.prompt`; refuses what cannot be generated before a model is trained.
 
     Raises:
-        ConfigError: if `sample.stop` is not one token, or the prompt is longer than the context.
+        ConfigError: if `sample.stop` is not one token, the prompt is longer than the context, or
+            the text longer than dynamic RoPE scaling can be cached for.
     """
     if config.sample.stop is not None:
         _one_token(config.sample.stop, tokenizer)
-    tokens = len(tokenizer.encode(config.sample.prompt))
-    if tokens > config.model.context:
+    ids = tokenizer.encode(config.sample.prompt)
+    if tokenizer.bos is not None:
+        ids = [tokenizer.bos, *ids]
+    if len(ids) > config.model.context:
         raise ConfigError(
-            f"sample.prompt has {tokens} tokens, more than model.context={config.model.context}: "
+            f"sample.prompt has {len(ids)} tokens, more than model.context={config.model.context}: "
             "shorten it"
         )
+    # An empty prompt starts from end-of-text.
+    decode.check_length(config.model, max(1, len(ids)) + config.sample.max_new_tokens)
+    return ids
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from gptjax.config import UserError, choose
+from gptjax.places import expand
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -217,6 +218,26 @@ TOKENIZERS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def folder_of(name: str) -> Path | None:
+    """The folder of a pretrained model's own tokenizer; None for a row of `TOKENIZERS`.
+
+    Raises:
+        UserError: on a name that is neither, so that `load` would not know it. Nothing is read.
+    """
+    folder = expand(name)
+    if (folder / TOKENIZER_FILE).is_file():
+        return folder
+    if folder.is_dir():
+        raise UserError(f"data.tokenizer={name!r} is a folder without a {TOKENIZER_FILE}")
+    if name not in TOKENIZERS and folder.name != name:  # a path
+        raise UserError(
+            f"data.tokenizer={name!r}: there is no such folder; set it to where the folder is now, "
+            f"or to one of: {', '.join(TOKENIZERS)}"
+        )
+    choose(TOKENIZERS, name, "data.tokenizer")
+    return None
+
+
 @functools.cache
 def load(name: str) -> Tokenizer:
     """The tokenizer `name`: one of `TOKENIZERS`, or a folder that holds a tokenizer.json.
@@ -226,15 +247,8 @@ def load(name: str) -> Tokenizer:
         UserError: where the ranks are neither in tiktoken's cache nor to be downloaded, or a
             folder is not there or its tokenizer is no reversible byte-level BPE.
     """
-    if (Path(name) / TOKENIZER_FILE).is_file():
-        return _from_folder(Path(name))
-    if Path(name).is_dir():
-        raise UserError(f"data.tokenizer={name!r} is a folder without a {TOKENIZER_FILE}")
-    if name not in TOKENIZERS and Path(name).name != name:  # a path
-        raise UserError(
-            f"data.tokenizer={name!r}: there is no such folder; set it to where the folder is now, "
-            f"or to one of: {', '.join(TOKENIZERS)}"
-        )
+    if (folder := folder_of(name)) is not None:
+        return _from_folder(folder)
     build = choose(TOKENIZERS, name, "data.tokenizer")
     try:
         parts = build()

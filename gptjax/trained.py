@@ -8,28 +8,42 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from gptjax import configure, setup, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, UserError
+from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import hf, pretrained
 from gptjax.model import Params, abstract_params
 from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
 
 # A pretrained model has no settings of ours for evaluation and sampling: these are taken.
-SETTINGS = "configs/base.py"
+SETTINGS = str(configure.RECIPES / "base.py")
 LONGEST = 2048  # of a pretrained model's context so much is used unless an override says else
 
 
 def is_pretrained(folder: Path) -> bool:
-    """Whether `folder` is a Hugging Face folder, not a run of ours."""
-    return (folder / "config.json").is_file() and "model_type" in hf.read_config(folder)
+    """Whether `folder` is a Hugging Face folder, not a run of ours.
+
+    Raises:
+        UserError: if its config.json is damaged.
+    """
+    path = folder / hf.CONFIG
+    if not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged, it is no JSON object: restore it")
+    return "model_type" in found
 
 
 def config_of(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -63,13 +77,42 @@ def restore(config: Config, folder: Path) -> tuple[int, Params]:
     config = setup.settle(config)
     sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
     if is_pretrained(folder):
+        _check_fits(config.model, pretrained.adopt(config, folder).model, folder)
         return 0, pretrained.load(folder).params
+    _check_fits(config.model, configure.of_run(folder).model, folder)
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{folder} holds no complete checkpoint: train it first")
         saved = checkpoints.restore(step, state.abstract(config))
         return step, state.evaluation_params(config, saved)
+
+
+def _check_fits(config: Model, weights: Model, folder: Path) -> None:
+    """Refuses a config by which a model's parameters would be others than those in `folder`.
+
+    jax would not: of layers that are not there it takes the last again.
+
+    Args:
+        weights: the config that they were made by, or are described by.
+    """
+    one, other = dataclasses.asdict(config), dataclasses.asdict(weights)
+    differ = [knob for knob in one if one[knob] != other[knob]]
+    if not differ or _shapes(config) == (have := _shapes(weights)):
+        return
+
+    def matters(knob: str) -> bool:
+        try:
+            return _shapes(dataclasses.replace(weights, **{knob: one[knob]})) != have
+        except ConfigError:  # not without another
+            return True
+
+    told = [f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)]
+    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(told)}")
+
+
+def _shapes(config: Model) -> Any:
+    return jax.tree.map(lambda spec: spec.shape, abstract_params(config))
 
 
 class Opened(NamedTuple):
@@ -101,10 +144,13 @@ def start_from(
     What `overrides` set outright is set all the same.
 
     Raises:
-        UserError: if `folder` is no pretrained model.
+        UserError: if `folder` is no pretrained model, or has other parameters than `overrides` ask
+            for.
     """
     start = start_of(folder)
-    return configure.override(pretrained.adopt(config, folder), overrides), start
+    config = configure.override(pretrained.adopt(config, folder), overrides)
+    _check_fits(config.model, pretrained.adopt(config, folder).model, folder)
+    return config, start
 
 
 def start_of(folder: Path) -> setup.Start:

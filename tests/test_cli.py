@@ -504,7 +504,8 @@ def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_what_data_show_refuses(store: Path) -> None:
     words = ["data", "show", *knobs(store)]
-    refused("--step must not be negative, got -1", *words, "--step=-1")
+    for step in (-1, 2**31, 10**30):
+        refused(rf"--step must lie in \[0, 2\^31\), got {step}", *words, f"--step={step}")
     refused("no split 'test': choose one of train, val", *words, "--split=test")
     refused("unknown config key 'sed'", *words, "--config.sed=1")
     for rows in (-1, 0):
@@ -535,7 +536,7 @@ def test_a_folder_without_a_run(tmp_path: Path, workdir: Path) -> None:
 def test_another_model_or_config_in_the_same_folder(run: Trained, store: Path) -> None:
     before = files(run.workdir)
     here = f"--workdir={run.workdir}"
-    message = r"checkpoint of another architecture: params\.\S+ is float32\[2,.* in this run"
+    message = "does not fit the weights in .*: model.layers=3, where they have 2$"
     for command in ("eval", "generate"):
         refused(message, command, here, "--config.model.layers=3")
         refused(
@@ -809,6 +810,159 @@ def test_replay_tells_by_its_status(workdir: Path, run: Trained, tmp_path: Path)
     with (workdir / records.CONFIG).open("a") as file:
         file.write(" ")
     refused("config.json", "replay", str(workdir))
+
+
+# ---- names, numbers and places
+
+
+def test_a_name_or_number_that_cannot_be_is_refused_by_whatever_takes_a_config(
+    store: Path, tmp_path: Path
+) -> None:
+    """Before any work: each alone is tested in test_config.py and test_study.py."""
+    cells = tmp_path / "cells"
+    for knob, message in (
+        ("model.attention=flsh", "model.attention='flsh' is not one of: auto, plain"),
+        ("data.packing=maskd", "data.packing='maskd' is not one of: stream, masked"),
+        ("eval.prefix=eof", "eval.prefix='eof' is not one of: eot, bos"),
+        ("data.tokenizer=gpt22", "data.tokenizer='gpt22' is not one of: bytes, gpt2"),
+        ("optim.peak_lr=inf", "optim.peak_lr must be finite, got inf"),
+        ("seed=4294967296", r"seed must lie in \[0, 2\^32\), got 4294967296"),
+    ):
+        words = [*knobs(store), f"--config.{knob}"]
+        refused(message, "config", *words)
+        refused(message, "train", *words, f"--workdir={tmp_path / 'run'}")
+        axis = ["--axis", "model.qk_norm=False,True", "--dry_run", f"--store={cells}"]
+        refused(message, "study", *words, *axis)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_that_cannot_be_drawn_is_refused_before_a_training(
+    store: Path, tmp_path: Path
+) -> None:
+    dynamic = {"model__position": "rope", "model__rope_scaling": "dynamic"}
+    words = knobs(store, **dynamic, model__rope_original_context=8, sample__max_new_tokens=20)
+    folder = tmp_path / "run"
+    refused("a text of 16 tokens is beyond .*=8", "train", *words, f"--workdir={folder}")
+    assert not folder.exists()
+
+
+def test_a_seed_of_the_command_line_is_used_whole_or_refused(run: Trained) -> None:
+    words = ["generate", f"--workdir={run.workdir}"]
+    texts = {works(*words, f"--seed={seed}").out for seed in (0, 2**32 - 1)}
+    assert len(texts) == 2
+    for seed in (-1, 2**32):
+        refused(rf"seed must lie in \[0, 2\^32\), got {seed}", *words, f"--seed={seed}")
+
+
+@pytest.mark.parametrize("effect", ["nan", "inf", "-inf", "0"])
+def test_noise_is_not_held_against_what_is_no_number(effect: str) -> None:
+    refused(f"--effect={effect} must be above 0 and finite", "noise", f"--effect={effect}")
+
+
+def test_every_command_works_outside_of_the_checkout(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = [
+        works("config", f"--config={REPO}/configs/{name}") for name in ("base.py", "shakespeare.py")
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert works("config", "--config=configs/base.py").out == here[0].out
+    assert works("config").out == here[1].out
+    assert works("config", "--config=configs/gpt2.py:124m", "--diff=configs/gpt2.py:355m").out
+    done = works("study", "--axis", "model.qk_norm=False,True", "--dry_run", "--seeds=1")
+    assert "2 runs: 0 there, 2 to run" in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_is_no_folder_of_that_name(
+    run: Trained, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.workdir, home / "run")
+    works("eval", "--workdir=~/run", "--html=~/page.html")
+    works("export", "--workdir=~/run", "--out=~/model")
+    works("data", str(store.parent / "squares.txt"), "--out=~/store", "--tokenizer=bytes")
+    assert works("data", "show", *knobs(Path("~/store")), "--rows=1").out
+    assert {p.name for p in home.iterdir()} >= {"run", "page.html", "model", "store"}
+    refused("holds no run", "eval", "--workdir=~/none")
+    refused("its home directory is not known", "eval", "--workdir=~nobody-is-called-so/run")
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+# ---- streams
+
+
+@contextlib.contextmanager
+def terminal(encoding: str) -> Iterator[io.BytesIO]:
+    """What is shown on a terminal of that encoding, and errors with it."""
+    shown = io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            stream = io.TextIOWrapper(shown, encoding=encoding, write_through=True)
+            patch.setattr(sys, name, stream)
+        yield shown
+        sys.stdout.detach()
+        sys.stderr.detach()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_no_terminal_kills_a_command(
+    encoding: str, run: Trained, store: Path, tmp_path: Path
+) -> None:
+    prompt = "--config.sample.prompt=é月"
+    here = f"--workdir={run.workdir}"
+    for words in (
+        ["config", f"--config={RECIPE}", prompt],
+        ["data", "show", *knobs(store), "--rows=1"],
+        ["eval", here],
+        ["generate", here, prompt],
+        ["train", f"--workdir={tmp_path / 'run'}", *knobs(store, sample__prompt="é月")],
+    ):
+        with terminal(encoding) as shown:
+            assert main(words) == 0
+        text = shown.getvalue().decode(encoding)
+        if prompt in words:
+            told = "é月".encode(encoding, errors="backslashreplace").decode(encoding)
+            assert told in text
+
+
+@pytest.mark.parametrize("words", [["data", "show"], ["config"], ["--help"], ["eval", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(
+    words: list[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    err = io.StringIO()
+    with os.fdopen(writing, "w") as pipe, redirect_stdout(pipe), redirect_stderr(err):
+        more = knobs(store) if words[-1] != "--help" else []
+        assert main([*words, *more]) == cli.EXIT_PIPE == 141
+    assert not err.getvalue()
+
+
+@pytest.mark.slow
+def test_what_keeps_jax_from_starting_is_told_in_a_line() -> None:
+    """Each in a process of its own, all at once: jax starts only once in a process."""
+    started = {}
+    for setting in (
+        "JAX_PLATFORMS=gpu",
+        "JAX_PLATFORMS=cuda",
+        "JAX_PLATFORMS=x",
+        "JAX_ENABLE_X64=x",
+    ):
+        name, _, value = setting.partition("=")
+        command = [sys.executable, str(REPO / "launch.py"), "config", f"--config={RECIPE}"]
+        started[setting] = subprocess.Popen(
+            command, env=os.environ | {name: value}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    for setting, process in started.items():
+        out, err = process.communicate()
+        assert (process.returncode, out) == (EXIT_USER_ERROR, b"")
+        lines = [line for line in err.decode().splitlines() if line.startswith("gptjax: ")]
+        assert len(lines) == 1 and "Traceback" not in err.decode(), err
+        assert lines[0].startswith("gptjax: jax cannot start: ") and setting in lines[0]
 
 
 # ---- the frame

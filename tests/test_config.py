@@ -9,19 +9,19 @@ import hashlib
 import importlib
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import model, state
+from gptjax import decode, model, setup, state
 from gptjax.config import (
     Config,
     ConfigError,
+    UserError,
     choose,
     fingerprint,
     flatten,
@@ -29,9 +29,9 @@ from gptjax.config import (
     to_dict,
 )
 from gptjax.data.batches import Batches
-from gptjax.layers.attention import resolve
 from gptjax.layers.feedforward import hidden_width
 from gptjax.tokenizer import load
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # recipes import each other from the root, as under launch.py
@@ -123,7 +123,7 @@ def test_int_counts_as_float_and_list_as_tuple():
         ({"model__dtype": "float16"}, "model.dtype='float16' is not one of: float32, bfloat16"),
         ({"model__dropout": 1.0}, r"model.dropout must lie in [0, 1), got 1.0"),
         ({"model__layers": 0}, "model.layers must be above 0, got 0"),
-        ({"model__rope_base": float("nan")}, "model.rope_base must be above 0, got nan"),
+        ({"model__rope_base": float("nan")}, "model.rope_base must be finite, got nan"),
         ({"optim__peak_lr": -1e-3}, "optim.peak_lr must be above 0, got -0.001"),
         ({"optim__b2": 1.0}, "optim.b2 must lie in [0, 1), got 1.0"),
         ({"optim__ema_decay": 1.0}, "optim.ema_decay must lie in [0, 1), got 1.0"),
@@ -146,6 +146,80 @@ def test_int_counts_as_float_and_list_as_tuple():
 )
 def test_an_impossible_combination_is_refused(changes, message):
     assert refusal(changed(**changes)).startswith(message)
+
+
+def alternatives(hint) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def knobs_of(kind: type) -> list[tuple[str, bool]]:
+    """Each knob whose values are of `kind`, and whether it holds several."""
+    found = []
+    for section in typing.get_type_hints(Config).values():
+        hints = typing.get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+        for name, hint in hints.items():
+            for option in alternatives(hint):
+                several = typing.get_origin(option) is tuple
+                inner = typing.get_args(option)[0] if several else option
+                if kind in alternatives(inner):
+                    found.append((f"{section.__name__.lower()}.{name}", several))
+    return found
+
+
+@pytest.mark.parametrize(
+    "value", [float("inf"), float("-inf"), float("nan"), 10**400], ids=lambda v: repr(v)[:5]
+)
+def test_no_knob_takes_what_is_no_number(value):
+    knobs = knobs_of(float)
+    assert len(knobs) > 20 and ("data.weights", True) in knobs
+    for knob, several in knobs:
+        given = (1.0, value) if several else value
+        message = refusal(changed(**{knob.replace(".", "__"): given}))
+        assert re.match(rf"{re.escape(knob)}(\[1\])? must be finite, got ", message)
+
+
+def test_no_knob_takes_a_number_that_a_device_cannot_count_to():
+    knobs = knobs_of(int)
+    assert len(knobs) > 20
+    for knob, several in knobs:
+        given = (2**31,) if several else 2**31
+        message = refusal(changed(**{knob.replace(".", "__"): given}))
+        assert message.startswith(f"{knob} must be below 2^31, got ")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**32 + 7, 10**30])
+def test_a_seed_that_would_wrap_is_refused_wherever_one_is_taken(seed, tmp_path):
+    message = f"seed must lie in [0, 2^32), got {seed}"
+    config, vocabulary = from_dict(TREE), load("bytes")
+    store = tiny.make_store(tmp_path)
+    data = dataclasses.replace(config.data, sources=(str(store),))
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(config, seed=seed)
+    assert str(caught.value) == message
+    for use in (
+        lambda: model.init(tiny.MODEL, seed),
+        lambda: Batches(data, 8, seed, "train", vocabulary),
+        lambda: next(
+            decode.stream(
+                tiny.MODEL,
+                {},
+                [[1]],
+                config.sample,
+                seed=seed,
+                vocab_size=64,
+                end_of_text=0,
+            )
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            use()
+        assert str(caught.value) == message
+
+
+def test_the_largest_seed_is_used_whole():
+    whole = model.init(tiny.MODEL, 2**32 - 1)["embed"]["tokens"]
+    other = model.init(tiny.MODEL, 2**31 - 1)["embed"]["tokens"]
+    assert not (whole == other).any()
 
 
 def test_what_only_looks_impossible_is_allowed():
@@ -172,14 +246,14 @@ def test_derived_sizes():
 
 positive = st.floats(1e-30, 1e30)
 share = st.floats(0, 1, exclude_max=True)
-count = st.integers(1, 2**40)
+count = st.integers(1, 2**31 - 1)
 
 
 @settings(deadline=None, derandomize=True)
 @given(
     st.fixed_dictionaries(
         {
-            "seed": st.integers(),
+            "seed": st.integers(0, 2**32 - 1),
             "model__windows": st.lists(st.none() | count, min_size=1).map(tuple),
             "model__rope_base": positive,
             "model__attention_softcap": st.none() | positive,
@@ -301,7 +375,9 @@ def test_the_search_for_tables_finds_them():
 def test_the_base_recipe_lists_the_rows_of_every_table(knob):
     if knob == "data.tokenizer":
         return  # "any tiktoken encoding", whose names are tiktoken's to list
-    assert documented()[knob] == BESIDES.get(knob, []) + list(TABLES[knob])
+    rows = BESIDES.get(knob, []) + list(TABLES[knob])
+    # Where there is one row the value lists it.
+    assert documented().get(knob, [flatten(TREE)[knob]]) == rows
 
 
 def test_choose_lists_the_rows_and_suggests_the_nearest():
@@ -312,32 +388,25 @@ def test_choose_lists_the_rows_and_suggests_the_nearest():
     assert choose({"rope": 1}, "rope", "model.position") == 1
 
 
-@pytest.mark.parametrize("knob", sorted(k for k in TABLES if not k.startswith("eval.")))
-def test_a_name_that_is_no_row_is_refused_before_anything_compiles(knob, monkeypatch):
+@pytest.mark.parametrize("knob", sorted(TABLES))
+def test_a_name_that_is_no_row_is_refused_before_anything_compiles(knob):
     name = next(iter(TABLES[knob]))[:-1] + "_"
     config = from_dict(changed(model__layers=1, **{knob.replace(".", "__"): name}))
-
-    def use() -> None:
-        if knob == "data.tokenizer":
-            load(config.data.tokenizer)
-        elif knob == "data.packing":
-            Batches(config.data, 8, 0, "train", load("bytes"))
-        elif knob == "model.attention":
-            resolve(config.model, "cpu")
-        elif knob == "model.remat":  # not a matter of parameters
-            tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-            params = jax.eval_shape(lambda: model.init(config.model, 0))
-            jax.eval_shape(lambda p, t: model.apply(config.model, p, t), params, tokens)
-        elif knob.startswith("model."):
-            model.abstract_params(config.model)
-        else:
-            state.make_optimizer(config)
-
     with pytest.raises(ConfigError) as caught:
-        use()
-    message = str(caught.value)
-    assert message.startswith(f"{knob}={name!r} is not one of: {', '.join(TABLES[knob])}")
+        setup.check_names(config)
+    message, rows = str(caught.value), BESIDES.get(knob, []) + list(TABLES[knob])
+    assert message.startswith(f"{knob}={name!r} is not one of: {', '.join(rows)}")
     assert "\n" not in message
     if knob.startswith(("model.", "optim.")) and knob not in ("model.remat", "model.attention"):
         with pytest.raises(ConfigError):
             state.abstract(config)
+
+
+def test_a_folder_is_a_tokenizers_name_where_one_lies_in_it(tmp_path):
+    def check():
+        setup.check_names(from_dict(changed(data__tokenizer=str(tmp_path))))
+
+    with pytest.raises(UserError, match="is a folder without a tokenizer.json"):
+        check()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    check()

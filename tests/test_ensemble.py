@@ -344,3 +344,13 @@ def test_folders_of_other_runs_are_refused(store: Path, whole: list[Path], tmp_p
     (tmp_path / "config.json").write_text(json.dumps(to_dict(configs[0])))
     with pytest.raises(UserError, match="holds a run begun alone"):
         ensemble.train(configs[:1], [tmp_path], ONE)
+
+
+def test_members_draw_by_all_32_bits_of_their_seeds() -> None:
+    seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+    config = tiny.config(Path("unused"))
+    knobs = ensemble.stack_knobs([dataclasses.replace(config, seed=seed) for seed in seeds])
+    drawn = jax.vmap(lambda seed: jax.random.key_data(jax.random.key(seed)))(knobs["seed"])
+    alone = [jax.random.key_data(jax.random.key(seed)) for seed in seeds]
+    np.testing.assert_array_equal(drawn, alone)
+    assert len({tuple(key) for key in np.asarray(drawn).tolist()}) == len(seeds)

@@ -209,6 +209,13 @@ def test_figures_of_choices_by_hand():
     assert figures["accuracy_bytes"].high == 1 > figures["accuracy_bytes"].low
 
 
+def test_a_model_that_says_nothing_is_never_right():
+    line = {"query": "q", "choices": ["a", "b"], "gold": 0}
+    for nats in ((math.nan, math.nan), (math.nan, -1.0), (-1.0, math.nan)):
+        found = [[Likelihood(x, False) for x in nats]]
+        assert TASKS["choices"].figures([line], found)["accuracy"].value == 0
+
+
 def test_a_choice_follows_the_query_and_a_space():
     line = {"query": "2 + 2 =", "choices": ["4", "five"], "gold": 0}
     assert TASKS["choices"].requests(line) == [("2 + 2 =", " 4"), ("2 + 2 =", " five")]

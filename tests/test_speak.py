@@ -94,6 +94,43 @@ def test_a_full_context_is_told() -> None:
     assert err == "(the context of 64 tokens is full)\n"
 
 
+def test_the_token_that_begins_a_text_counts() -> None:
+    begun = dataclasses.replace(BYTES, bos=BYTES.eot)
+    assert speak.check(configure(prompt="x" * 63), begun) == [BYTES.eot, *b"x" * 63]
+    with pytest.raises(
+        ConfigError, match="sample.prompt has 65 tokens, more than model.context=64"
+    ):
+        speak.check(configure(prompt="x" * 64), begun)
+
+
+@pytest.mark.parametrize("prompt, longest", [("", 7), ("x", 7), ("xxx", 5)])
+def test_a_text_that_cannot_be_cached_is_refused_before_a_training(
+    prompt: str, longest: int
+) -> None:
+    """The same length is refused before and when the text is drawn: original is 8 tokens."""
+    stretched = {"position": "rope", "rope_scaling": "dynamic", "rope_original_context": 8}
+    message = "a text of 9 tokens is beyond model.rope_original_context=8"
+    for most in (longest, longest + 1):
+        config = configure(prompt=prompt, max_new_tokens=most)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **stretched))
+        text = BYTES.encode(prompt)
+        drawn = decode.stream(
+            config.model, PARAMS, [text], config.sample, seed=0, vocab_size=257, end_of_text=256
+        )
+        if most == longest:
+            assert speak.check(config, BYTES) == text
+            continue
+        with pytest.raises(ConfigError, match=message):
+            speak.check(config, BYTES)
+        with pytest.raises(ConfigError, match=message):
+            next(drawn)
+
+
+def test_more_tokens_than_32_bits_count_are_as_many_as_the_context_takes() -> None:
+    texts = [generate(max_new_tokens=n, temperature=0.0)[0] for n in (61, 2**31 - 1)]
+    assert texts[0] == texts[1] != [""]
+
+
 def test_what_cannot_be_generated() -> None:
     speak.check(configure(stop="\n", prompt="x" * 64), BYTES)
     for sample, message in (

@@ -134,6 +134,9 @@ def test_an_axis_given_twice_is_refused() -> None:
         ("optim=adamw,muon", "'optim' is a section of the config"),
         ("model.layers=2,two", "arm 'layers=two': --config.model.layers=two: invalid literal"),
         ("model.position=rope,ropee", "arm 'position=ropee': model.position='ropee' is not one of"),
+        ("model.attention=auto,flsh", "arm 'attention=flsh': model.attention='flsh' is not one of: auto, "),
+        ("data.packing=stream,maskd", "arm 'packing=maskd': data.packing='maskd' is not one of: stream, "),
+        ("data.tokenizer=gpt2,gpt22", "arm 'tokenizer=gpt22': data.tokenizer='gpt22' is not one of: bytes, "),
         ("model.heads=4,5", "arm 'heads=5': model.width=128 is not divisible by model.heads=5"),
         ("optim.peak_lr=1e-3,0.001", "arm 'peak_lr=0.001' is the same as 'peak_lr=1e-3'"),
     ],
@@ -155,6 +158,21 @@ def test_an_axis_that_is_no_knob_or_no_value_is_refused_before_any_run(
         ({"metric": "val_los"}, "metric='val_los' is not one of: val_loss, val_bits_per_byte (did"),
         ({"equal": "flop"}, "(did you mean 'flops'?)"),
         ({"seeds": 0}, "seeds must be above 0, got 0"),
+        ({"seeds": 2.5}, "seeds must be a whole number, got 2.5"),
+        ({"seeds": True}, "seeds must be a whole number, got True"),
+        ({"seeds": "5"}, "seeds must be a whole number, got '5'"),
+        ({"seeds": 1001}, "seeds=1001 is more than 1000, where those of `tune` begin"),
+        ({"tuning_seeds": 1.0}, "tuning_seeds must be a whole number, got 1.0"),
+        ({"smallest": "0.01"}, "smallest must be a number, got '0.01'"),
+        ({"smallest": math.nan}, "smallest must be above 0, got nan"),
+        ({"smallest": math.inf}, "smallest must be above 0, got inf"),
+        ({"name": None}, "name must be a text, got None"),
+        ({"metric": ["val_loss"]}, "metric must be a text, got ['val_loss']"),
+        ({"settings": ["seed"]}, "settings must be a mapping, got ['seed']"),
+        ({"scales": ("small",)}, "scales must be a mapping, got ('small',)"),
+        ({"scales": {"small": 3}}, "write a name and its knobs, not 'small': 3"),
+        ({"scales": {3: {}}}, "write a name and its knobs, not 3: {}"),
+        ({"tune": {"optim.b1": 0.9}}, "optim.b1 must be a tuple of values, got 0.9"),
         ({"tuning_seeds": 0}, "tuning_seeds must be above 0"),
         ({"smallest": 0.0}, "smallest must be above 0"),
         ({"baseline": "rope"}, "'rope' is the baseline: name the arm otherwise"),
@@ -174,6 +192,42 @@ def test_a_study_that_makes_no_sense_is_refused(fields: dict[str, Any], told: st
     with pytest.raises(ConfigError) as error:
         study(arms, **fields)
     refused(error, told)
+
+
+def test_overrides_are_words() -> None:
+    with pytest.raises(ConfigError) as error:
+        Study("?", tiny.RECIPE, {}, overrides="--config.seed=1")  # type: ignore[arg-type]
+    refused(error, "overrides must be a tuple of words, got '--config.seed=1'")
+
+
+def test_no_tuning_has_a_name_that_is_no_row() -> None:
+    with pytest.raises(ConfigError) as error:
+        tuning_cells(study({}, tune={"optim.schedule": ("cosine", "cosin")}))
+    refused(error, "optim.schedule='cosin' is not one of: ")
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e400"])
+def test_no_arm_and_no_tuning_has_a_rate_that_is_no_number(value: str) -> None:
+    for asked in (
+        study({"wild": {"optim.peak_lr": value}}),
+        study({"wild": {"optim.peak_lr": float(value)}}),
+        study({}, tune={"optim.peak_lr": (1e-3, float(value))}),
+        of_axes(tiny.RECIPE, [f"optim.peak_lr=1e-3,{value}"]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            cells(asked, {})
+        refused(error, "optim.peak_lr must be finite, got ")
+
+
+def test_no_seed_of_a_study_wraps() -> None:
+    last = 2**32 - 1
+    for fields in ({"seeds": 2}, {"seeds": 1, "tune": {"optim.b1": (0.8, 0.9)}}):
+        asked = study({}, settings={"seed": last}, **fields)
+        with pytest.raises(ConfigError) as error:
+            cells(asked, {})
+            tuning_cells(asked)
+        refused(error, "seed must lie in [0, 2^32), got ")
+    assert [c.config.seed for c in cells(study({}, settings={"seed": last}, seeds=1), {})] == [last]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax import decode, setup, trained
 from gptjax.cli import main
+from gptjax.config import UserError
 from gptjax.model import apply
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
@@ -188,3 +189,187 @@ def test_what_cannot_be_said_is_one_line(
     assert "has no chat template" in capsys.readouterr().err
     assert chat(run, "hello\n", monkeypatch) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+# ---- a config that is not the weights'
+
+SHAPING = {
+    "model.layers": 40,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.head_dim": 8,
+    "model.ff_dim": 8,
+    "model.vocab_size": 272,
+    "model.context": 128,  # as many learned positions
+    "model.feedforward": "swiglu",
+    "model.position": "rope",
+    "model.norm": "rmsnorm",
+    "model.norm_placement": "sandwich",
+    "model.bias": False,
+    "model.attention_bias": "qkv",
+    "model.qk_norm": True,
+    "model.value_residual": True,
+    "model.tied": False,
+}
+# What an exported run is scored on as the run is.
+SCORED = "--config.data.sources=('{store}',) --config.data.tokenizer=bytes"
+# What changes the function alone may be tried on any weights.
+FREE = ("model.windows=(8,)", "model.norm_eps=1e-3", "model.logit_softcap=30.0")
+
+
+def restored(folder: Path, *words: str) -> Any:
+    config = trained.config_of(folder, None, [f"--config.{word}" for word in words])
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return trained.restore(config, folder)
+
+
+def test_a_knob_that_shapes_parameters_is_held_against_them(run: Path, exported: Path) -> None:
+    for folder, knobs in ((exported, [*SHAPING]), (run, ["model.layers", "model.context"])):
+        weights = trained.config_of(folder, None).model
+        for knob, value in ((knob, SHAPING[knob]) for knob in knobs):
+            with pytest.raises(UserError) as error:
+                restored(folder, f"{knob}={value}")
+            has = getattr(weights, knob.removeprefix("model."))
+            assert str(error.value) == (
+                f"this config does not fit the weights in {folder}: {knob}={value!r}, where they "
+                f"have {has!r}"
+            )
+
+
+def test_every_knob_that_shapes_parameters_is_named(run: Path) -> None:
+    with pytest.raises(UserError) as error:
+        restored(run, "model.layers=3", "model.norm_eps=1e-3", "model.width=8")
+    told = str(error.value)
+    for part in ("layers=3, where they have 2", "width=8, where they have 16"):
+        assert part in told
+    assert "norm_eps" not in told
+
+
+def test_what_shapes_nothing_is_free(run: Path, exported: Path) -> None:
+    for folder in (run, exported):
+        same, other = (jax.tree.leaves(restored(folder, *words)[1]) for words in ((), FREE))
+        assert all((a == b).all() for a, b in zip(same, other, strict=True))
+
+
+def test_no_command_runs_weights_by_another_config(
+    exported: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, new = tmp_path / "text.jsonl", tmp_path / "new"
+    text.write_text('{"text": "the cat sees the sun"}\n')
+    for words in (
+        ("eval",),
+        ("generate",),
+        ("ask", "Who?"),
+        ("chat",),
+        ("export", f"--out={new}"),
+        ("tasks", f"--lambada={text}"),
+    ):
+        more = (*words[1:], *SCORED.format(store=store).split(), "--config.model.layers=40")
+        assert launch(words[0], f"--workdir={exported}", *more) == 2
+        told = capsys.readouterr()
+        assert "model.layers=40, where they have 2" in told.err and not told.out
+    assert fine_tune(exported, store, new, model__layers=4) == 2
+    assert "model.layers=4, where they have 2" in capsys.readouterr().err
+    assert not new.exists()
+
+
+# ---- a model that says nothing
+
+
+@pytest.fixture(scope="module")
+def silent(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained model with one NaN."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("silent") / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_what_is_no_number_is_told_as_such(
+    silent: Path, exported: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*SCORED.format(store=store).split(), "--config.eval.context=64")
+    page = tmp_path / "page.html"
+    assert launch("eval", f"--workdir={silent}", "--json", f"--html={page}", *words) == 0
+    (score,) = json.loads(capsys.readouterr().out)["scores"].values()
+    for figure in ("nats", "loss", "perplexity", "word_perplexity", "bits_per_byte"):
+        assert score[figure] == "NaN"
+    assert {p["loss"] for p in score["by_position"]} == {"NaN"}
+    assert 'title="nan nats"' in page.read_text() or "nan nats" in page.read_text()
+    assert launch("eval", f"--workdir={silent}", *words) == 0
+    assert "nan" in capsys.readouterr().out
+    pair = ("--compare", exported, silent)
+    assert launch("eval", *pair, "--json", f"--html={page}", *words) == 0
+    (text,) = json.loads(capsys.readouterr().out)["texts"].values()
+    assert text["loss"]["b"] == text["loss"]["difference"] == "NaN" and text["loss"]["a"] > 0
+    assert launch("eval", *pair, *words) == 0
+
+
+def test_what_is_no_number_is_not_brought_in_or_out(
+    silent: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    large = shutil.copytree(exported, tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = 1e5  # beyond float16
+    save_file(tensors, large / "model.safetensors")
+    for command, kind in (
+        (("import", silent), "float32"),
+        (("export", f"--workdir={silent}"), "float32"),
+        (("export", f"--workdir={large}", "--dtype=float16"), "float16"),
+    ):
+        assert launch(*command, f"--out={out}") == 2
+        told = f"transformer.ln_f.weight has values that are no finite {kind}"
+        assert told in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large"]
+    assert launch("export", f"--workdir={large}", f"--out={out}", "--dtype=bfloat16") == 0
+
+
+def test_a_run_that_is_nothing_but_nan_has_not_ended_well(
+    silent: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fine_tune(silent, store, tmp_path / "run") == 2
+    told = capsys.readouterr()
+    assert "6 updates in a row, the last at step 6, had no finite gradient" in told.err
+    assert "perplexity inf" not in told.err and not told.out
+    assert {line["loss"] != line["loss"] for line in read_metrics(tmp_path / "run")} == {True}
+
+
+def test_a_run_whose_last_update_breaks_it_has_not_ended_well(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"optim__peak_lr": 1e38, "optim__warmup_steps": 0, "train__steps": 1}
+    wild |= {"optim__schedule": "constant", "optim__eps": 1e-30}
+    for _ in range(2):  # the second time it is done
+        assert fine_tune(None, store, tmp_path / "run", **wild) == 2
+        told = capsys.readouterr()
+        assert "the held-out loss after the last step, 1, is nan" in told.err and not told.out
+    assert read_metrics(tmp_path / "run")[-1]["val_perplexity"] != 1
+
+
+# ---- wherever one stands
+
+
+def test_a_pretrained_model_needs_no_local_recipe(
+    exported: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trained.config_of(exported, None)
+    monkeypatch.chdir(tmp_path)
+    assert trained.config_of(exported, None) == config
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "base.py").write_text("raise ValueError('another')")
+    assert trained.config_of(exported, None) == config
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff{}", b""])
+def test_a_damaged_config_is_told_with_its_path(
+    exported: Path, tmp_path: Path, content: bytes
+) -> None:
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        trained.config_of(folder, None)
+    told = str(error.value)
+    assert told == f"{folder / 'config.json'} is damaged, it is no JSON object: restore it"

@@ -6,10 +6,10 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import Config, UserError
+from gptjax.places import cache, expand
 
 EXIT_FAILED = 1  # the command did its work, and what it checks does not hold
 DEFAULT_RECIPE = "configs/shakespeare.py"
@@ -25,7 +25,7 @@ configs/base.py explains each.
 EXITS = """\
 Exit status: 0 done, 1 a check that failed (replay, coord-check), 2 a mistake that the message
 explains (--debug shows where), 75 stopped by SIGTERM or Ctrl-C after saving: the same command
-goes on.
+goes on. What can be made again is kept in ~/.cache/gptjax, or where GPTJAX_CACHE says.
 """
 
 
@@ -46,24 +46,56 @@ class Command(NamedTuple):
 
 
 def prepare_jax(distributed: str | None) -> None:
-    """Compiled programs are kept between runs; several processes find each other."""
+    """Starts jax: compiled programs are kept between runs; several processes find each other.
+
+    Raises:
+        UserError: if it cannot start, which is told in a line.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        import jax
+
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            _keep_programs()
+        if distributed is not None:
+            _meet(distributed)
+        jax.devices()
+    except UserError:
+        raise
+    except Exception as error:  # ValueError, RuntimeError and a bare AssertionError
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("JAX_")]
+        raise UserError(
+            f"jax cannot start: {told[0]}; it was told {' '.join(settings) or 'nothing'}"
+            f"{'' if distributed is None else f' --distributed={distributed}'}"
+        ) from error
+
+
+def _keep_programs() -> None:
     import jax
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("GPTJAX_CACHE") or Path.home() / ".cache" / "gptjax")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        folder = cache() / "compiled"
+    except UserError as error:
+        logging.getLogger(__name__).warning("compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _meet(distributed: str) -> None:
+    import jax
+
     if distributed == "auto":
         jax.distributed.initialize()
-    elif distributed:
-        try:
-            address, processes, index = distributed.split(",")
-            jax.distributed.initialize(address, int(processes), int(index))
-        except ValueError as error:
-            raise UserError(
-                f"--distributed={distributed} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"
-            ) from error
+        return
+    try:
+        address, processes, index = distributed.split(",")
+        jax.distributed.initialize(address, int(processes), int(index))
+    except ValueError as error:
+        raise UserError(
+            f"--distributed={distributed} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"
+        ) from error
 
 
 def config_of(arguments: argparse.Namespace, overrides: list[str]) -> Config:
@@ -75,7 +107,7 @@ def config_of(arguments: argparse.Namespace, overrides: list[str]) -> Config:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """What every command has that works on a model."""
-    parser.add_argument("--workdir", type=Path, required=True, help=WORKDIR)
+    parser.add_argument("--workdir", type=expand, required=True, help=WORKDIR)
     parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
     add_distributed(parser)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from gptjax.commands.command import (
     DEFAULT_RECIPE,
@@ -12,6 +11,7 @@ from gptjax.commands.command import (
     no_more,
 )
 from gptjax.config import ConfigError
+from gptjax.places import expand
 
 
 def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -34,9 +34,9 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
+        "files", type=expand, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the store to make")
+    parser.add_argument("--out", type=expand, required=True, help="the store to make")
     parser.add_argument(
         "--tokenizer", default="gpt2", help="bytes, or a tiktoken encoding (%(default)s)"
     )
@@ -57,8 +57,8 @@ def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     batches = Batches(config.data, config.model.context, config.seed, arguments.split, found)
     all_rows = config.data.batch_size
     rows = all_rows if arguments.rows is None else min(arguments.rows, all_rows)
-    if arguments.step < 0:
-        raise ConfigError(f"--step must not be negative, got {arguments.step}")
+    if not 0 <= arguments.step < 2**31:
+        raise ConfigError(f"--step must lie in [0, 2^31), got {arguments.step}")
     if rows < 1:
         raise ConfigError(f"--rows must be above 0, got {rows}")
     for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), found)):

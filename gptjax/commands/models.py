@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from gptjax.commands.command import (
     OVERRIDES,
@@ -14,11 +13,12 @@ from gptjax.commands.command import (
     no_more,
     prepare_jax,
 )
+from gptjax.places import expand
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = config_of(arguments, overrides)
     prepare_jax(arguments.distributed)
+    config = config_of(arguments, overrides)
     from gptjax import speak, trained
 
     if arguments.prompt is not None:
@@ -37,8 +37,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = config_of(arguments, overrides)
     prepare_jax(arguments.distributed)
+    config = config_of(arguments, overrides)
     from gptjax import speak, trained
 
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
@@ -60,8 +60,8 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 
 
 def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = config_of(arguments, overrides)
     prepare_jax(arguments.distributed)
+    config = config_of(arguments, overrides)
     from gptjax import speak, trained
 
     with trained.opened(config, arguments.workdir) as model:
@@ -83,13 +83,13 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="a Hugging Face folder or a .gguf file")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("source", type=expand, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument("--out", type=expand, required=True, help="the folder to make")
 
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = config_of(arguments, overrides)
     prepare_jax(None)
+    config = config_of(arguments, overrides)
     from gptjax import trained
     from gptjax.interop import hf
 
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--out", type=expand, required=True, help="the folder to make")
     parser.add_argument(
         "--dtype",
         default="float32",

@@ -23,6 +23,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
+from gptjax.places import expand
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -35,7 +36,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config, begin = configure.from_file(arguments.config, overrides), None
     if arguments.start is not None:
         config, begin = trained.start_from(config, arguments.start, overrides)
-    workdir = arguments.workdir or Path("runs") / Path(arguments.config.partition(":")[0]).stem
+    workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check(config, setup.load_tokenizer(config))
         params = loop.train(config, workdir, begin)
@@ -50,12 +51,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
     )
     parser.add_argument(
-        "--workdir", type=Path, help="the run's folder; default: runs/ and the recipe's name"
+        "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
     )
     parser.add_argument(
         "--from",
         dest="start",
-        type=Path,
+        type=expand,
         metavar="DIR",
         help="fine-tune this pretrained model: its parameters, architecture and tokenizer",
     )
@@ -71,16 +72,15 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(
             f"--html={arguments.html}: no folder {arguments.html.parent}, make it first"
         )
-    from gptjax import trained
-
-    workdirs = arguments.compare or [arguments.workdir]
-    configs = [trained.config_of(w, arguments.config, overrides) for w in workdirs]
     prepare_jax(arguments.distributed)
     import jax
 
+    from gptjax import trained
     from gptjax.evaluation import audit, compare, pages, summary, texts
     from gptjax.report.page import write
 
+    workdirs = arguments.compare or [arguments.workdir]
+    configs = [trained.config_of(w, arguments.config, overrides) for w in workdirs]
     sets = texts.parse_sets(arguments.set)
     how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
     if not sets and how != texts.Reading():
@@ -103,15 +103,17 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.html is not None:
         write(arguments.html, page(record, *audits))
     if arguments.json:
-        print(json.dumps(record, allow_nan=False))
+        from gptjax.records import strict_json
+
+        print(strict_json(record))
     else:
         show(record)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help=WORKDIR)
+    parser.add_argument("--workdir", type=expand, help=WORKDIR)
     parser.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="two models' folders instead"
+        "--compare", type=expand, nargs=2, metavar=("A", "B"), help="two models' folders instead"
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
     parser.add_argument(
@@ -135,13 +137,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="none, or wikitext: what makes prose of a pre-tokenised corpus (%(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
+    parser.add_argument("--html", type=expand, metavar="FILE", help="also a self-contained page")
     add_distributed(parser)
 
 
 def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = config_of(arguments, overrides)
+    prepare_jax(arguments.distributed)
+    import jax
+
     from gptjax.evaluation.tasks import TASKS, run, show
+
+    config = config_of(arguments, overrides)
 
     files = {name: getattr(arguments, name) for name in TASKS}
     files = {name: file for name, file in files.items() if file is not None}
@@ -149,9 +155,6 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit} is no positive number")
-    prepare_jax(arguments.distributed)
-    import jax
-
     record = run(config, arguments.workdir, files, arguments.limit) if files else {}
     if arguments.harness:
         from gptjax.evaluation import harness
@@ -162,7 +165,9 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if jax.process_index() != 0:
         return
     if arguments.json:
-        print(json.dumps(record, allow_nan=False))
+        from gptjax.records import strict_json
+
+        print(strict_json(record))
         return
     if files:
         show(record)
@@ -173,11 +178,11 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--lambada", type=Path, metavar="FILE", help='jsonl of {"text"}: guess its last word'
+        "--lambada", type=expand, metavar="FILE", help='jsonl of {"text"}: guess its last word'
     )
     parser.add_argument(
         "--choices",
-        type=Path,
+        type=expand,
         metavar="FILE",
         help='jsonl of {"query", "choices", "gold"}: tell the right choice, by its index',
     )
@@ -185,13 +190,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--harness", nargs="+", metavar="TASK", help="tasks of EleutherAI's lm-evaluation-harness"
     )
     parser.add_argument(
-        "--harness_path", type=Path, metavar="DIR", help="where more of its tasks are described"
+        "--harness_path", type=expand, metavar="DIR", help="where more of its tasks are described"
     )
     parser.add_argument("--limit", type=int, help="only so many lines or documents of each task")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    prepare_jax(None)
     import jax
 
     from gptjax import accounting, configure, setup, sharding
@@ -240,7 +246,9 @@ def replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     begin = None if arguments.start is None else trained.start_of(arguments.start)
     record = replay.run(arguments.workdir, begin)
     if arguments.json:
-        print(json.dumps(record, allow_nan=False))
+        from gptjax.records import strict_json
+
+        print(strict_json(record))
     else:
         replay.show(record)
     return 0 if record["same"] else EXIT_FAILED
@@ -248,12 +256,12 @@ def replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "workdir", type=Path, metavar="RUN_DIR", help="the run's folder, which is only read"
+        "workdir", type=expand, metavar="RUN_DIR", help="the run's folder, which is only read"
     )
     parser.add_argument(
         "--from",
         dest="start",
-        type=Path,
+        type=expand,
         metavar="DIR",
         help="the pretrained model that the run was begun from, where it was",
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptjax.commands.command import (
@@ -18,6 +16,7 @@ from gptjax.commands.command import (
 )
 from gptjax.commands.studies import add_study, add_together, run_all, study_of
 from gptjax.config import UserError
+from gptjax.places import expand
 
 if TYPE_CHECKING:
     from gptjax.sizes.scaling import Points
@@ -35,7 +34,9 @@ def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.png is not None:
         scaling_report.figure(points, law, drawn).savefig(arguments.png, dpi=150)
     if arguments.json:
-        print(json.dumps(record, allow_nan=False))
+        from gptjax.records import strict_json
+
+        print(strict_json(record))
     else:
         scaling_report.show(record)
 
@@ -48,6 +49,7 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
         from gptjax.sizes.scaling import points_from_csv
 
         return points_from_csv(arguments.points)
+    prepare_jax(None)
     ladder = study_of(arguments, overrides)
     if arguments.file is None:
         ladder = dataclasses.replace(ladder, equal="nothing")  # train.steps may be an axis
@@ -92,7 +94,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add_together(parser)
     parser.add_argument(
         "--points",
-        type=Path,
+        type=expand,
         metavar="FILE",
         help="instead of runs: a CSV table with the columns parameters, tokens, loss",
     )
@@ -103,17 +105,17 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="budgets to share out between parameters and tokens",
     )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also a picture")
+    parser.add_argument("--png", type=expand, metavar="FILE", help="also a picture")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     _check_files(arguments)
     widths, depths = (_sizes(arguments, flag) for flag in ("widths", "depths"))
+    prepare_jax(None)
     from gptjax import configure
 
     config = configure.from_file(arguments.config, overrides)
-    prepare_jax(None)
     from gptjax.report.page import write
     from gptjax.sizes import coordinates, coordinates_report
 
@@ -123,7 +125,9 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.html is not None:
         write(arguments.html, coordinates_report.page(record))
     if arguments.json:
-        print(json.dumps(record, allow_nan=False))
+        from gptjax.records import strict_json
+
+        print(strict_json(record))
     else:
         coordinates_report.show(record)
     return 0 if record["passed"] else EXIT_FAILED
@@ -146,8 +150,8 @@ def _add_coord_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", metavar="L1,L2", help="of model.layers, two or more")
     parser.add_argument("--steps", type=int, default=4, help="of training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each size (%(default)s)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also a picture")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also a self-contained page")
+    parser.add_argument("--png", type=expand, metavar="FILE", help="also a picture")
+    parser.add_argument("--html", type=expand, metavar="FILE", help="also a self-contained page")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError
+from gptjax.places import expand
 
 if TYPE_CHECKING:
     from gptjax.study.results import Results
@@ -26,6 +28,7 @@ SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
 
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    prepare_jax(None)
     asked = study_of(arguments, overrides)
     from gptjax.study import results, run
 
@@ -53,6 +56,7 @@ def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    prepare_jax(None)
     asked = study_of(arguments, overrides)
     from gptjax.study import results
 
@@ -87,7 +91,7 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=Path, nargs="?", metavar="FILE", help="a file with STUDY = Study(...)"
+        "file", type=expand, nargs="?", metavar="FILE", help="a file with STUDY = Study(...)"
     )
     parser.add_argument(
         "--config",
@@ -108,7 +112,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store",
-        type=Path,
+        type=expand,
         default=STORE,
         metavar="DIR",
         help="where the runs of all studies lie, each in a folder named by its config (%(default)s)",
@@ -129,7 +133,7 @@ def add_together(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add_study(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"of the report; default: {OUT}/ and its name"
+        "--out", type=expand, metavar="DIR", help=f"of the report; default: {OUT}/ and its name"
     )
 
 
@@ -187,8 +191,8 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     if arguments.seeds < 2:
         raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
-    if arguments.effect <= 0:
-        raise UserError(f"--effect={arguments.effect:g} must be above 0")
+    if not 0 < arguments.effect < math.inf:
+        raise UserError(f"--effect={arguments.effect:g} must be above 0 and finite")
     asked = Study(
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from gptjax.config import Data, UserError, choose
+from gptjax.config import Data, UserError, check_seed, choose
 from gptjax.data.order import key, mix_sources, permute
 from gptjax.data.sources import open_source
 from gptjax.data.store import Store
@@ -191,8 +191,10 @@ class Batches:
             tokenizer: the stores' own.
 
         Raises:
-            UserError: if a source cannot be opened or is too short for a row.
+            UserError: if a source cannot be opened or is too short for a row, or on a seed that
+                `check_seed` refuses.
         """
+        check_seed(seed)
         pack = choose(PACKING, config.packing, "data.packing")
         stores = {name: open_source(name, tokenizer, split) for name in config.sources}
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]

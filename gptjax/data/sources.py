@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from gptjax.config import UserError
 from gptjax.data.prepare import SPLITS, prepare
 from gptjax.data.store import MANIFEST, Store
+from gptjax.places import cache, expand
 from gptjax.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
@@ -36,7 +36,7 @@ def open_source(name_or_path: str, tokenizer: Tokenizer, split: str) -> Store:
     """
     if split not in SPLITS:
         raise UserError(f"no split '{split}': choose one of {', '.join(SPLITS)}")
-    folder = Path(name_or_path)
+    folder = expand(name_or_path)
     if name_or_path in DATASETS:
         folder = _cached(name_or_path, tokenizer)
     if (folder / split / MANIFEST).is_file():
@@ -57,8 +57,7 @@ def _cached(name: str, tokenizer: Tokenizer) -> Path:
     """The folder of a built-in text's store, made where it is not there yet."""
     files = list(DATASETS[name])
     text = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    cache = Path(os.environ.get("GPTJAX_CACHE") or Path.home() / ".cache" / "gptjax")
-    folder = cache / f"{name}-{tokenizer.fingerprint[:12]}-{text[:12]}"
+    folder = cache() / f"{name}-{tokenizer.fingerprint[:12]}-{text[:12]}"
     if not folder.is_dir():
         prepare(files, folder, tokenizer.name)
     return folder

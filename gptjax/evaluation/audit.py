@@ -47,9 +47,10 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
     Raises:
         UserError: on whatever `texts`, `measure.score` or `trained.restore` refuse.
     """
+    setup.check_names(config)
     tokenizer = setup.load_tokenizer(config)
     with ExitStack() as stack:
-        # Texts first: a mistake in them shows before a model is loaded.
+        # Then texts: a mistake in them shows before a model is loaded.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptjax-eval-")))
         texts = [
             open_text(name, source, tokenizer, folder / str(number), how)

@@ -88,7 +88,8 @@ class Harness(LM):
             for _, group in itertools.groupby(order, key=lambda i: key(i)[0]):
                 for batch in _cut(list(group), self._config.eval.batch_size):
                     settings = requests[batch[0]].args[1]
-                    seed = self._config.seed + batch[0]  # a prompt asked twice is drawn twice
+                    # A prompt asked twice is drawn twice.
+                    seed = (self._config.seed + batch[0]) % 2**32
                     made = self._write([prompts[i] for i in batch], settings, seed)
                     for i, text in zip(batch, made, strict=True):
                         texts[i] = text

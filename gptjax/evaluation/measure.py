@@ -215,7 +215,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
 
 
 def _exp(value: float) -> float | None:
-    return math.exp(value) if value < 700 else None  # beyond a float
+    return None if value >= 700 else math.exp(value)  # beyond a float
 
 
 def _bits(value: float) -> float:

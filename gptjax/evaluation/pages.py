@@ -117,7 +117,7 @@ def _passages(a: Scored, pieces: Pieces) -> Iterator[str]:
             nats = float(pieces.difference[i])
             side, text = "ab"[nats < 0], text_of(a, pieces, i, i + 1)
             told = f"A {pieces.nats_a[i]:.2f}, B {pieces.nats_b[i]:.2f} nats"
-            spans.append(_span(f"{side}{min(round(abs(nats)), LEVELS - 1)}", told, text or "⏹"))
+            spans.append(_span(f"{side}{_level(abs(nats) + 0.5)}", told, text or "⏹"))
         better = "B" if p.nats < 0 else "A"
         yield (
             f"<article><p><b>{better} better by {abs(p.nats):.2f} nats</b> "
@@ -132,7 +132,11 @@ def _span(shade: str, title: str, text: str) -> str:
 
 
 def _shade(nats: float) -> str:
-    return f"s{min(int(nats), LEVELS - 1)}"
+    return f"s{_level(nats)}"
+
+
+def _level(nats: float) -> int:
+    return int(nats) if nats < LEVELS - 1 else LEVELS - 1  # the last for NaN too
 
 
 def _key(shades: list[tuple[str, str]], unit: str) -> str:

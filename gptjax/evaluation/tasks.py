@@ -238,7 +238,8 @@ def choices_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str
     def right(line: Any, answers: list[Likelihood], by_bytes: bool) -> bool:
         sizes = [len(choice.encode()) if by_bytes else 1 for choice in line["choices"]]
         nats = [answer.nats / size for answer, size in zip(answers, sizes, strict=True)]
-        return int(np.argmax(nats)) == line["gold"]
+        # Of NaN argmax takes the first, which is no choice.
+        return not np.isnan(nats).any() and int(np.argmax(nats)) == line["gold"]
 
     return {
         name: share(right(*pair, by_bytes) for pair in zip(lines, found, strict=True))

@@ -215,6 +215,6 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     files = {TOKENIZER_FILE: tree, "tokenizer_config.json": settings}
     files["generation_config.json"] = {"eos_token_id": eos}
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False))
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     if template := fields.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

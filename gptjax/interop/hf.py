@@ -109,7 +109,7 @@ def _write_folder(
     with new_folder(out) as folder:
         if jax.process_index() == 0:
             folder.mkdir(parents=True)
-            (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n")
+            (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
             if tokenizer_name is not None:
                 write_tokenizer(tokenizer_name, folder)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"it holds no {CONFIG}: name a Hugging Face folder or a .gguf file")
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
         raise UserError(f"{CONFIG} is not a JSON object: fetch it again") from None
 
@@ -178,7 +178,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             files = sorted(
-                folder / name for name in {*json.loads(index.read_text())["weight_map"].values()}
+                folder / name for name in {*json.loads(index.read_bytes())["weight_map"].values()}
             )
         except (ValueError, LookupError, AttributeError, TypeError):
             raise UserError(f"{INDEX} is damaged: fetch it again") from None
@@ -390,12 +390,18 @@ def _write_safetensors(
     with path.open("wb") if writes else contextlib.nullcontext() as file:
         if file is not None:
             file.write(struct.pack("<Q", len(text)) + text)
-        for _, make in tensors.values():
+        for name, (_, make) in tensors.items():
             array = make()
             if file is None:
                 continue
             # Rows at a time: cast, and laid out, in a copy of them alone.
             step = max(1, CHUNK * len(array) // array.size)
             for start in range(0, len(array), step):
-                rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
+                with np.errstate(over="ignore"):  # which is told below
+                    rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
+                if not np.isfinite(rows).all():
+                    raise UserError(
+                        f"{name} has values that are no finite {dtype}: a model of them says "
+                        "nothing"
+                    )
                 file.write(rows.view(np.uint8).data)  # bfloat16 has no buffer of its own

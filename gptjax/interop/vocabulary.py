@@ -37,11 +37,11 @@ def write_tokenizer(name: str, folder: Path) -> None:
         specials,
         split(parts["pat_str"]),
     )
-    (folder / TOKENIZER_FILE).write_text(json.dumps(tree, ensure_ascii=False))
+    (folder / TOKENIZER_FILE).write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
     eos = next(text for text, i in specials.items() if i == eot)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": eos}
     settings |= {"clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def tokenizer_json(

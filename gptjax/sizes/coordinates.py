@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import model, state
-from gptjax.config import Config, ConfigError, UserError, to_dict
+from gptjax.config import Config, ConfigError, UserError, check_seed, to_dict
 from gptjax.config import Model as ModelConfig
 from gptjax.data.batches import Batch, Batches
 from gptjax.layers.attention import resolve
@@ -88,6 +88,7 @@ def run(
         raise UserError("coord-check needs two or more different --widths, or --depths, or both")
     if steps < 1 or seeds < 1:
         raise UserError(f"--steps={steps} and --seeds={seeds} must both be above 0")
+    check_seed(config.seed + seeds - 1)
     for name in ("ff_dim", "head_dim"):
         if widths and getattr(config.model, name) is not None:
             raise ConfigError(f"model.{name} must be None, so that it grows with the width")
@@ -171,7 +172,7 @@ def measure(config: Config, vocabulary: Tokenizer, seeds: int) -> list[Sizes]:
     for seed in range(config.seed, config.seed + seeds):
         batches = Batches(config.data, config.model.context, seed, "train", vocabulary)
         probe = batch(batches, steps, max(1, min(rows, PROBE_TOKENS // config.model.context)))
-        now = create(seed)
+        now = create(np.uint32(seed))
         first = jax.tree.map(jnp.copy, now.params)  # the state is donated
         before = look(first, first, probe)
         seen = [compare(before, before)]

@@ -123,7 +123,7 @@ def _status(cell: Cell, folder: Path) -> tuple[Status, str]:
     for status, name in (("diverged", DIVERGED), ("failed", FAILED)):
         # Another process, which tries a failed cell again, may remove it at any time.
         with contextlib.suppress(FileNotFoundError):
-            return status, json.loads((folder / name).read_text())["reason"]  # type: ignore[return-value]
+            return status, json.loads((folder / name).read_bytes())["reason"]  # type: ignore[return-value]
     # The last checkpoint appears by one rename, after everything that the run had to record.
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         done = cell.config.train.steps in checkpoints.steps()

@@ -179,7 +179,7 @@ def _claim(store: Path, addresses: Iterable[str]) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         with disk(store):
             locks.mkdir(parents=True, exist_ok=True)
-            files = [stack.enter_context((locks / name).open("w")) for name in addresses]
+            files = [stack.enter_context((locks / name).open("wb")) for name in addresses]
         try:
             for file in files:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import runpy
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,15 @@ from gptjax.study.equalise import EQUAL, equalise
 # tokens at the last step; across tokenizers only the second compares.
 METRICS = {"val_loss": "nats/token", "val_bits_per_byte": "bits/byte"}
 TUNING = 1000  # tuning runs have seeds of their own from here on, so that choosing biases nothing
+
+# What each field of a study must be.
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    **dict.fromkeys(("hypothesis", "base", "baseline", "metric", "equal", "name"), (str, "a text")),
+    **dict.fromkeys(("arms", "settings", "tune", "scales"), (Mapping, "a mapping")),
+    **dict.fromkeys(("seeds", "tuning_seeds"), (int, "a whole number")),
+    "smallest": ((int, float), "a number"),
+    "overrides": ((tuple, list), "a tuple of words"),
+}
 
 Settings = Mapping[str, Any]  # {"model.position": "rope"}
 _check = functools.cache(setup.check_names)
@@ -77,17 +87,28 @@ class Study:
     name: str = "study"
 
     def __post_init__(self) -> None:
+        for name, (kind, wanted) in KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+        for name, settings in (*self.arms.items(), *self.scales.items()):
+            if not isinstance(name, str) or not isinstance(settings, Mapping):
+                raise ConfigError(f"write a name and its knobs, not {name!r}: {settings!r}")
         choose(METRICS, self.metric, "metric")
         choose(EQUAL, self.equal, "equal")
         for field in ("seeds", "tuning_seeds", "smallest"):
-            if getattr(self, field) <= 0:
+            if not 0 < getattr(self, field) < math.inf:
                 raise ConfigError(f"{field} must be above 0, got {getattr(self, field)}")
+        if self.seeds > TUNING:
+            raise ConfigError(
+                f"seeds={self.seeds} is more than {TUNING}, where those of `tune` begin"
+            )
         if self.baseline in self.arms:
             raise ConfigError(f"{self.baseline!r} is the baseline: name the arm otherwise")
         if other := [knob for knob in self.tune if not knob.startswith("optim.")]:
             raise ConfigError(f"tune: {other[0]} is no optim.* knob, and could change the budget")
         for knob, values in self.tune.items():
-            if isinstance(values, str) or not values:
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ConfigError(f"tune: {knob} must be a tuple of values, got {values!r}")
             if any(knob in s for s in (*self.arms.values(), *self.scales.values())):
                 raise ConfigError(f"{knob} is tuned for each arm and scale: let none set it")
@@ -248,9 +269,9 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
     """Each arm's config at the base's seed, its budget equal to the baseline's."""
     shared = [*_words(study.settings), *_words(study.scales[scale]), *study.overrides]
     base = configure.from_file(study.base, shared)
-    # Refused here, before hours of runs: a tuned knob that is none, a value of another type.
+    # Refused here, before hours of runs: a tuned knob that is none, a value that cannot be.
     for values in cross(study.tune).values() if study.tune else ():
-        configure.override(base, _words(values))
+        _check(configure.override(base, _words(values)))
     configs: dict[str, tuple[Config, Settings]] = {}
     for arm, settings in study.all_arms.items():
         try:
