@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from gptjax import model as gpt
 from gptjax import sharding, state
 from gptjax.config import Config, ConfigError, Model
-from gptjax.layers.attention import KERNEL
+from gptjax.layers.attention import KERNEL, kernel_for
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
 from gptjax.layers.parameter import Spec
@@ -239,7 +239,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
             activations = 3 * m.layers * stream
         case _:
             kept = (p for p in products if p.part != "unembedding")
-            whole = m.attention in ("plain", "auto")
+            whole = kernel_for(m, m.context) == "plain"
             activations = 2 * sum(p.bytes for p in kept if whole or p.part != "scores")
     logits = sum(p.bytes for p in products if p.part == "unembedding")
     columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)

@@ -135,6 +135,6 @@ def _explain(error: BaseException) -> tuple[int | None, str]:
     if "RESOURCE_EXHAUSTED" in str(error):
         return EXIT_USER_ERROR, (
             "out of memory on a device: lower data.batch_size or raise train.accumulation, set "
-            "model.remat or optim.loss_vocab_chunk, or split over more devices by mesh.fsdp"
+            "model.remat or optim.loss_vocab_chunk, or split the model by the section mesh"
         )
     return None, ""

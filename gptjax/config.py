@@ -256,6 +256,15 @@ class Mesh:
         _numbers(self)
         _positive(self, "data", "fsdp", "tensor")
 
+    @property
+    def splits(self) -> dict[str, int]:
+        """The knobs that split a model over devices, and over how many."""
+        sizes = {"mesh.fsdp": self.fsdp, "mesh.tensor": self.tensor}
+        return {name: size for name, size in sizes.items() if size > 1}
+
+
+BATCH_PARALLEL = Mesh(data=None, fsdp=1, tensor=1)  # each device has a whole model
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:

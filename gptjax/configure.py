@@ -21,7 +21,15 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 import gptjax
-from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, unknown_key
+from gptjax.config import (
+    BATCH_PARALLEL,
+    Config,
+    ConfigError,
+    UserError,
+    flatten,
+    from_dict,
+    unknown_key,
+)
 from gptjax.places import expand
 
 # The recipes that come with the package: by this name in a wheel, which shares its folder.
@@ -124,8 +132,7 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not of this version of gptjax: {error}") from None
     except ValueError:
         raise UserError(f"{path} is damaged, it is no JSON object: restore it") from None
-    mesh = dataclasses.replace(config.mesh, data=None, fsdp=1, tensor=1)
-    return override(dataclasses.replace(config, mesh=mesh), overrides)
+    return override(dataclasses.replace(config, mesh=BATCH_PARALLEL), overrides)
 
 
 def editable(section: Any) -> ConfigDict:

@@ -127,14 +127,17 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="config")
+@sharding.phase("decoding")
 def _ready(config: Model, params: Params) -> Params:
     """Parameters as every step uses them: matrices cast, layers apart. Done once, not a token."""
     dtype = lambda spec: jnp.float32 if spec.role in ("gain", "bias") else config.dtype  # noqa: E731
-    cast = jax.tree.map(lambda p, s: p.astype(dtype(s)), params, gpt.abstract_params(config))
-    return gpt.split_layers(config, cast)
+    specs = gpt.abstract_params(config)
+    cast = lambda p, s: sharding.store(p.astype(dtype(s)), s.dims)  # noqa: E731
+    return gpt.split_layers(config, jax.tree.map(cast, params, specs))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "width"))
+@sharding.phase("decoding")
 def _begin(
     config: Model,
     params: Params,
@@ -144,9 +147,8 @@ def _begin(
     width: int,
 ) -> State:
     """Reads the first `width` columns, which hold all but the last of each row's n_B tokens."""
-    if (where := sharding.out("BS")) is not None:
-        tokens_BS = jax.reshard(tokens_BS, where)
-        n_B, end_B = jax.reshard((n_B, end_B), sharding.out("B"))
+    tokens_BS = sharding.shard(tokens_BS, "BS")
+    n_B, end_B = sharding.shard(n_B, "B"), sharding.shard(end_B, "B")
     cache: Any = gpt.init_cache(config, *tokens_BS.shape)
     if width:
         cache = gpt.hidden(config, params, tokens_BS[:, :width], cache=cache).cache
@@ -154,6 +156,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
+@sharding.phase("decoding")
 def _advance(
     config: Model,
     vocab_size: int,

@@ -51,7 +51,7 @@ VARIED = (*TRACED, "model.init_scale")
 def key(config: Config) -> str:
     """Runs with equal keys train together; no two keys of runs that cannot are equal."""
     knobs = flatten(to_dict(config))
-    if config.mesh.fsdp == config.mesh.tensor == 1 and jax.process_count() == 1:
+    if not config.mesh.splits and jax.process_count() == 1:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
@@ -64,13 +64,12 @@ def check(configs: Sequence[Config]) -> None:
     """
     if jax.process_count() > 1:
         raise UserError("runs train together in one process only: start them one after another")
+    for name, size in configs[0].mesh.splits.items():
+        raise UserError(
+            f"{name}={size} splits a model over devices, and runs that train together are split "
+            "over them whole: set it to 1, or start them one after another"
+        )
     first, *others = (flatten(to_dict(config)) for config in configs)
-    for name in ("mesh.fsdp", "mesh.tensor"):
-        if first[name] > 1:
-            raise UserError(
-                f"{name}={first[name]} splits a model over devices, and runs that train together "
-                "are split over them whole: set it to 1, or start them one after another"
-            )
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:

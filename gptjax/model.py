@@ -7,6 +7,7 @@ Shape alphabet, used in names (`x_BTD`), einsums and sharding rules:
     S  key position         K  key-value heads                 P  learned positions
     A  accumulation step    G  query heads a key-value head    C  vocabulary chunk
     H  head width           F  feed-forward width              E  experts
+    1  one row that stands for all
 
 Parameters are one plain nested dict of float32 arrays. Those of the blocks are stacked
 along L whether the layers are scanned or unrolled, so both run the same checkpoint.
@@ -139,15 +140,16 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
         c, position = self.config, choose(POSITION, self.config.position, "model.position")
 
-        def table(name: str, dims: str, rows: int, role: str, ids_BT: jax.Array) -> jax.Array:
+        def table(
+            name: str, dims: str, rows: int, role: str, ids_BT: jax.Array, to: str
+        ) -> jax.Array:
             E = parameter(self, c, name, dims, (rows, c.width), role, fan_in="D")
-            if ids_BT.shape[0] == 1:  # one row stands for all: nothing to split
-                return E.at[ids_BT].get(out_sharding=sharding.out("TTD"))
-            return E.at[ids_BT].get(out_sharding=sharding.out("BTD"))
+            return E.at[ids_BT].get(out_sharding=sharding.out(to))
 
-        x_BTD = table("tokens", "VD", c.vocab_size, "embedding", tokens_BT)
+        x_BTD = table("tokens", "VD", c.vocab_size, "embedding", tokens_BT, "BTD")
         if position.learned:
-            x_BTD += table("positions", "PD", c.context, "position", position_BT)
+            to = "1TD" if position_BT.shape[0] == 1 else "BTD"
+            x_BTD += table("positions", "PD", c.context, "position", position_BT, to)
         if position.embed is not None:
             x_BTD += position.embed(c, position_BT).astype(x_BTD.dtype)
         return x_BTD
@@ -219,8 +221,7 @@ def init_cache(config: Model, rows: int, length: int) -> Params:
     """
 
     def zeros(dims: str, dtype: jax.typing.DTypeLike, *shape: int) -> jax.Array:
-        empty, where = jnp.zeros((rows, *shape), dtype), sharding.out(dims)
-        return empty if where is None else jax.reshard(empty, where)
+        return sharding.shard(jnp.zeros((rows, *shape), dtype), dims)
 
     kv = lambda: zeros("BSKH", config.dtype, length, config.K, config.H)  # noqa: E731
     layers = tuple({"key": kv(), "value": kv()} for _ in range(config.layers))
@@ -287,6 +288,7 @@ def hidden(
         raise ValueError("segments_BT does not go with a cache: it holds one document a row")
     edit = edit or {}
     check_points([*listen, *edit])
+    tokens_BT = sharding.shard(tokens_BT, "BT")
     index_BT = jnp.arange(tokens_BT.shape[1])[None]
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
@@ -384,9 +386,8 @@ def _blocks(
     B, T = x_BTD.shape[:2]
     first_value = None
     if config.value_residual:
-        first_value = jnp.zeros((B, T, config.K, config.H), x_BTD.dtype)
-        where = sharding.out("BTKH")
-        first_value = first_value if where is None else jax.reshard(first_value, where)
+        zeros = jnp.zeros((B, T, config.K, config.H), x_BTD.dtype)
+        first_value = sharding.shard(zeros, "BTKH")
     carry, policy = (x_BTD, first_value), choose(REMAT, config.remat, "model.remat")
 
     def step(window: int | jax.Array | None) -> Callable[[Any, Any], tuple[Any, Any]]:

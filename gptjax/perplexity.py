@@ -25,6 +25,7 @@ from gptjax import model, sharding
 from gptjax.config import Config, ConfigError, Model, UserError, choose
 from gptjax.data.batches import PACKING, Batch, mark_documents
 from gptjax.data.store import Store
+from gptjax.layers.attention import kernel_for
 from gptjax.layers.position import POSITION
 from gptjax.losses import token_nll
 from gptjax.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ class Evaluator:
 
     Raises:
         ConfigError: on an unknown `eval.prefix`, `eval.documents` or `data.packing`, or a
-            context beyond the learned positions.
+            context beyond the learned positions or that `model.attention` cannot do.
         UserError: on a text without a token to score.
     """
 
@@ -128,6 +129,7 @@ class Evaluator:
         )
         if choose(POSITION, config.model.position, "model.position").learned:
             _within_positions(context, config.model)
+        kernel_for(config.model, context)
         self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
         self._store, self._tokenizer = store, tokenizer
         self.fingerprint = store.fingerprint

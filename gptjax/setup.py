@@ -44,8 +44,13 @@ class Start(NamedTuple):
 
 
 def settle(config: Config) -> Config:
-    """`config` with model.attention "auto" settled for the devices of the current mesh."""
+    """`config` with model.attention "auto" settled for the devices of the current mesh.
+
+    Raises:
+        ConfigError: on a kernel that does not run there.
+    """
     platform = jax.sharding.get_mesh().devices.flat[0].platform
+    attention.check(config.model, platform)
     return dataclasses.replace(config, model=attention.resolve(config.model, platform))
 
 
@@ -56,7 +61,7 @@ def check_names(config: Config) -> None:
         ConfigError: naming the knob and the rows that there are.
     """
     m = config.model
-    choose({"auto": None, **attention.ATTENTION}, m.attention, "model.attention")
+    choose(attention.choices(), m.attention, "model.attention")
     choose(model.REMAT, m.remat, "model.remat")
     choose(OBJECTIVE, config.train.objective, "train.objective")
     state.make_optimizer(config)  # all others of the sections model, optim and train
@@ -90,6 +95,7 @@ def set_up(config: Config) -> Setup:
     """Opens the data of a run and checks that it fits the model."""
     check_names(config)
     config = settle(config)
+    attention.kernel_for(config.model, config.model.context)  # refuses what it cannot do
     specs = model.abstract_params(config.model)
     sharding.check_divisible(config, specs, jax.sharding.get_mesh().shape)
     vocabulary = load_tokenizer(config)
@@ -122,6 +128,6 @@ def describe(config: Config) -> str:
         f"{parameters / 1e6:,.1f}M parameters, {config.train.steps:,} steps of "
         f"{config.data.batch_size * config.model.context:,} tokens ({tokens / 1e6:,.1f}M), "
         f"{devices.size} {devices.flat[0].device_kind} device{'s' * (devices.size > 1)}, "
-        f"attention {config.model.attention}, {config.model.dtype}"
+        f"attention {attention.kernel_for(config.model, config.model.context)}, {config.model.dtype}"
     )
     return "\n  ".join([size, *accounting.costs(config, mesh.shape)])

@@ -1,19 +1,21 @@
 """The device mesh, and the one table that maps tensor dims to mesh axes.
 
 Every tensor is named by the letters of the shape alphabet (see `gptjax/model.py`):
-"BTD" is an activation, "LDNH" a stacked parameter. `RULES` says which mesh axes
-split which letter, for activations and for parameters; nothing else in the
-codebase names a mesh axis, but as a field of the config's section `mesh`. Axes are Explicit: jax checks every sharding while it
-traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit sharding").
+"BTD" is an activation, "LDNH" a stacked parameter. `RULES` says which mesh axes split which
+letter, for activations and for parameters, in training and in decoding. Beside it only the
+config's section `mesh` names a mesh axis. Axes are Explicit: jax checks every sharding while
+it traces and refuses what it would otherwise guess (docs.jax.dev, "Explicit sharding").
 
 `axis` always means a mesh axis, `dim` always a tensor's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,10 +38,35 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "V": ("tensor",),
 }
 PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {"D": ("fsdp",)}
+
+
+class Rules(NamedTuple):
+    activations: dict[str, tuple[str, ...]]
+    parameters: dict[str, tuple[str, ...]]
+
+
+RULES: dict[str, Rules] = {
+    "training": Rules(ACTIVATION_RULES, PARAMETER_RULES),
+    # Every new token reads all weights: they are gathered once and stay whole, save for tensor.
+    "decoding": Rules(ACTIVATION_RULES, ACTIVATION_RULES),
+}
+_PHASE = contextvars.ContextVar("phase", default="training")
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """What is traced inside follows the row `name` of `RULES`; elsewhere it is "training"."""
+    token = _PHASE.set(name)
+    try:
+        yield
+    finally:
+        _PHASE.reset(token)
+
+
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
 # H head width, F feed-forward, E experts, V vocabulary, C vocabulary chunk, L layers,
-# P positions.
-LETTERS = frozenset("ABTSDNKGHFEVCLP")
+# P positions, 1 a single row that stands for all, which nothing splits.
+LETTERS = frozenset("ABTSDNKGHFEVCLP1")
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -71,12 +98,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
 
 
-def spec(dims: str, rules: dict[str, tuple[str, ...]] = ACTIVATION_RULES) -> P:
-    """The PartitionSpec of a tensor named by its letters.
+def spec(dims: str) -> P:
+    """The PartitionSpec of an activation named by its letters.
 
     Raises:
         ValueError: on a letter outside the alphabet, or two dims that claim one mesh axis.
     """
+    return _spec(dims, RULES[_PHASE.get()].activations)
+
+
+def parameter_spec(dims: str) -> P:
+    """The PartitionSpec of a stored parameter, its gradient and its optimiser moments."""
+    return _spec(dims, RULES[_PHASE.get()].parameters)
+
+
+def _spec(dims: str, rules: dict[str, tuple[str, ...]]) -> P:
     unknown = set(dims) - LETTERS
     if unknown:
         raise ValueError(f"dims {dims!r}: no such letter in the shape alphabet: {sorted(unknown)}")
@@ -87,14 +123,25 @@ def spec(dims: str, rules: dict[str, tuple[str, ...]] = ACTIVATION_RULES) -> P:
     return P(*(e[0] if len(e) == 1 else (e or None) for e in entries))
 
 
-def parameter_spec(dims: str) -> P:
-    """The PartitionSpec of a stored parameter, its gradient and its optimiser moments."""
-    return spec(dims, PARAMETER_RULES)
-
-
 def out(dims: str) -> P | None:
     """`out_sharding` of an op that yields an activation `dims`; None where no mesh is set."""
     return None if jax.sharding.get_abstract_mesh().empty else spec(dims)
+
+
+def like(x: jax.Array) -> P | None:
+    """`out_sharding` of an op whose result lies as `x` does, such as its gradient."""
+    return None if jax.sharding.get_abstract_mesh().empty else jax.typeof(x).sharding.spec
+
+
+def shard(x: jax.Array, dims: str) -> jax.Array:
+    """The activation `x` laid as the rules say, wherever it lay; itself where no mesh is set."""
+    target = out(dims)
+    return x if target is None or jax.typeof(x).sharding.spec == target else jax.reshard(x, target)
+
+
+def store(parameter: jax.Array, dims: str) -> jax.Array:
+    """A parameter laid as it is kept between uses; itself where no mesh is set."""
+    return parameter if out("") is None else jax.reshard(parameter, parameter_spec(dims))
 
 
 def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -102,15 +149,13 @@ def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.
 
     The cast comes first so that the all-gather moves `dtype`, not float32.
     """
-    parameter = parameter.astype(dtype)
-    target = out(dims)
-    return parameter if target is None else jax.reshard(parameter, target)
+    return shard(parameter.astype(dtype), dims)
 
 
 def round_up(size: int, dim: str) -> int:
     """The least multiple of the devices along `dim` of an activation that is at least `size`."""
     shape = jax.sharding.get_abstract_mesh().shape
-    ways = math.prod(shape.get(axis, 1) for axis in ACTIVATION_RULES[dim])
+    ways = math.prod(shape.get(axis, 1) for axis in RULES[_PHASE.get()].activations[dim])
     return -(-size // ways) * ways
 
 

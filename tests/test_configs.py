@@ -11,6 +11,7 @@ recipe what differs from it, golden/shardings.txt the mesh axes of each dim of e
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -89,10 +90,20 @@ def test_a_recipe_opens_as_a_lab_note(name):
     assert f"configs/{name.partition(':')[0]}.py" in note
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_whole_step_has_matching_shapes_and_shardings(name):
+FIRST = {name.partition(":")[0]: name for name in reversed(RECIPES)}  # the first size of each
+
+
+@pytest.mark.parametrize(
+    "name, rows, devices",
+    [*((name, None, 4) for name in RECIPES), *((name, 1, 1) for name in FIRST.values())],
+)
+def test_the_whole_step_has_matching_shapes_and_shardings(name, rows, devices):
+    """At the recipe's batch over devices, and at one row a micro-batch on one."""
     config = resolve(name)
-    mesh = tiny.mesh(fsdp=4)
+    if rows is not None:
+        data = dataclasses.replace(config.data, batch_size=rows * config.train.accumulation)
+        config = dataclasses.replace(config, data=data)
+    mesh = tiny.mesh(fsdp=devices)
     sharding.check_divisible(config, model.abstract_params(config.model), mesh.shape)
     with jax.set_mesh(mesh):
         before, micro = state.abstract(config), config.train.accumulation

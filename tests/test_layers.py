@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from gptjax.config import ConfigError, Model
 from gptjax.layers import attention
-from gptjax.layers.attention import ATTENTION, Scores, resolve, splash
+from gptjax.layers.attention import ATTENTION, Row, Scores, choices, kernel_for, resolve, splash
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
 from gptjax.layers.norm import NORM, HeadNorm, Norm
@@ -121,8 +122,10 @@ SCORES = [
 ]
 # Each kernel at a length that its blocks do not divide, where it allows that.
 KERNELS = {
-    name: (functools.partial(kernel, interpret=True), 128) if kernel is splash else (kernel, 11)
-    for name, kernel in ATTENTION.items()
+    name: (functools.partial(splash, interpret=True), 128)
+    if row.kernel is splash
+    else (row.kernel, 11)
+    for name, row in ATTENTION.items()
     if name != "cudnn"  # needs a GPU; its refusals are tested below
 }
 
@@ -166,7 +169,7 @@ def test_a_kernel_is_attention_by_loops_and_its_gradient_is_plains(name, changes
     visible = np.broadcast_to(scores.visible(), (rows, T, T))
     expected = attend_by_loops(q, k, v, visible, scores.slopes_N, scores.softcap)
     np.testing.assert_allclose(o, expected, atol=2e-6)  # float32 sums of 128 at most
-    for got, want in zip(gradients, run(ATTENTION["plain"], q, k, v)[1], strict=True):
+    for got, want in zip(gradients, run(ATTENTION["plain"].kernel, q, k, v)[1], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -174,7 +177,9 @@ def test_the_gradient_of_plain_is_that_of_finite_differences(small_blocks):
     q, k, v = (normal(1, 5, n, 4, seed=i) for i, n in enumerate((4, 2, 2)))
     scores = scores_of(5, 1, window=3, softcap=1.5, slopes=True)
     direction = [normal(*a.shape, seed=9) for a in (q, k, v)]
-    f = jax.jit(lambda q, k, v: (ATTENTION["plain"](q, k, v, scores) * normal(1, 5, 4, 4)).sum())
+    f = jax.jit(
+        lambda q, k, v: (ATTENTION["plain"].kernel(q, k, v, scores) * normal(1, 5, 4, 4)).sum()
+    )
     slope = sum(
         jnp.vdot(g, d) for g, d in zip(jax.grad(f, (0, 1, 2))(q, k, v), direction, strict=True)
     )
@@ -203,69 +208,134 @@ def test_grouped_heads_are_repeated_heads(name, small_blocks):
 
 # Which kernel, and what it refuses.
 
+AUTO = model(attention="auto", dtype="bfloat16", head_dim=16)
+MIXED = {"windows": (64, None), "scan_layers": True}
 REFUSED = {
     "cudnn": [
-        ({"softcap": 1.0}, {}, "softcapped scores"),
-        ({"slopes": True}, {}, "ALiBi"),
-        ({"window": jnp.int32(4)}, {}, "different windows under model.scan_layers"),
-        ({}, {"dtype": jnp.float32}, "dtype float32"),
-        ({}, {"T": 127}, "odd length 127"),
-        ({}, {"H": 12}, "head width 12"),
+        ({"attention_softcap": 1.0}, 128, "softcapped scores"),
+        ({"position": "alibi"}, 128, "ALiBi"),
+        (MIXED, 128, "layers of different windows under model.scan_layers"),
+        ({"dtype": "float32"}, 128, "model.dtype='float32'"),
+        ({}, 127, "127 tokens, no multiple of 2"),
+        ({"head_dim": 12}, 128, "heads of width 12"),
+        ({"head_dim": 264}, 128, "heads of width 264"),
     ],
     "splash": [
-        ({"slopes": True}, {}, "ALiBi"),
-        ({"window": jnp.int32(4)}, {}, "different windows under model.scan_layers"),
-        ({}, {"T": 127}, "127 tokens"),
+        ({"position": "alibi"}, 128, "ALiBi"),
+        (MIXED, 128, "layers of different windows under model.scan_layers"),
+        ({}, 100, "100 tokens, no multiple of 128"),
+        ({}, 1, "1 tokens, no multiple of 128"),
     ],
 }
 
 
+def refusal(config, length, platform=None):
+    """Why a config is refused at a length, in a line; None if it is not."""
+    try:
+        if platform is not None:
+            attention.check(config, platform)
+            config = resolve(config, platform)
+        kernel_for(config, length)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize(
-    "name, scores, inputs, reason",
+    "name, changes, length, reason",
     [(name, *case) for name, cases in REFUSED.items() for case in cases],
 )
-def test_a_refusal_is_one_line_that_says_what_to_use(name, scores, inputs, reason):
-    T, H = inputs.get("T", 128), inputs.get("H", 16)
-    q = jnp.zeros((1, T, 4, H), inputs.get("dtype", jnp.bfloat16))
-    with pytest.raises(ConfigError) as error:
-        ATTENTION[name](q, q, q, scores_of(T, 1, **scores))
-    message = str(error.value)
-    assert reason in message and f"model.attention={name!r}" in message
-    assert "'auto' or 'plain'" in message and "\n" not in message
+def test_a_refusal_is_one_line_that_says_what_to_use(name, changes, length, reason):
+    config = dataclasses.replace(AUTO, attention=name, **changes)
+    advice = "use model.attention='auto' or 'plain'"
+    assert refusal(config, length).startswith(f"model.attention={name!r} does not support {reason}")
+    assert refusal(config, length).endswith(advice) and "\n" not in refusal(config, length)
+    # In the model too, whoever forgot to ask before.
+    x_BTNH = jnp.zeros((1, length, 4, 16))
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        attention.attend(config, x_BTNH, x_BTNH, x_BTNH, scores_of(length, 1))
 
 
-AUTO = model(attention="auto", dtype="bfloat16", head_dim=16)
+@pytest.mark.parametrize("length", [1, 2, 100, 127, 128, 200, 256])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu", "other"])
+@pytest.mark.parametrize(
+    "changes", [{}, *(case[0] for cases in REFUSED.values() for case in cases)]
+)
+def test_what_is_advised_is_not_refused_nor_what_was_asked(changes, platform, length):
+    for name in choices():
+        config = dataclasses.replace(AUTO, attention=name, **changes)
+        if name in ("plain", "block") or name.startswith("auto"):
+            assert refusal(config, length, platform) is None
+        elif ATTENTION[name].auto != platform:
+            assert f"devices of platform '{platform}'" in refusal(config, length, platform)
+        # `auto` takes a platform's kernel wherever it is not refused.
+        else:
+            chosen = kernel_for(
+                resolve(dataclasses.replace(config, attention="auto"), platform), length
+            )
+            assert chosen == ("plain" if refusal(config, length, platform) else name)
 
 
 @pytest.mark.parametrize(
-    "changes, cpu, gpu, tpu",
+    "changes, length, cpu, gpu, tpu",
     [
-        ({}, "block", "cudnn", "splash"),
-        ({"dtype": "float32"}, "block", "plain", "splash"),
-        ({"windows": (64,), "scan_layers": True}, "block", "cudnn", "splash"),
-        ({"windows": (64, None)}, "block", "cudnn", "splash"),
-        ({"windows": (64, None), "scan_layers": True}, "block", "plain", "plain"),
-        ({"position": "alibi"}, "block", "plain", "plain"),
-        ({"attention_softcap": 50.0}, "block", "plain", "splash"),
-        ({"context": 100}, "block", "cudnn", "plain"),
-        ({"context": 127}, "block", "plain", "plain"),
-        ({"head_dim": 12}, "block", "plain", "splash"),
-        ({"head_dim": 264}, "block", "plain", "splash"),
-        ({"attention": "plain"}, "plain", "plain", "plain"),
-        ({"attention": "splash"}, "splash", "splash", "splash"),
+        ({}, 128, "block", "cudnn", "splash"),
+        ({"dtype": "float32"}, 128, "block", "plain", "splash"),
+        ({"windows": (64,), "scan_layers": True}, 128, "block", "cudnn", "splash"),
+        ({"windows": (64, None)}, 128, "block", "cudnn", "splash"),
+        (MIXED, 128, "block", "plain", "plain"),
+        ({"position": "alibi"}, 128, "block", "plain", "plain"),
+        ({"attention_softcap": 50.0}, 128, "block", "plain", "splash"),
+        ({}, 100, "block", "cudnn", "plain"),
+        ({}, 127, "block", "plain", "plain"),
+        ({}, 256, "block", "cudnn", "splash"),
+        ({"head_dim": 12}, 128, "block", "plain", "splash"),
+        ({"head_dim": 264}, 128, "block", "plain", "splash"),
+        ({"attention": "plain"}, 128, "plain", "plain", "plain"),
+        ({"attention": "block"}, 128, "block", "block", "block"),
     ],
 )
 def test_auto_is_the_platforms_kernel_where_it_can_and_plain_where_it_cannot(
-    changes, cpu, gpu, tpu
+    changes, length, cpu, gpu, tpu
 ):
-    config = dataclasses.replace(AUTO, **changes)
-    for platform, kernel in {"cpu": cpu, "gpu": gpu, "tpu": tpu}.items():
-        assert resolve(config, platform) == dataclasses.replace(config, attention=kernel)
+    """By the length at hand, whatever the context that the model is trained with."""
+    for context in (length, 256, 512):
+        config = dataclasses.replace(AUTO, context=context, **changes)
+        for platform, kernel in {"cpu": cpu, "gpu": gpu, "tpu": tpu}.items():
+            settled = resolve(config, platform)
+            assert resolve(settled, platform) == settled
+            assert kernel_for(settled, length) == kernel
+
+
+def test_auto_that_was_not_settled_is_plain():
+    assert kernel_for(AUTO, 128) == "plain"
+
+
+def test_a_new_kernel_is_a_function_and_a_row(monkeypatch):
+    met = []
+
+    def kernel(q, k, v, scores):
+        met.append(q.shape[1])
+        return ATTENTION["plain"].kernel(q, k, v, scores)
+
+    rows = {"new": Row(kernel, auto="cpu", multiple=4, lacks=lambda c: {"bias": c.bias})}
+    monkeypatch.setattr(attention, "ATTENTION", rows | ATTENTION)
+    settled = resolve(model(attention="auto", bias=False), "cpu")
+    assert [kernel_for(settled, length) for length in (8, 9)] == ["new", "block"]
+    assert kernel_for(dataclasses.replace(settled, bias=True), 8) == "block"
+    x_BTNH = normal(1, 8, 4, 4)
+    attention.attend(settled, x_BTNH, x_BTNH, x_BTNH, scores_of(8, 1))
+    cached = dataclasses.replace(scores_of(8, 1), cached=True)
+    attention.attend(settled, x_BTNH, x_BTNH, x_BTNH, cached)  # by `plain`
+    assert met == [8]
 
 
 def test_an_unknown_kernel_is_one_line_with_the_choices():
-    with pytest.raises(ConfigError, match="'flash' is not one of: plain, block, cudnn, splash"):
+    message = "'flash' is not one of: auto, .*, plain, block, cudnn, splash"
+    with pytest.raises(ConfigError, match=message):
         resolve(model(attention="flash"), "cpu")
+    with pytest.raises(ConfigError, match=message):
+        kernel_for(model(attention="flash"), 8)
 
 
 # Positions.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import accounting, sharding
 from gptjax import model as gpt
@@ -22,6 +22,7 @@ from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
 from gptjax.layers.parameter import INIT
 from gptjax.layers.position import POSITION, ROPE_SCALING
+from gptjax.losses import cross_entropy
 from gptjax.model import PLACEMENT, REMAT
 from tests import tiny
 
@@ -244,7 +245,8 @@ def test_an_architecture(combination):
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "cudnn"])  # needs a GPU
 def test_a_kernel_in_the_model(name, monkeypatch):
     """At a length that every kernel takes: causal, and the function of `plain`, on a mesh too."""
-    monkeypatch.setitem(ATTENTION, "splash", functools.partial(splash, interpret=True))
+    row = ATTENTION["splash"]._replace(kernel=functools.partial(splash, interpret=True))
+    monkeypatch.setitem(ATTENTION, "splash", row)
     context, window = 128, 70
     config = model(
         vocab_size=256, context=context, layers=1, kv_heads=2, attention=name, windows=(window,)
@@ -275,6 +277,50 @@ def test_a_kernel_in_the_model(name, monkeypatch):
         rows = rows_on_mesh(mesh, (tokens_BT, weights))
         sharded = run(config, on_mesh(config, params, mesh), *rows)
     close(sharded, want)
+
+
+def loss_and_gradients(config, params, tokens_BT, positions_BT=None):
+    def loss(params):
+        x_BTD = gpt.hidden(config, params, tokens_BT, position_BT=positions_BT)[0]
+        kernel, dims = gpt.unembedding(config, params)
+        ones_BT = jnp.ones_like(tokens_BT)
+        return cross_entropy(
+            x_BTD, kernel, dims, tokens_BT, ones_BT, chunk=None, softcap=None, z_loss=1e-3
+        ).objective
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+ONE = {"layers": 1, "heads": 1}
+
+
+@pytest.mark.parametrize(
+    "rows, tokens, axes, changes, given",
+    [
+        (1, 1, {}, ONE | {"scan_layers": True}, "split"),
+        (1, 1, {}, ONE | {"value_residual": True, "position": "rope"}, "whole"),
+        (1, T, {}, {"scan_layers": True, "value_residual": True}, "positions"),
+        (1, T, {"tensor": 2}, {"scan_layers": True, "attention": "block"}, "whole"),
+        (2, 1, {"fsdp": 2}, ONE | {"scan_layers": True, "tied": False}, "positions"),
+    ],
+    ids=str,
+)
+def test_one_row_one_token_one_layer_one_head(rows, tokens, axes, changes, given):
+    """On a mesh as on none, however the caller laid the rows."""
+    config = model(**changes)
+    params = random_params(config)
+    tokens_BT = TOKENS[:rows, :tokens]
+    want = loss_and_gradients(config, params, tokens_BT)
+    mesh = tiny.mesh(**axes)
+    with jax.set_mesh(mesh):
+        inputs = [rows_on_mesh(mesh, tokens_BT)]
+        if given == "whole":
+            inputs = [jax.device_put(tokens_BT, NamedSharding(mesh, PartitionSpec()))]
+        if given == "positions":
+            positions_BT = np.broadcast_to(np.arange(tokens), tokens_BT.shape)
+            inputs.append(rows_on_mesh(mesh, positions_BT))
+        placed = on_mesh(config, params, mesh)
+        close(loss_and_gradients(config, placed, *inputs), want)
 
 
 @pytest.mark.parametrize("name", ATTENTION)

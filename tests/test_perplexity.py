@@ -267,6 +267,18 @@ def test_meshes_batches_and_chunks_change_no_number(store: Store) -> None:
         assert nats.mean() == pytest.approx(plain.mean(), rel=1e-6), name
 
 
+@pytest.mark.parametrize("axes", [{}, {"tensor": 2}], ids=str)
+def test_a_single_window_of_scanned_layers(tmp_path: Path, axes: dict[str, int]) -> None:
+    """One row a batch, where a mesh does not add any."""
+    short = write(tmp_path / "short", "the cat")
+    config = configure(model_scan_layers=True)
+    with jax.set_mesh(tiny.mesh(**axes)):
+        found = Evaluator(config, short, BYTES)
+        assert found.windows == 1
+        nats = found.token_nats(parameters())
+    np.testing.assert_allclose(nats, token_nats(configure(), short), **CLOSE)
+
+
 def test_scores_of_parts_add_up(tmp_path: Path) -> None:
     # Parts that begin where a window does, after an end-of-text: what stands before is the same.
     documents = ["the cat sees it", "dogs " * 6 + "_", "owl", "sun and sea"]
@@ -409,6 +421,13 @@ def test_what_cannot_be_scored_is_refused(store: Store, tmp_path: Path) -> None:
         evaluator(configure(documents="alone"), store)
     with pytest.raises(ConfigError, match="eval.context=17 is beyond the 16 learned positions"):
         evaluator(configure(context=17, model_position="learned"), store)
+    # The training context is one that the kernel takes.
+    fused = configure(context=100)
+    fused = dataclasses.replace(
+        fused, model=dataclasses.replace(fused.model, attention="splash", context=128)
+    )
+    with pytest.raises(ConfigError, match="'splash' does not support 100 tokens, no multiple"):
+        evaluator(fused, store)
     for position, context in (("learned", 16), ("rope", 17)):
         evaluator(configure(context=context, model_position=position), store)
     np.array([65], "<u2").tofile(tmp_path / "val.bin")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,7 @@ CONFIG = dataclasses.replace(
         ("BKGTS", P(("data", "fsdp"), "tensor", None, None, None), None),
         ("BTF", P(("data", "fsdp"), None, "tensor"), None),
         ("BTV", P(("data", "fsdp"), None, "tensor"), None),
+        ("1TD", P(None, None, None), None),
         ("LDNH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LDKH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LNHD", P(None, "tensor", None, None), P(None, "tensor", None, "fsdp")),
@@ -81,10 +84,11 @@ def test_a_letter_outside_the_alphabet_is_refused():
 
 
 def test_the_rules_name_only_axes_of_the_mesh_and_letters_of_the_alphabet():
-    for letter, axes in sharding.PARAMETER_RULES.items():
-        assert letter in sharding.LETTERS and set(axes) <= set(AXES)
+    for rules in (rules for phase in sharding.RULES.values() for rules in phase):
+        for letter, axes in rules.items():
+            assert letter in sharding.LETTERS - {"1"} and set(axes) <= set(AXES)
     # The legend atop the model and the table's alphabet are one.
-    legend = re.findall(r"(?:^    |  )([A-Z])  \w", model.__doc__ or "", re.M)
+    legend = re.findall(r"(?:^    |  )([A-Z1])  \w", model.__doc__ or "", re.M)
     assert set(legend) == set(sharding.LETTERS)
 
 
@@ -255,3 +259,41 @@ def test_no_optimizer_keeps_a_whole_matrix_on_a_device(optimizer):
         share = math.prod(leaf.sharding.shard_shape(leaf.shape))
         # Adafactor's factors are whole: a matrix less one of its dims.
         assert share * 8 == leaf.size or leaf.size <= 32 * 8 * 2
+
+
+# --- the axes have one home -------------------------------------------------------------------
+
+
+def axes_named(source: str) -> list[str]:
+    """Where code names a mesh axis: mesh.fsdp, fsdp=2, "tensor", "mesh.data=2"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(ast.Name(of) | ast.Attribute(attr=of), attr=name):
+                named = of == "mesh" and name in AXES
+            case ast.keyword(str(name)):
+                named = name in AXES and name != "data"  # which means other things too
+            case ast.Constant(str(text)):
+                named = (text in AXES and text != "data") or re.search(
+                    rf"mesh\.({'|'.join(AXES)})", text
+                )
+            case _:
+                named = False
+        if named:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_only_the_rules_and_the_config_name_a_mesh_axis():
+    package = Path(sharding.__file__).parent
+    named = {
+        f.relative_to(package).as_posix(): axes_named(f.read_text()) for f in package.rglob("*.py")
+    }
+    assert {file for file, names in named.items() if names} == {"sharding.py", "config.py"}
+
+
+@pytest.mark.parametrize(
+    "source", ["c.mesh.fsdp", "mesh.data", "replace(m, tensor=1)", "P('fsdp')", "'set mesh.fsdp'"]
+)
+def test_a_named_mesh_axis_is_found(source):
+    assert axes_named(source)

@@ -25,6 +25,7 @@ from gptjax import model, setup, sharding, trained
 from gptjax.config import Config, Model, UserError
 from gptjax.evaluation import audit, summary
 from gptjax.evaluation.bootstrap import interval
+from gptjax.layers.attention import ATTENTION, kernel_for
 from gptjax.progress import Progress, say
 from gptjax.report.interval import CONFIDENCE
 from gptjax.report.terminal import number
@@ -124,7 +125,7 @@ def _batches(lengths: np.ndarray, config: Model) -> Iterator[tuple[np.ndarray, i
 
     Widths are few, four from one power of two to the next, because each is a program to compile.
     """
-    multiple = 128 if config.attention == "splash" else 16  # that kernel asks for it
+    multiple = math.lcm(16, ATTENTION[kernel_for(config, config.context)].multiple)
     left = np.argsort(-lengths, kind="stable")
     while len(left):
         units = max(1, -(-int(lengths[left[0]]) // multiple))

@@ -1,14 +1,15 @@
 """Causal self-attention: what a query may see, the kernels that compute it, the module.
 
-A kernel is a function (q_BTNH, k_BSKH, v_BSKH, Scores) -> o_BTNH. `Scores` says
-everything about visibility and score changes, so a new kernel is one function and one
-row of `ATTENTION`; what a kernel cannot do it refuses while tracing.
+A kernel is a function (q_BTNH, k_BSKH, v_BSKH, Scores) -> o_BTNH. `Scores` says everything
+about visibility and score changes, so a new kernel is one function and one row of `ATTENTION`.
+The row says what the kernel cannot do: there `auto` takes another, and its own name is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Scores:
             layers of different windows share one compiled body.
         slopes_N: ALiBi slopes; None adds no bias.
         softcap: c turns scores z into c tanh(z / c); None leaves them.
-        cached: keys come from a cache, so query t is not at row t of the keys.
+        cached: keys come from a cache, so query t does not stand at key t.
         tap: hears and edits "scores" and "weights" in a kernel that forms them whole.
     """
 
@@ -129,8 +130,6 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
 
     Skips the masked upper triangle and what lies outside a static window; for CPUs.
     """
-    if scores.cached:
-        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
     outputs = []
     for start in range(0, q_BTNH.shape[1], BLOCK):
         window = scores.window if isinstance(scores.window, int) else start + 1
@@ -144,16 +143,6 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
 # Products under this name are those of pairs of tokens, of which `gptjax.accounting` counts those
 # that a window and causality leave.
 KERNEL = "attention_kernel"
-MIXED_WINDOWS = "layers of different windows under model.scan_layers"
-
-
-def _refuse(kernel: str, unsupported: dict[str, bool]) -> None:
-    for what, asked in unsupported.items():
-        if asked:
-            raise ConfigError(
-                f"model.attention={kernel!r} does not support {what}: "
-                "use model.attention='auto' or 'plain'"
-            )
 
 
 def _on_shards(
@@ -168,21 +157,8 @@ def _on_shards(
 
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
-    """cuDNN's fused attention (NVIDIA GPUs, 16-bit inputs, even lengths, H a multiple of 8)."""
-    if scores.cached:
-        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
-    window, segments, (_, T, _, H) = scores.window, scores.q_segments_BT, q_BTNH.shape
-    _refuse(
-        "cudnn",
-        {
-            "softcapped scores": scores.softcap is not None,
-            "ALiBi": scores.slopes_N is not None,
-            MIXED_WINDOWS: isinstance(window, jax.Array),
-            f"dtype {q_BTNH.dtype.name}": q_BTNH.dtype.itemsize != 2,
-            f"the odd length {T}": T % 2 != 0,
-            f"the head width {H}, no multiple of 8 up to 256": H % 8 != 0 or H > 256,
-        },
-    )
+    """cuDNN's fused attention, for NVIDIA GPUs."""
+    window, segments = scores.window, scores.q_segments_BT
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         mask = (
@@ -210,20 +186,10 @@ def splash(
     Args:
         interpret: runs the kernel's body on any device, for tests.
     """
-    if scores.cached:
-        return plain(q_BTNH, k_BSKH, v_BSKH, scores)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     window, T = scores.window, q_BTNH.shape[1]
-    _refuse(
-        "splash",
-        {
-            "ALiBi": scores.slopes_N is not None,
-            MIXED_WINDOWS: isinstance(window, jax.Array),
-            f"{T} tokens, no multiple of 128": T % 128 != 0,
-        },
-    )
 
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         B, _, N, H = q.shape
@@ -250,34 +216,141 @@ def splash(
     )
 
 
-ATTENTION: dict[str, Kernel] = {"plain": plain, "block": block, "cudnn": cudnn, "splash": splash}
+class Row(NamedTuple):
+    """A kernel and what it cannot do.
+
+    Attributes:
+        kernel: called with whole rows only, keys and queries alike: a cache is `plain`'s.
+        auto: the platform ("cpu", "gpu", "tpu") where `auto` takes the kernel if it can.
+        elsewhere: whether it runs on other platforms too.
+        multiple: it takes only lengths that are multiples of so many tokens.
+        lacks: config -> {what it does not support: whether the config asks for that}.
+    """
+
+    kernel: Kernel
+    auto: str | None = None
+    elsewhere: bool = True
+    multiple: int = 1
+    lacks: Callable[[Model], dict[str, bool]] = lambda c: {}
+
+
+def _alibi(c: Model) -> dict[str, bool]:
+    return {"ALiBi": choose(POSITION, c.position, "model.position").slopes is not None}
+
+
+def _mixed_windows(c: Model) -> dict[str, bool]:
+    mixed = c.scan_layers and len(set(c.layer_windows)) > 1
+    return {"layers of different windows under model.scan_layers": mixed}
+
+
+ATTENTION: dict[str, Row] = {
+    "plain": Row(plain),
+    "block": Row(block, auto="cpu"),
+    "cudnn": Row(
+        cudnn,
+        auto="gpu",
+        elsewhere=False,
+        multiple=2,
+        lacks=lambda c: {
+            **_alibi(c),
+            **_mixed_windows(c),
+            "softcapped scores": c.attention_softcap is not None,
+            f"model.dtype={c.dtype!r}": c.dtype != "bfloat16",
+            f"heads of width {c.H}, no multiple of 8 up to 256": c.H % 8 != 0 or c.H > 256,
+        },
+    ),
+    "splash": Row(
+        splash,
+        auto="tpu",
+        elsewhere=False,
+        multiple=128,
+        lacks=lambda c: {**_alibi(c), **_mixed_windows(c)},
+    ),
+}
 
 
 def resolve(config: Model, platform: str) -> Model:
-    """`config` with attention "auto" settled for the devices of a mesh.
+    """`config` settled for the devices of a mesh: attention "auto" becomes "auto:PLATFORM".
 
-    The fused kernel of the platform where it can do what the config asks, `plain` where
-    it cannot, `block` on CPUs.
+    The kernel is chosen later, by `kernel_for`, for each length at hand.
 
     Args:
         config: the architecture.
         platform: the platform of the mesh's devices, "cpu", "gpu" or "tpu"; never the
             default backend, because programs for a pod are compiled on CPU hosts.
+
+    Raises:
+        ConfigError: on a name that is no row.
     """
+    choose(choices(), config.attention, "model.attention")
     if config.attention != "auto":
-        choose(ATTENTION, config.attention, "model.attention")
         return config
-    alibi = POSITION[config.position].slopes is not None
-    mixed = config.scan_layers and len(set(config.layer_windows)) > 1
-    capped = config.attention_softcap is not None
-    shape = config.context % 2 == 0 and config.H % 8 == 0 and config.H <= 256
-    fused = {
-        "gpu": ("cudnn", config.dtype == "bfloat16" and shape and not (alibi or mixed or capped)),
-        "tpu": ("splash", config.context % 128 == 0 and not (alibi or mixed)),
-        "cpu": ("block", True),
+    settled = f"auto:{platform}"
+    return dataclasses.replace(config, attention=settled if settled in choices() else "plain")
+
+
+def check(config: Model, platform: str) -> None:
+    """Refuses a kernel that does not run on a platform.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    row = ATTENTION.get(config.attention)
+    if row is not None and not row.elsewhere and row.auto != platform:
+        raise _refusal(config.attention, f"devices of platform {platform!r}")
+
+
+def kernel_for(config: Model, length: int) -> str:
+    """The name of the kernel for rows of `length` tokens.
+
+    The one that the config names; of "auto:PLATFORM" that platform's, or `plain` where it cannot
+    do what is asked; of "auto" that was not settled `plain`.
+
+    Raises:
+        ConfigError: on a name that is no row, or a kernel that cannot do what is asked.
+    """
+    platform = choose(choices(), config.attention, "model.attention")
+    if platform is not None:
+        names = [name for name, row in ATTENTION.items() if row.auto == platform]
+        return next((name for name in names if not _lacking(name, config, length)), "plain")
+    if lacking := _lacking(config.attention, config, length):
+        raise _refusal(config.attention, lacking)
+    return config.attention
+
+
+def attend(
+    config: Model, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores
+) -> jax.Array:
+    """o_BTNH by the kernel for this config and length; with a cache by `plain`.
+
+    Raises:
+        ConfigError: as `kernel_for`.
+    """
+    name = "plain" if scores.cached else kernel_for(config, q_BTNH.shape[1])
+    return ATTENTION[name].kernel(q_BTNH, k_BSKH, v_BSKH, scores)
+
+
+def choices() -> dict[str, str | None]:
+    """What `model.attention` may be -> the platform of an "auto", "" if not yet settled."""
+    platforms = [row.auto for row in ATTENTION.values() if row.auto]
+    settled = {f"auto:{platform}": platform for platform in platforms}
+    return {"auto": "", **settled, **dict.fromkeys(ATTENTION)}
+
+
+def _lacking(name: str, config: Model, length: int) -> str:
+    """What a kernel cannot do of what is asked, in words; empty if it can."""
+    row = ATTENTION[name]
+    lacks = row.lacks(config) | {
+        f"{length} tokens, no multiple of {row.multiple}": length % row.multiple != 0
     }
-    name, able = fused.get(platform, ("plain", True))
-    return dataclasses.replace(config, attention=name if able else "plain")
+    return ", ".join(what for what, asked in lacks.items() if asked)
+
+
+def _refusal(name: str, lacking: str) -> ConfigError:
+    return ConfigError(
+        f"model.attention={name!r} does not support {lacking}: "
+        "use model.attention='auto' or 'plain'"
+    )
 
 
 def _extend(cache_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
@@ -352,10 +425,8 @@ class Attention(nn.Module):
             cached=cache is not None,
             tap=tap,
         )
-        name = "plain" if c.attention == "auto" else c.attention
-        kernel = choose(ATTENTION, name, "model.attention")
         with jax.named_scope(KERNEL):
-            o_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, scores)
+            o_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, scores)
         return self._output(tap("heads", o_BTNH)), own_value_BTKH, cache
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:

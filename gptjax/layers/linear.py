@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax.sharding import out
+from gptjax.sharding import like, out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -31,8 +31,8 @@ def _backward(
     equation: str, kept: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (x_dims, kernel_dims, y_dims) = kept, _dims(equation)
-    dx = jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", g, kernel, out_sharding=out(x_dims))
-    dkernel = jnp.einsum(f"{x_dims},{y_dims}->{kernel_dims}", x, g, out_sharding=out(kernel_dims))
+    dx = jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", g, kernel, out_sharding=like(x))
+    dkernel = jnp.einsum(f"{x_dims},{y_dims}->{kernel_dims}", x, g, out_sharding=like(kernel))
     return dx, dkernel
 
 
