@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -349,6 +350,18 @@ def test_a_mesh_does_not_change_the_text(sizes, rows):
         for sample in (GREEDY, DRAWN):
             got = generate(MODEL, params, [PROMPTS[r] for r in rows], sample, **OPTIONS)
             assert got == texts(sample, *rows)
+
+
+def test_weights_are_gathered_once_and_not_for_each_token():
+    """The rules of decoding: what a compiled step moves is what the host reads, all integers."""
+    with jax.set_mesh(tiny.mesh(fsdp=8)):
+        weights = decode._ready(MODEL, jax.jit(lambda: gpt.init(MODEL, 0))())
+        lengths = np.full(8, 2, np.int32)
+        state = decode._begin(MODEL, weights, np.zeros((8, 8), np.int32), lengths, lengths + 2, 1)
+        arguments = (decode._sampling(GREEDY), np.array([EOT]), jax.random.key(0), 2)
+        lowered = decode._advance.lower(MODEL, KNOWN, weights, state, *arguments)
+    moved = re.findall(r"= \(?(\w+)\[[\d,]*\]\S* all-gather", lowered.compile().as_text())
+    assert moved and set(moved) <= {"s32", "pred"}
 
 
 def test_rows_added_for_the_mesh_keep_nobody_waiting(monkeypatch):

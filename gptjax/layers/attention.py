@@ -334,7 +334,7 @@ def choices() -> dict[str, str | None]:
     """What `model.attention` may be -> the platform of an "auto", "" if not yet settled."""
     platforms = [row.auto for row in ATTENTION.values() if row.auto]
     settled = {f"auto:{platform}": platform for platform in platforms}
-    return {"auto": "", **settled, **dict.fromkeys(ATTENTION)}
+    return {"auto": "", **dict.fromkeys(ATTENTION), **settled}
 
 
 def _lacking(name: str, config: Model, length: int) -> str:
