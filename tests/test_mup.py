@@ -344,23 +344,23 @@ def test_activations_are_those_of_the_model():
     probe = jax.tree.map(lambda x: x[:, 0], one)._replace(positions=positions)
     found = jax.jit(coordinates.activations, static_argnums=0)(config, first, params, probe)
     shapes = {name: x.shape for name, x in found.items()}
-    layers, once = (3, 8, T, 32), (1, 8, T, 32)
+    layers, last = (3, 8, T, 32), (1, 8, T, 32)
     assert shapes == {
-        "embedding": once, "attention": layers, "feedforward": layers, "stream": once,
-        "readout": (1, 8, T, V), "logits": (1, 8, T, V),
+        "embedding": (8, T, 32), "attention": layers, "feedforward": layers, "stream": last,
+        "readout": (8, T, V), "logits": (8, T, V),
     }  # fmt: skip
     branches = found["attention"].sum(0) + found["feedforward"].sum(0)
     scale = parametrisation.branch_multiplier(config)
     np.testing.assert_allclose(
-        found["stream"][0], found["embedding"][0] + scale * branches, rtol=1e-4, atol=1e-5
+        found["stream"][0], found["embedding"] + scale * branches, rtol=1e-4, atol=1e-5
     )
     logits = model.apply(config, params, probe.tokens)
-    np.testing.assert_allclose(found["logits"][0], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["logits"], logits, rtol=1e-4, atol=1e-5)
     # The logits are linear in the table: the part of the first one is what readout lacks.
     frozen = params | {"embed": first["embed"]}
     x_BTD = model.hidden(config, params, probe.tokens).x_BTD
     rest = model.logits(config, frozen, x_BTD)
-    np.testing.assert_allclose(found["readout"][0], logits - rest, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["readout"], logits - rest, rtol=1e-4, atol=1e-5)
 
 
 def test_slopes_are_the_powers():
