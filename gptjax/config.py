@@ -276,6 +276,8 @@ class Train:
     frozen: tuple[str, ...]
     accumulation: int
     log_every: int
+    watch: tuple[str, ...]
+    watch_every: int
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
@@ -283,7 +285,7 @@ class Train:
     def __post_init__(self) -> None:
         _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
-        _positive(self, "keep_checkpoints")
+        _positive(self, "keep_checkpoints", "watch_every")
 
 
 @dataclasses.dataclass(frozen=True)

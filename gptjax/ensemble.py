@@ -51,7 +51,8 @@ VARIED = (*TRACED, "model.init_scale")
 def key(config: Config) -> str:
     """Runs with equal keys train together; no two keys of runs that cannot are equal."""
     knobs = flatten(to_dict(config))
-    if not config.mesh.splits and jax.process_count() == 1:
+    alone = config.mesh.splits or jax.process_count() > 1 or config.train.watch
+    if not alone:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
@@ -70,6 +71,8 @@ def check(configs: Sequence[Config]) -> None:
             "over them whole: set it to 1, or start them one after another"
         )
     first, *others = (flatten(to_dict(config)) for config in configs)
+    if first["train.watch"]:
+        raise UserError("runs that train together are not watched: set train.watch=()")
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:

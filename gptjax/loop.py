@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Protocol, Self
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from gptjax import accounting, model, state
@@ -31,6 +32,7 @@ from gptjax.perplexity import Evaluator, Score
 from gptjax.progress import Progress, readable, say
 from gptjax.records import Run, open_run, read_metrics
 from gptjax.setup import Setup, Start, describe, load_batch, set_up
+from gptjax.watch import make_watch
 
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
 DIVERGED = "diverged.json"  # {"step", "reason"}, in the folder of a run that others outlive
@@ -177,6 +179,8 @@ class _One:
     ) -> None:
         self.train_state = train_state
         self._setup, self._run, self._checkpoints, self._meta = setup, run, checkpoints, meta
+        self._watch = make_watch(setup.config) if setup.config.train.watch else None
+        self._watched: dict[int, dict[str, jax.Array]] = {}  # by step, until it is recorded
 
     def compile(self, start: int) -> None:
         config = self._setup.config
@@ -185,14 +189,23 @@ class _One:
         self._log = Log(config, self._run, start, cost)
 
     def step(self, index: int) -> state.Metrics:
-        self.train_state, metrics = self._step(self.train_state, load_batch(self._setup, index))
+        batch = load_batch(self._setup, index)
+        if self._watch is None or (index + 1) % self._setup.config.train.watch_every:
+            self.train_state, metrics = self._step(self.train_state, batch)
+            return metrics
+        before = jax.tree.map(jnp.copy, self.train_state.params)  # the state is donated
+        self.train_state, metrics = self._step(self.train_state, batch)
+        self._watched[index + 1] = self._watch(before, self.train_state, batch)
         return metrics
 
     def record(
         self, step: int, metrics: state.Metrics, speed: dict[str, float]
     ) -> tuple[dict[str, float], bool]:
         values = {name: float(value) for name, value in metrics.items()} | speed
-        return values, self._log.write(step, values)
+        recorded = self._log.write(step, values)
+        if step in self._watched:
+            self._run.log(step, jax.device_get(self._watched.pop(step)))
+        return values, recorded
 
     def evaluate(self, step: int, progress: Progress) -> None:
         evaluators = self._setup.evaluators

@@ -250,7 +250,7 @@ class Hidden(NamedTuple):
 
     x_BTD: jax.Array
     cache: Params | None
-    heard: dict[str, jax.Array]
+    heard: dict[str, Any]
 
 
 def hidden(
@@ -276,7 +276,7 @@ def hidden(
         dropout_key: drops out with this key; None is evaluation.
         cache: of `init_cache`, holding the tokens before `tokens_BT`; one document a row.
         listen: points of `layers.context.POINTS` to return in `heard`; or point -> what to
-            return of the value, which is then all that is kept of it: {"scores": jnp.max}.
+            return of the value (arrays), which is then all that is kept: {"scores": jnp.max}.
         edit: point -> (value, layer's number) -> the value to go on with. It is called once for
             layers that share a compiled body, with a traced number: choose by `jnp.where`.
 
@@ -355,7 +355,7 @@ def _blocks(
     caches: tuple[Cache, ...] | None,
     listen: Listen,
     edit: Mapping[str, Edit],
-) -> tuple[jax.Array, tuple[Cache, ...] | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, tuple[Cache, ...] | None, dict[str, Any]]:
     """All layers, scanned or unrolled: the same function of the same stacked parameters.
 
     With a cache always unrolled: a scan would copy the whole cache for every token.

@@ -47,7 +47,14 @@ TENSORBOARD = "tensorboard"
 # that the curve goes on as another run of the same seed would, not bit for bit. Not train.steps,
 # which shapes the schedule; not eval, whose numbers would no longer compare along the curve.
 MAY_CHANGE = (
-    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *(
+        "train.watch",
+        "train.watch_every",
+        "train.log_every",
+        "train.eval_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+    ),
     *("mesh", "model.scan_layers", "model.remat", "model.attention", "optim.loss_vocab_chunk"),
     *("sample",),
 )

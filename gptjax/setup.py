@@ -17,6 +17,7 @@ from gptjax.data.sources import open_source
 from gptjax.layers import attention
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator
+from gptjax.watch import STATISTICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ def check_names(config: Config) -> None:
     choose(attention.choices(), m.attention, "model.attention")
     choose(model.REMAT, m.remat, "model.remat")
     choose(OBJECTIVE, config.train.objective, "train.objective")
+    for name in config.train.watch:
+        choose(STATISTICS, name, "train.watch")
     state.make_optimizer(config)  # all others of the sections model, optim and train
     choose(PACKING, config.data.packing, "data.packing")
     tokenizer.folder_of(config.data.tokenizer)

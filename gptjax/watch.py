@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from gptjax.trainable import trainable
 
 
 class Statistic(NamedTuple):
-    """One number a layer, of the value at a point of `layers.context.POINTS`."""
+    """One number a layer, made of the value at a point of `layers.context.POINTS`."""
 
     point: str
     of: Callable[[jax.Array], jax.Array]
@@ -66,19 +66,27 @@ def make_watch(config: Config) -> Watch:
         ConfigError: on a name of `train.watch` that is no row.
     """
     rows = {name: choose(STATISTICS, name, "train.watch") for name in config.train.watch}
-    heard = {name: row for name, row in rows.items() if row is not None}
-    listen = {row.point: row.of for row in heard.values()}
-    plain = "scores" in listen
-    shape = dataclasses.replace(config.model, attention="plain") if plain else config.model
+    points: dict[str, dict[str, Callable[[jax.Array], jax.Array]]] = {}
+    for name, row in rows.items():
+        if row is not None:
+            points.setdefault(row.point, {})[name] = row.of
+    # Several statistics of a point are made where it is passed, and all that is kept of it.
+    listen = {
+        point: lambda x, makers=makers: {n: of(x).astype(jnp.float32) for n, of in makers.items()}
+        for point, makers in points.items()
+    }
+    shape = config.model
+    if "scores" in points:
+        shape = dataclasses.replace(shape, attention="plain")
     realise = trainable(config).realise
 
     def watch(
         before: model.Params, state: TrainState, batch: Batch[jax.Array]
     ) -> dict[str, jax.Array]:
         values: dict[str, jax.Array] = {}
-        if heard:
+        if listen:
             micro = jax.tree.map(lambda x: x[:, 0], batch)
-            found = model.hidden(
+            heard: Any = model.hidden(
                 shape,
                 realise(state.params, state.frozen),
                 micro.tokens,
@@ -86,9 +94,9 @@ def make_watch(config: Config) -> Watch:
                 segments_BT=micro.segments,
                 listen=listen,
             ).heard
-            for name, row in heard.items():
-                layers = enumerate(found[row.point])
-                values |= {f"{name}/{i:02d}": x.astype(jnp.float32) for i, x in layers}
+            for point in listen:
+                for name, number_L in heard[point].items():
+                    values |= {f"{name}/{i:02d}": x for i, x in enumerate(number_L)}
         if "update_rms" in rows:
             values |= {f"update_rms/{k}": v for k, v in _by_part(before, state.params).items()}
         return values
@@ -105,4 +113,6 @@ def _by_part(before: model.Params, after: model.Params) -> dict[str, jax.Array]:
         part = "/".join(str(entry.key) for entry in path[:2])
         squares.setdefault(part, []).append(jnp.square(change).sum())
         sizes[part] = sizes.get(part, 0) + change.size
-    return {part: jnp.sqrt(sum(s, start=jnp.zeros(())) / sizes[part]) for part, s in squares.items()}
+    return {
+        part: jnp.sqrt(sum(s, start=jnp.zeros(())) / sizes[part]) for part, s in squares.items()
+    }

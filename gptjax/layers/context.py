@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ Cache = dict[str, jax.Array]  # "key" and "value", each (B, S, K, H), slot s hol
 # an int32 scalar where layers share one compiled body; it is -1 outside the blocks.
 Edit = Callable[[jax.Array, int | jax.Array], jax.Array]
 # Names of points, or name -> what to keep of the value there.
-Listen = Sequence[str] | Mapping[str, Callable[[jax.Array], jax.Array]]
+Listen = Sequence[str] | Mapping[str, Callable[[jax.Array], Any]]
 
 # Every point that can be heard and edited, with its dims. This list is the whole list.
 OUTSIDE: dict[str, str] = {
@@ -67,7 +67,7 @@ class Tap:
     ) -> None:
         self._listen = listen if isinstance(listen, Mapping) else dict.fromkeys(listen)
         self._edit, self._layer = edit or {}, layer
-        self.heard: dict[str, jax.Array] = {}
+        self.heard: dict[str, Any] = {}
         self.met: set[str] = set()
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
