@@ -378,7 +378,7 @@ MISTAKES: list[tuple[str, Sequence[str]]] = [
     ("model.width=18 is not divisible by model.heads=4", ["--config.model.width=18"]),
     ("data.batch_size=8 is not divisible by train.acc", ["--config.train.accumulation=3"]),
     ("model.position='ropee' is not one of: .*rope.*did you mean", ["--config.model.position=ropee"]),
-    ("model.attention='flash' is not one of: plain, block", ["--config.model.attention=flash"]),
+    ("model.attention='flash' is not one of: auto, plain, block", ["--config.model.attention=flash"]),
     ("model.remat='some' is not one of: none, dots", ["--config.model.remat=some"]),
     ("optim.optimizer='adam' is not one of: adamw", ["--config.optim.optimizer=adam"]),
     ("optim.schedule='wsc' is not one of: constant", ["--config.optim.schedule=wsc"]),
@@ -419,7 +419,8 @@ def test_a_config_file_that_does_not_work(tmp_path: Path) -> None:
     for content, message in (
         ("def get_config(:", "cannot be read: invalid syntax"),
         ("1 / 0", "cannot be read: division by zero"),
-        ("get_config = None", "cannot be read: TypeError: 'NoneType' object is not callable"),
+        ("get_config = None", r"cannot be read: it defines no get_config\(\)"),
+        ("get_config = 3", "cannot be read: 'int' object is not callable"),
         ("def get_config(): return 3", "must return a ConfigDict"),
     ):
         file.write_text(content)
