@@ -32,14 +32,12 @@ from gptjax.layers.parameter import Spec
 from gptjax.layers.position import POSITION
 from gptjax.optim import state_specs
 from gptjax.sharding import ACTIVATION_RULES, parameter_spec
+from gptjax.trainable import trainable
 
 
 def _rows(model: Model) -> tuple[Any, ...]:
-    """The rows whose code decides what is counted.
-
-    Part of what a count is remembered by, so that a row that was written anew under its old name
-    is counted anew.
-    """
+    """The rows that multiply: with them products are remembered, so that a row that was written
+    anew under its old name is counted anew."""
     return FEEDFORWARD.get(model.feedforward), NORM.get(model.norm), POSITION.get(model.position)
 
 
@@ -48,11 +46,6 @@ def parameters(model: Model) -> dict[str, int]:
 
     Parts are the tables by their role, the branches of a block by their name, and "norm".
     """
-    return dict(_parameters(model, _rows(model)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameters(model: Model, rows: tuple[Any, ...]) -> dict[str, int]:
     parts: Counter[str] = Counter()
     for path, spec in jax.tree_util.tree_leaves_with_path(gpt.abstract_params(model)):
         parts[_part([entry.key for entry in path], spec)] += math.prod(spec.shape)
@@ -197,8 +190,8 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
 def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int]:
     """Bytes a device holds in training, by purpose, and "total".
 
-    Parameters, gradients, optimiser state and weight average are exact: those of the abstract
-    state of training, sharded as it is. "activations" and "logits" are rough: what the backward
+    Parameters, gradients, optimiser state and weight average are exact, those of the abstract
+    state of training, sharded as it is; what is frozen has parameters alone. "activations" and "logits" are rough: what the backward
     pass needs of a device's micro-batch, where model.remat is
 
         none, dots    twice what the products of the blocks yield, as they are and after what
@@ -214,8 +207,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
         mesh_shape: devices along each mesh axis, such as `mesh.shape`.
     """
     m, mesh = config.model, tuple(mesh_shape.items())
-    specs = gpt.abstract_params(m)
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+    every, trained = gpt.abstract_params(m), trainable(config).specs
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), trained)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         optimizer = jax.eval_shape(state.make_optimizer(config).init, params)
 
@@ -227,7 +220,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     def total(arrays: Any, where: Any) -> int:
         return sum(jax.tree.leaves(jax.tree.map(held, arrays, where)))
 
-    parameter_bytes = total(params, jax.tree.map(lambda s: parameter_spec(s.dims), specs))
+    def float32(specs: gpt.Params) -> int:
+        arrays = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+        return total(arrays, jax.tree.map(lambda s: parameter_spec(s.dims), specs))
+
     rows = config.data.batch_size // config.train.accumulation
     products = _products(_same_products(m), _rows(m), rows, mesh)
     stream = rows * m.context * m.width * (2 if m.dtype == "bfloat16" else 4)
@@ -244,10 +240,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     logits = sum(p.bytes for p in products if p.part == "unembedding")
     columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)
     parts = {
-        "parameters": parameter_bytes,
-        "gradients": parameter_bytes,
-        "optimizer": total(optimizer, state_specs(optimizer, specs)),
-        "ema": 0 if config.optim.ema_decay is None else parameter_bytes,
+        "parameters": float32(every),
+        "gradients": float32(trained),
+        "optimizer": total(optimizer, state_specs(optimizer, trained)),
+        "ema": 0 if config.optim.ema_decay is None else float32(trained),
         "activations": activations,
         "logits": 2 * logits * columns // m.vocab_size,
     }

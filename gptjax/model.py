@@ -38,9 +38,9 @@ from gptjax.layers.context import (
     check_met,
     check_points,
 )
-from gptjax.layers.feedforward import FeedForward
-from gptjax.layers.norm import Norm
-from gptjax.layers.parameter import Declared, draw, parameter
+from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
+from gptjax.layers.norm import NORM, Norm
+from gptjax.layers.parameter import INIT, Declared, draw, parameter
 from gptjax.layers.position import POSITION
 
 Params = dict[str, Any]
@@ -167,8 +167,29 @@ class Unembed(nn.Module):
         return parameter(self, c, "kernel", "DV", shape, "unembedding", fan_in="D")
 
 
+# What a config declares, and the rows that declared it.
+_declared: dict[Model, tuple[list[Any], Params]] = {}
+
+
 def abstract_params(config: Model) -> Params:
-    """The parameter tree with a `Spec` (shape, dims, initial distribution) at each leaf."""
+    """The parameter tree with a `Spec` (shape, dims, initial distribution) at each leaf.
+
+    Asked for many times, traced once; anew where a row was written anew under its old name.
+    """
+    rows: list[Any] = [
+        FEEDFORWARD.get(config.feedforward),
+        NORM.get(config.norm),
+        POSITION.get(config.position),
+        PLACEMENT.get(config.norm_placement),
+        INIT.get(config.init),
+        parametrisation.PARAMETRISATION.get(config.parametrisation),
+    ]
+    if _declared.get(config, ([], {}))[0] != rows:
+        _declared[config] = rows, _declare(config)
+    return jax.tree.map(lambda spec: spec, _declared[config][1])  # a dict of the caller's own
+
+
+def _declare(config: Model) -> Params:
     # Fused kernels refuse the one token that shapes are asked for with.
     config = dataclasses.replace(config, attention="plain")
 

@@ -284,7 +284,8 @@ def check_memory(config: Config, axes: Mesh) -> None:
         return sum(n * leaf.dtype.itemsize for n, leaf in zip(shards, leaves, strict=True))
 
     got = memory_bytes(config, mesh)
-    assert got["parameters"] == got["gradients"] == held(real.params)
+    assert got["parameters"] == held((real.params, real.frozen))
+    assert got["gradients"] == held(real.params)
     assert got["optimizer"] == held(real.opt_state)
     assert got["ema"] == held(real.ema)
     assert got["total"] == sum(bytes for part, bytes in got.items() if part != "total")
@@ -295,6 +296,17 @@ def check_memory(config: Config, axes: Mesh) -> None:
 def test_memory_is_that_of_the_sharded_state(optimizer, axes):
     config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256), optimizer)
     check_memory(config, axes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_what_is_frozen_has_neither_gradient_nor_state(optimizer):
+    config = whole(small(), optimizer)
+    train = dataclasses.replace(config.train, trainable="unfrozen", frozen=("embed/*", "blocks/*"))
+    config = dataclasses.replace(config, train=train)
+    check_memory(config, tiny.CUBE)
+    got = memory_bytes(config, dict.fromkeys(AXES, 1))
+    assert got["gradients"] == 4 * 2 * 32  # the final norm's gain and offset
+    assert got["parameters"] == 4 * parameters(config.model)["total"]
 
 
 def test_activations_by_hand():
