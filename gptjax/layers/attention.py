@@ -339,7 +339,7 @@ def choices() -> dict[str, str | None]:
 
 def _lacking(name: str, config: Model, length: int) -> str:
     """What a kernel cannot do of what is asked, in words; empty if it can."""
-    row = ATTENTION[name]
+    row = choose(ATTENTION, name, "model.attention")
     lacks = row.lacks(config) | {
         f"{length} tokens, no multiple of {row.multiple}": length % row.multiple != 0
     }
