@@ -3,8 +3,9 @@
 The text is a stream s of tokens, each document followed by end-of-text. Window j reads
 s[j * stride], ..., `context` tokens in all, and predicts the token after each. Of its
 predictions those count that no earlier window made: all of the first window, the last `stride`
-of any other. So each scored token has at least context - stride tokens before it (but for the
-first window), and the sum runs over every token exactly once, whatever the batch or the mesh.
+of any other, whatever weight the store gives them. So each scored token has at least context -
+stride tokens before it (but for the first window), and the sum runs over every token exactly once,
+whatever the batch or the mesh.
 This is the strided recipe of Hugging Face's "Perplexity of fixed-length models", save that
 there a window of `context` tokens makes context - 1 predictions.
 """

@@ -335,3 +335,68 @@ def test_store_shorter_than_a_row_is_refused(tmp_path, packing):
 def test_unknown_packing_lists_the_choices(tmp_path):
     with pytest.raises(ConfigError, match="data.packing='docs'.*stream, masked, document"):
         batches(make(tmp_path / "s", "abcdefg"), packing="docs")
+
+
+# ---- weights of tokens
+
+
+def weighted(folder: Path, *documents: tuple[str, list[float], float]) -> Path:
+    writer = StoreWriter(folder / "train", BYTES, weighted=True)
+    for text, weights, end in documents:
+        writer.write(np.array(BYTES.encode(text)), True, np.array(weights), end)
+    writer.close()
+    return folder
+
+
+@pytest.mark.parametrize("shard", [3, 1 << 20])
+def test_a_target_weighs_what_the_store_says(tmp_path, shard, monkeypatch):
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", shard)
+    path = weighted(
+        tmp_path / "s", ("abc", [0, 0, 2], 1), ("defg", [0.5, 0, 0, 1], 0), ("h", [3], 0)
+    )
+    opened = store_module.Store.open(path / "train", BYTES)
+    assert opened.weights(0, 11).tolist() == [0, 0, 2, 1, 0.5, 0, 0, 1, 0, 3, 0]
+    assert opened.weights(2, 5).tolist() == [2, 1, 0.5]
+    with pytest.raises(IndexError):
+        opened.weights(0, 12)
+    # abc.defg.h. : each target with its own weight, and none of the overlap of the last window.
+    for packing in ("stream", "masked"):
+        got = epoch(batches(path, packing=packing))
+        assert got.weights == [[0, 2, 1, 0.5], [0, 0, 1, 0], [0, 0, 3, 0]]
+    got = epoch(batches(path, packing="document"))
+    assert got.weights == [[0, 0, 2, 1], [0.5, 0, 0, 1], [0, 0, 0, 0], [3, 0, 0, 0]]
+
+
+def test_weights_are_part_of_what_a_store_is(tmp_path):
+    one = weighted(tmp_path / "one", ("abcd", [1, 1, 1, 1], 1))
+    other = weighted(tmp_path / "other", ("abcd", [1, 1, 1, 0], 1))
+    plain = make(tmp_path / "plain", "abcd")
+    opened = [store_module.Store.open(path / "train", BYTES) for path in (one, other, plain)]
+    assert len({store.fingerprint for store in opened}) == 3
+    assert epoch(batches(plain)).weights == epoch(batches(one)).weights
+    file = one / "train" / "weights-00000.bin"
+    altered = bytearray(file.read_bytes())
+    altered[3] ^= 1
+    file.write_bytes(altered)
+    with pytest.raises(UserError, match=r"weights-00000.bin was altered"):
+        store_module.Store.open(one / "train", BYTES)
+    file.unlink()
+    with pytest.raises(UserError, match=r"weights-00000.bin holds 0 bytes where 20 were written"):
+        store_module.Store.open(one / "train", BYTES)
+
+
+@pytest.mark.parametrize(
+    "held, weights, end, message",
+    [
+        (True, None, 1, "a weighted store takes one weight for each token"),
+        (True, [1, 1], 1, "a weighted store takes one weight for each token"),
+        (False, [1, 1, 1], 1, "another takes none"),
+        (True, [1, -1, 1], 1, "finite and at least 0"),
+        (True, [1, 1, 1], float("nan"), "finite and at least 0"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(tmp_path, held, weights, end, message):
+    writer = StoreWriter(tmp_path / "s", BYTES, weighted=held)
+    given = None if weights is None else np.array(weights)
+    with pytest.raises(ValueError, match=message):
+        writer.write(np.array([1, 2, 3]), True, given, end)

@@ -315,7 +315,7 @@ def test_another_tokenizer_is_refused(store):
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     writer = store_module.StoreWriter(tmp_path / "train", BYTES)
-    writer._append(np.array([1, 2, 257, 3]))
+    writer._append(np.array([1, 2, 257, 3]), np.ones(4))
     writer.close()
     message = refusal(Store.open, tmp_path / "train", BYTES)
     assert "holds token id 257, outside the vocabulary of 257" in message

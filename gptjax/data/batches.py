@@ -30,7 +30,7 @@ class Batch(NamedTuple, Generic[A]):
     Attributes:
         tokens: int32 inputs.
         targets: int32, the token after each input.
-        weights: float32, what each target counts; 0 where nothing is scored.
+        weights: float32, what each target counts, by the store; 0 where nothing is scored.
         segments: int32 document within the row, from 0; -1 is padding. Attention stays within
             a segment. None: each row is one document.
         positions: int32, counted from the segment's start; None: from the row's.
@@ -91,7 +91,8 @@ class Stream:
         return Batch(
             tokens=window[:, :-1],
             targets=window[:, 1:],
-            weights=scored.astype(np.float32),
+            weights=scored
+            * np.stack([self.store.weights(s + 1, s + T + 1) for s in starts.tolist()]),
             segments=np.zeros((len(index), T), np.int32),
             positions=np.broadcast_to(place, (len(index), T)),
         )
@@ -149,8 +150,10 @@ class Document:
         piece = index - self.first_row[document]
         starts = self.starts[document] + piece * self.context
         stops = np.minimum(starts + self.context, self.store.document_ends[document])
+        weights = np.zeros(shape, np.float32)  # padding's
         for row, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
             targets[row, : stop - start] = self.store.tokens(start, stop)
+            weights[row, : stop - start] = self.store.weights(start, stop)
         inputs[:, 1:] = targets[:, :-1]
         for row in np.flatnonzero(piece).tolist():
             inputs[row, 0] = self.store.tokens(int(starts[row]) - 1, int(starts[row]))[0]
@@ -159,7 +162,7 @@ class Document:
         return Batch(
             tokens=inputs,
             targets=targets,
-            weights=real.astype(np.float32),
+            weights=weights,
             segments=np.where(real, 0, PAD).astype(np.int32),
             positions=np.where(real, place, 0),
         )

@@ -5,6 +5,8 @@ A store is a folder, one for each split:
     manifest.json        format, tokenizer, counts, sha256 of every other file
     tokens-00000.bin     little-endian uint16 (or uint32) ids, the shards in order
     document_ends.bin    little-endian int64, one past the last token of each document
+    weights-00000.bin    little-endian float32, what each token counts as a target, shard by shard;
+                         only in a store that was written with weights: else each counts 1
 
 Every document is followed by exactly one end-of-text token, which its bounds include.
 nanoGPT's `train.bin` (raw uint16, no manifest) opens as a store too.
@@ -51,6 +53,7 @@ class Store:
     manifest: dict[str, Any] = field(repr=False)
     _shards: list[np.ndarray] = field(repr=False)
     _starts: list[int] = field(repr=False)
+    _weights: list[np.ndarray] = field(repr=False, default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -63,13 +66,26 @@ class Store:
         Raises:
             IndexError: where the range leaves [0, num_tokens].
         """
+        return self._read(self._shards, start, stop, np.int32)
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        """What tokens [start, stop) count as targets, float32, at least 0; 1 where none is held.
+
+        Raises:
+            IndexError: as `tokens`.
+        """
+        if not self._weights:
+            return np.ones(max(stop - start, 0), np.float32)
+        return self._read(self._weights, start, stop, np.float32)
+
+    def _read(self, shards: list[np.ndarray], start: int, stop: int, dtype: Any) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a store of {self.num_tokens}")
-        out = np.empty(stop - start, np.int32)
+        out = np.empty(stop - start, dtype)
         at = start
         while at < stop:
             shard = bisect.bisect_right(self._starts, at) - 1
-            piece = self._shards[shard][at - self._starts[shard] : stop - self._starts[shard]]
+            piece = shards[shard][at - self._starts[shard] : stop - self._starts[shard]]
             out[at - start : at - start + len(piece)] = piece
             at += len(piece)
         return out
@@ -99,13 +115,17 @@ class Store:
                 "the text anew"
             )
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        shards = []
+        shards, weights = [], []
         for entry in manifest["shards"]:
             shards.append(_map(path / entry["file"], dtype, entry["tokens"]))
             _check(path / entry["file"], shards[-1], entry["sha256"], made["vocab_size"])
+            if "weights" in entry:
+                file = path / entry["weights"]
+                weights.append(_map(file, np.dtype("<f4"), entry["tokens"]))
+                _check(file, weights[-1], entry["weights_sha256"])
         ends = _map(path / ENDS, np.dtype("<i8"), manifest["documents"])
         _check(path / ENDS, ends, manifest["document_ends_sha256"])
-        return cls(path, fingerprint(manifest), ends, manifest, shards, _starts(shards))
+        return cls(path, fingerprint(manifest), ends, manifest, shards, _starts(shards), weights)
 
     @classmethod
     def _open_bin(cls, path: Path, tokenizer: Tokenizer | None) -> Store:
@@ -123,24 +143,53 @@ class Store:
 
 
 class StoreWriter:
-    """Writes a store into a fresh folder; `close` writes the manifest."""
+    """Writes a store into a fresh folder; `close` writes the manifest.
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+    Args:
+        folder: to make.
+        tokenizer: of the ids.
+        weighted: whether the store holds what each token counts as a target.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, weighted: bool = False) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.tokenizer = folder, tokenizer
+        self.folder, self.tokenizer, self.weighted = folder, tokenizer, weighted
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.tokens = self.bytes = self._document_start = 0
         self._ends: list[int] = []
         self._shards: list[dict[str, Any]] = []
         self._held: list[np.ndarray] = []
+        self._held_weights: list[np.ndarray] = []
         self._held_tokens = 0
 
-    def write(self, ids: np.ndarray, document_ends: bool) -> None:
-        """Appends tokens; `document_ends` closes the document, unless it is empty."""
-        self._append(ids)
+    def write(
+        self,
+        ids: np.ndarray,
+        document_ends: bool,
+        weights: np.ndarray | None = None,
+        end_weight: float = 1.0,
+    ) -> None:
+        """Appends tokens.
+
+        Args:
+            ids: tokens of one document, integers (n,).
+            document_ends: closes the document, unless it is empty.
+            weights: what each counts as a target, (n,), for a weighted store.
+            end_weight: what the end-of-text that closes the document counts there.
+
+        Raises:
+            ValueError: on weights of another length, that are negative or not finite, or that
+                the store does not hold.
+        """
+        every = np.append(np.ones(0) if weights is None else weights, end_weight)
+        if self.weighted != (weights is not None) or (self.weighted and len(every) != len(ids) + 1):
+            raise ValueError("a weighted store takes one weight for each token, another takes none")
+        if not (np.isfinite(every) & (every >= 0)).all():
+            raise ValueError("weights are finite and at least 0")
+        self._append(ids, every[:-1])
         self.bytes += int(self.tokenizer.bytes_per_token[ids].sum())
         if document_ends and self.tokens > self._document_start:
-            self._append(np.array([self.tokenizer.eot]))
+            self._append(np.array([self.tokenizer.eot]), every[-1:])
             self._document_start = self.tokens
             self._ends.append(self.tokens)
 
@@ -166,8 +215,9 @@ class StoreWriter:
         }
         (self.folder / MANIFEST).write_bytes(_signed(manifest))
 
-    def _append(self, ids: np.ndarray) -> None:
+    def _append(self, ids: np.ndarray, weights: np.ndarray) -> None:
         self._held.append(ids.astype(self.dtype))
+        self._held_weights.append(weights.astype("<f4"))
         self._held_tokens += len(ids)
         self.tokens += len(ids)
         while self._held_tokens >= SHARD_TOKENS:
@@ -176,10 +226,21 @@ class StoreWriter:
     def _flush(self, count: int) -> None:
         held = np.concatenate(self._held)
         shard, self._held, self._held_tokens = held[:count], [held[count:]], len(held) - count
-        name = f"tokens-{len(self._shards):05d}.bin"
-        shard.tofile(self.folder / name)
-        digest = hashlib.sha256(shard.data).hexdigest()
-        self._shards.append({"file": name, "tokens": len(shard), "sha256": digest})
+        number = f"{len(self._shards):05d}.bin"
+        name = f"tokens-{number}"
+        entry: dict[str, Any] = {"file": name, "tokens": len(shard)}
+        entry["sha256"] = self._write(shard, name)
+        weights = np.concatenate(self._held_weights)
+        self._held_weights = [weights[count:]]
+        if self.weighted:
+            entry["weights"] = f"weights-{number}"
+            entry["weights_sha256"] = self._write(weights[:count], entry["weights"])
+        self._shards.append(entry)
+
+    def _write(self, array: np.ndarray, name: str) -> str:
+        """Writes a file of the store; returns its sha256."""
+        array.tofile(self.folder / name)
+        return hashlib.sha256(array.data).hexdigest()
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
