@@ -77,6 +77,7 @@ def get_config() -> ConfigDict:
     o.warmup_steps = 50  # linear from 0
     o.decay_fraction = 0.2  # wsd: the last share of the run, in which the rate decays
     o.final_lr_fraction = 0.1  # of peak_lr, at the last step
+    o.schedule_steps = placeholder(int)  # where the schedule ends, and the rate stays; None: steps
     o.b1 = 0.9
     o.b2 = 0.95
     o.eps = 1e-8

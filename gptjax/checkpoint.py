@@ -5,6 +5,7 @@
         meta.json                  step, shape and dtype of every array, the caller's meta
         manifest.json              bytes and sha256 of every other file
     FOLDER/00000500.2.partial/       a save in flight, or the leftover of a killed one
+    FOLDER.lock                    who writes there; the operating system frees it with the process
 
 Why not orbax alone (measured on orbax 0.12.8): it restores flipped bits silently, casts
 int32 to float32 and float32 to bfloat16 silently, never removes the leftovers of a killed
@@ -18,6 +19,7 @@ visible without its manifest.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -25,15 +27,17 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -58,16 +62,25 @@ logging.getLogger("absl").addFilter(
 logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
+class Busy(UserError):
+    """Another process writes in the folder."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in a folder that all processes share.
 
-    `save`, `latest` and `restore` are collective: every process calls them in the same order.
+    `save`, `latest` and `restore` are collective, and so is making a writer: every process calls
+    them in the same order.
 
     Args:
         folder: where the steps lie; made by the first save.
         keep: how many of the latest complete steps remain after a save. A number also makes
             this object the folder's one writer, which removes what a killed save left there;
             None only reads, and may do so while a run is writing.
+
+    Raises:
+        Busy: if there is another writer, in this process or any other; it says which.
+        UserError: if the folder cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int | None = None) -> None:
@@ -76,8 +89,10 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._attempts = 0
-        if keep is not None and jax.process_index() == 0:
-            self._remove_incomplete()
+        if keep is not None:
+            self._lock = self._hold()
+            if jax.process_index() == 0:
+                self._remove_incomplete()
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +112,17 @@ class Checkpoints:
             logger.error("%s", failure)
         finally:
             self._background.shutdown()
+            if self._keep is not None and self._lock is not None:
+                self._lock.close()
+
+    def writer(self) -> str:
+        """Who writes in the folder now, "process 12 on host, since ..."; "" if nobody does."""
+        with contextlib.suppress(FileNotFoundError), self._lock_path.open(encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read() or "another process"
+        return ""
 
     def steps(self) -> list[int]:
         """The complete steps as this process sees them, ascending."""
@@ -207,6 +233,39 @@ class Checkpoints:
             arrays = orbax.restore(folder / STATE, args=restore)
         treedef = jax.tree.structure(abstract_state)
         return jax.tree.unflatten(treedef, [arrays[path] for path in wanted])
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._folder.with_name(self._folder.name + ".lock")
+
+    def _hold(self) -> IO[str] | None:
+        """The locked file, on process 0; freed when it is closed."""
+        lock, holder, failure = None, "", ""
+        if jax.process_index() == 0:
+            try:
+                self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+                lock = self._lock_path.open("a+", encoding="utf-8")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                now = datetime.now().astimezone().isoformat(" ", "seconds")
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+                lock.flush()
+            except BlockingIOError:
+                holder = self.writer() or "another process"
+            except OSError as error:
+                failure = error.strerror or str(error)
+        # One line on all processes, instead of some that wait for the first for ever.
+        if holder := _from_process_0(holder):
+            raise Busy(
+                f"{self._folder.parent} is being trained by {holder}: wait for its end or stop it, "
+                "or use another --workdir"
+            )
+        if failure := _from_process_0(failure):
+            raise UserError(
+                f"cannot write in {self._folder.parent}: {failure}. Free some space or choose "
+                "another --workdir"
+            )
+        return lock
 
     def _final(self, step: int) -> Path:
         return self._folder / f"{step:08d}"

@@ -8,6 +8,10 @@ each with one line that names what would be valid.
 No field has a default here: `configs/base.py` states every knob once, with its
 unit and consequence. Choices that are rows of a table ("rope", "adamw", ...) are
 checked by `choose` where the table lives, so that adding a row touches one file.
+
+A knob that comes later states its off-value, `off(...)`, at which a run computes what it did
+before the knob existed. What was recorded without the knob reads as off (`recorded`), and
+`fingerprint` passes over what is off: no new knob outlaws an old run.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -58,9 +63,9 @@ def check_seed(seed: int) -> int:
 
 def _numbers(section: Any) -> None:
     """Refuses what no computation can use: inf and nan, and numbers beyond a device's integers."""
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        path = f"{type(section).__name__.lower()}.{field.name}"
+    for knob in dataclasses.fields(section):
+        value = getattr(section, knob.name)
+        path = f"{type(section).__name__.lower()}.{knob.name}"
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, float):
                 _require(math.isfinite(item), f"{path} must be finite, got {value}")
@@ -82,6 +87,14 @@ def _fraction(section: Any, *names: str) -> None:
         _require(value is None or 0 <= value < 1, f"{path} must lie in [0, 1), got {value}")
 
 
+def off(value: Any) -> dict[str, Any]:
+    """Of a field: the value that a config means which does not know the knob.
+
+    It never changes, because fingerprints of runs that were recorded rest on it.
+    """
+    return {"off": value}
+
+
 # Which projections of the attention have a bias; None: all or none, as `Model.bias` says.
 ATTENTION_BIAS: dict[str, tuple[str, ...] | None] = {
     "same": None,
@@ -100,39 +113,39 @@ class Model:
     layers: int
     width: int
     heads: int
-    kv_heads: int | None
-    head_dim: int | None
+    kv_heads: int | None = field(metadata=off(None))
+    head_dim: int | None = field(metadata=off(None))
     feedforward: str
-    ff_dim: int | None
+    ff_dim: int | None = field(metadata=off(None))
     position: str
-    rope_base: float
-    rope_scaling: str
-    rope_factor: float
-    rope_original_context: int | None
-    rope_rotations: tuple[float, ...]
+    rope_base: float = field(metadata=off(1e4))
+    rope_scaling: str = field(metadata=off("none"))
+    rope_factor: float = field(metadata=off(1.0))
+    rope_original_context: int | None = field(metadata=off(None))
+    rope_rotations: tuple[float, ...] = field(metadata=off((1.0, 32.0)))
     norm: str
-    norm_placement: str
+    norm_placement: str = field(metadata=off("pre"))
     norm_eps: float
-    bias: bool
-    attention_bias: str
-    parallel_block: bool
-    qk_norm: bool
-    windows: tuple[int | None, ...]
-    attention_softcap: float | None
-    logit_softcap: float | None
-    value_residual: bool
+    bias: bool = field(metadata=off(False))
+    attention_bias: str = field(metadata=off("same"))
+    parallel_block: bool = field(metadata=off(False))
+    qk_norm: bool = field(metadata=off(False))
+    windows: tuple[int | None, ...] = field(metadata=off((None,)))
+    attention_softcap: float | None = field(metadata=off(None))
+    logit_softcap: float | None = field(metadata=off(None))
+    value_residual: bool = field(metadata=off(False))
     tied: bool
-    dropout: float
-    init: str
-    init_scale: float
-    parametrisation: str
-    mup_base_width: int | None
-    mup_base_heads: int | None
-    mup_base_layers: int | None
-    attention: str
-    scan_layers: bool
-    remat: str
-    dtype: str
+    dropout: float = field(metadata=off(0.0))
+    init: str = field(metadata=off("gpt2"))
+    init_scale: float = field(metadata=off(1.0))
+    parametrisation: str = field(metadata=off("standard"))
+    mup_base_width: int | None = field(metadata=off(None))
+    mup_base_heads: int | None = field(metadata=off(None))
+    mup_base_layers: int | None = field(metadata=off(None))
+    attention: str = field(metadata=off("auto"))
+    scan_layers: bool = field(metadata=off(False))
+    remat: str = field(metadata=off("none"))
+    dtype: str = field(metadata=off("float32"))
 
     def __post_init__(self) -> None:
         _numbers(self)
@@ -200,6 +213,7 @@ class Optim:
     warmup_steps: int
     decay_fraction: float
     final_lr_fraction: float
+    schedule_steps: int | None = field(metadata=off(None))
     b1: float
     b2: float
     eps: float
@@ -213,7 +227,7 @@ class Optim:
 
     def __post_init__(self) -> None:
         _numbers(self)
-        _positive(self, "peak_lr", "eps", "clip", "loss_vocab_chunk")
+        _positive(self, "peak_lr", "eps", "clip", "loss_vocab_chunk", "schedule_steps")
         _fraction(self, "b1", "b2", "momentum", "ema_decay")
         _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
         _require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
@@ -271,9 +285,9 @@ class Train:
     """The length of a run and the rhythm of its side effects, in optimiser steps."""
 
     steps: int
-    objective: str
-    trainable: str
-    frozen: tuple[str, ...]
+    objective: str = field(metadata=off("next_token"))
+    trainable: str = field(metadata=off("all"))
+    frozen: tuple[str, ...] = field(metadata=off(()))
     accumulation: int
     log_every: int
     watch: tuple[str, ...]
@@ -384,14 +398,46 @@ def from_dict(tree: Mapping[str, Any], cls: type[T] = Config, path: str = "") ->
     return cls(**{name: _typed(tree[name], hint, here + name) for name, hint in hints.items()})
 
 
+def recorded(tree: Mapping[str, Any], cls: type[T] = Config) -> T:  # type: ignore[assignment]
+    """As `from_dict`, of what a run recorded, perhaps before some knob existed: that one is off.
+
+    Raises:
+        ConfigError: as `from_dict`; a missing key is one of a knob without an off-value.
+    """
+    return from_dict(_with_off(tree, cls), cls)
+
+
+def _with_off(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+    filled = {**off_values(cls), **tree}
+    for name, hint in typing.get_type_hints(cls).items():
+        section = filled.get(name, {})
+        if dataclasses.is_dataclass(hint) and isinstance(section, Mapping):
+            filled[name] = _with_off(section, hint)
+    return filled
+
+
+def off_values(cls: Any) -> dict[str, Any]:
+    """{field: its off-value} of those fields of a section that have one."""
+    return {f.name: f.metadata["off"] for f in dataclasses.fields(cls) if "off" in f.metadata}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain nested dict of a config dataclass; `from_dict(to_dict(c)) == c`."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def fingerprint(config: Any) -> str:
-    """A sha256 over the canonical JSON of a config: equal configs, equal fingerprints."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    """A sha256 over the canonical JSON of what is not off: equal configs, equal fingerprints."""
+    return hashlib.sha256(json.dumps(_on(config), sort_keys=True).encode()).hexdigest()
+
+
+def _on(section: Any) -> dict[str, Any]:
+    """The knobs that are not off, without sections where all are."""
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    off = off_values(section)
+    on = {name: v for name, v in values.items() if name not in off or v != off[name]}
+    nested = {name: _on(v) if dataclasses.is_dataclass(v) else v for name, v in on.items()}
+    return {name: v for name, v in nested.items() if v != {}}
 
 
 def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ from gptjax.config import (
     UserError,
     flatten,
     from_dict,
+    recorded,
     unknown_key,
 )
 from gptjax.places import expand
@@ -127,7 +128,7 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
         tree = json.loads(path.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError
-        config: Config = from_dict(tree)
+        config: Config = recorded(tree)
     except ConfigError as error:
         raise UserError(f"{path} is not of this version of gptjax: {error}") from None
     except ValueError:

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import loop, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, UserError, flatten, from_dict, to_dict
+from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.data.batches import Batch
 from gptjax.files import disk, replace_file
 from gptjax.progress import Progress, say
@@ -107,7 +107,7 @@ def group_of(workdir: Path) -> tuple[list[Config], int]:
         for name, values in told["varied"].items():
             section, _, field = name.rpartition(".")
             (tree[section] if section else tree)[field] = values[member]
-        configs.append(from_dict(tree))
+        configs.append(recorded(tree))
     return configs, told["member"]
 
 
@@ -144,12 +144,12 @@ def train(
     with ExitStack() as stack:
         with jax.set_mesh(mesh):
             setups = [set_up(config) for config in configs]
-            _claim(configs, workdirs)
             saved = {
                 r: stack.enter_context(Checkpoints(workdir / CHECKPOINTS, keep))
                 for r, workdir in enumerate(workdirs)
                 if diverged(workdir) is None
             }
+            _claim(configs, workdirs)
             start = _common_step(saved.values())
             members = [
                 _Member(r, setups[r], to_dict(configs[r]), workdirs[r], checkpoints, start, stack)
@@ -234,9 +234,7 @@ class _Group:
     ) -> None:
         self.title = f"training {len(setups)} runs"
         self._setups, self._left, self._mesh = setups, members, mesh
-        count = len(setups)
-        ways = max(n for n in range(1, mesh.devices.size + 1) if count % n == 0)
-        self.devices = mesh.devices.flatten()[:ways].tolist()
+        self.devices = devices_for(len(setups), mesh)
         self._split = over_members(self.devices)
         self._knobs = self._place(stack_knobs(configs))
         settled = setups[0].config
@@ -314,6 +312,29 @@ class _Group:
         for m in self._left:
             mine = jax.tree.map(lambda leaf, r=m.index: np.array(leaf[r]), host)
             yield m, jax.device_put(mine, self._shardings)
+
+
+def devices_for(members: int, mesh: Mesh) -> list[jax.Device]:
+    """As many of the mesh's devices as can have equally many members."""
+    ways = max(n for n in range(1, mesh.devices.size + 1) if members % n == 0)
+    return mesh.devices.flatten()[:ways].tolist()
+
+
+def lower(configs: Sequence[Config], mesh: Mesh) -> jax.stages.Lowered:
+    """The program in which a group takes its steps; nothing is computed."""
+    with jax.set_mesh(mesh):
+        setup = set_up(configs[0])
+        rows = setup.config.data.batch_size // setup.config.train.accumulation
+        one = state.abstract(setup.config), read_rows(setup, 0, 0, rows)
+    split = over_members(devices_for(len(configs), mesh))
+
+    def abstract(shape: tuple[int, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=split)
+
+    members = jax.tree.map(lambda leaf: abstract((len(configs), *leaf.shape), leaf), one)
+    knobs = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf), stack_knobs(configs))
+    step: Any = make_step(setup.config, split)
+    return step.lower(*members, knobs)
 
 
 def over_members(devices: Sequence[jax.Device]) -> NamedSharding:

@@ -61,7 +61,8 @@ def linear(config: Optim, steps: int) -> Schedule:
 def wsd(config: Optim, steps: int) -> Schedule:
     """Warmup, stable, decay (Hu et al. 2024, arXiv:2404.06395, with a linear decay).
 
-    The last round(decay_fraction * steps) updates, at least one, lie below the peak.
+    The last round(decay_fraction * steps) updates, at least one, lie below the peak; one less
+    where the warmup takes all others, as its end is the peak.
     """
     decay = max(1, round(config.decay_fraction * steps))
     if config.warmup_steps + decay > steps:
@@ -69,8 +70,11 @@ def wsd(config: Optim, steps: int) -> Schedule:
             f"optim.warmup_steps={config.warmup_steps} and optim.decay_fraction="
             f"{config.decay_fraction} overlap in a run of {steps} steps: lower one of them"
         )
-    start = max(0, steps - 1 - decay - config.warmup_steps)
-    return optax.linear_schedule(1.0, config.final_lr_fraction, decay, transition_begin=start)
+    length = steps - 1 - config.warmup_steps  # from the peak to the last update
+    start = max(0, length - decay)
+    return optax.linear_schedule(
+        1.0, config.final_lr_fraction, length - start, transition_begin=start
+    )
 
 
 # Fraction of the peak as a function of the updates since the warmup.
@@ -85,8 +89,9 @@ SCHEDULES: dict[str, Callable[[Optim, int], Schedule]] = {
 def make_schedule(config: Optim, steps: int) -> Schedule:
     """The learning rate of each update of a run of `steps`.
 
-    With w = warmup_steps the rate of update s < w is peak * (s + 1) / (w + 1): linear from 0,
-    which it would have just before the run, so that no update is wasted, to the peak, which
+    Where config.schedule_steps is set, it stands for `steps`, and all later updates have the last
+    rate. With w = warmup_steps the rate of update s < w is peak * (s + 1) / (w + 1): linear from
+    0, which it would have just before the run, so that no update is wasted, to the peak, which
     it first has at s = w. At s = steps - 1 it is peak * final_lr_fraction, unless the
     schedule is constant or the warmup ends right there.
 
@@ -94,9 +99,11 @@ def make_schedule(config: Optim, steps: int) -> Schedule:
         ConfigError: on an unknown schedule or a warmup that does not fit into the run.
     """
     w = config.warmup_steps
+    length = "train.steps" if config.schedule_steps is None else "optim.schedule_steps"
+    steps = config.schedule_steps or steps
     if w >= steps:
         raise ConfigError(
-            f"optim.warmup_steps={w} never ends in a run of train.steps={steps}: "
+            f"optim.warmup_steps={w} never ends in a run of {length}={steps}: "
             f"set it to at most {steps - 1}"
         )
     after = choose(SCHEDULES, config.schedule, "optim.schedule")(config, steps)
@@ -189,6 +196,11 @@ def muon(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformati
     gives it the root mean square of a typical AdamW update (Liu et al. 2025,
     arXiv:2502.16982, eq. 4), so that both groups share one peak_lr and one weight_decay.
     `momentum` is Muon's (Nesterov); b1, b2 and eps are AdamW's.
+
+    Deviation from Jordan's own code, which orthogonalises beta m + (1 - beta) g for a momentum m
+    that starts at 0: optax corrects both terms for that start, update t = 1, 2, ... being
+    beta m / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t). At beta = 0.95 and with independent
+    gradients the update is 5% from his at t = 6, 1% at 20 and 0.3% at 40.
     """
     skip = optax.MaskedNode()
 

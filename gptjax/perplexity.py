@@ -49,12 +49,14 @@ class Convention:
     stride: int  # tokens from one window to the next
     prefix: str  # a row of PREFIX
     apart: bool  # attention stays within a document
+    max_tokens: int | None = None  # so many of each text are scored, from its beginning; None: all
 
     def __str__(self) -> str:
         documents = "apart" if self.apart else "joined"
+        cut = "" if self.max_tokens is None else f", at most {self.max_tokens:,} tokens of a text"
         return (
             f"context {self.context}, stride {self.stride}, prefix {self.prefix}, documents "
-            f"{documents}, end-of-text scored"
+            f"{documents}, end-of-text scored{cut}"
         )
 
 
@@ -127,6 +129,7 @@ class Evaluator:
             choose(PACKING, config.data.packing, "data.packing").segmented
             if e.documents is None
             else choose(DOCUMENTS, e.documents, "eval.documents"),
+            e.max_tokens,
         )
         if choose(POSITION, config.model.position, "model.position").learned:
             _within_positions(context, config.model)
@@ -177,14 +180,17 @@ class Evaluator:
             advance(done)
 
         for first in range(0, self.windows, self._rows):
-            load = functools.partial(self._load, first)
-            batch = sharding.place(load, self._rows, "BT")
+            batch = self.batch(first)
             pending.append((first, batch_nll(self._model, self._chunk, params, batch)))
             if len(pending) > 1:  # one batch runs while the one before is read
                 collect()
         while pending:
             collect()
         return nats
+
+    def batch(self, first: int) -> Batch[jax.Array]:
+        """The windows from `first` on that are scored at once, on the current mesh."""
+        return sharding.place(functools.partial(self._load, first), self._rows, "BT")
 
     def targets(self, start: int, stop: int) -> np.ndarray:
         """Scored tokens [start, stop), int32."""

@@ -34,18 +34,20 @@ from pathlib import Path
 from typing import Any, Self, SupportsFloat
 
 import jax
+import numpy as np
 
 import gptjax
-from gptjax.config import UserError, flatten
+from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.files import disk, replace_file
+from gptjax.optim import make_schedule
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 # What a resumed run may set anew: sections or knobs, none of which changes the function being
 # trained or the order of its data. Those of the second line change the rounding of its sums, so
-# that the curve goes on as another run of the same seed would, not bit for bit. Not train.steps,
-# which shapes the schedule; not eval, whose numbers would no longer compare along the curve.
+# that the curve goes on as another run of the same seed would, not bit for bit. Not eval, whose
+# numbers would no longer compare along the curve.
 MAY_CHANGE = (
     *(
         "train.watch",
@@ -58,6 +60,10 @@ MAY_CHANGE = (
     *("mesh", "model.scan_layers", "model.remat", "model.attention", "optim.loss_vocab_chunk"),
     *("sample",),
 )
+
+# These may change where that leaves every learning rate so far as it was, so that the run is what
+# it would be had it begun so.
+LENGTH = ("train.steps", "optim.schedule_steps")
 
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
@@ -149,12 +155,12 @@ def open_run(
         resume_step: the checkpoint's step; None starts anew and empties an older log.
 
     Raises:
-        UserError: if the folder holds a run of another config (but for `MAY_CHANGE`) or of
-            other data, or cannot be written.
+        UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
+            `LENGTH`) or of other data, or cannot be written.
     """
     folder, config = Path(workdir), json.loads(json.dumps(config))
     history = _read(folder / ENVIRONMENT, [])
-    changed = _changed_knobs(folder, config)
+    changed = _changed_knobs(folder, config, resume_step or 0)
     _same_data(folder, history, fingerprints)
     if jax.process_index() == 0:
         with disk(folder):
@@ -195,22 +201,46 @@ def read_environment(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _read(Path(workdir) / ENVIRONMENT, [])
 
 
-def _changed_knobs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _changed_knobs(folder: Path, config: Mapping[str, Any], done: int) -> dict[str, list[Any]]:
     """{knob: [before, now]} of the knobs that may change; others that did are an error."""
-    if not (folder / CONFIG).exists():
+    path = folder / CONFIG
+    if not path.exists():
         return {}
-    before, now = flatten(_read(folder / CONFIG, {})), flatten(config)
-    knobs = dict.fromkeys([*now, *before])
-    changed = {
-        knob: [before.get(knob, "absent"), now.get(knob, "absent")]
-        for knob in knobs
-        if before.get(knob, "absent") != now.get(knob, "absent")
-    }
+    try:
+        was: Config = recorded(_read(path, {}))
+    except ConfigError as error:
+        raise UserError(f"{path} is not of this version of gptjax: {error}") from error
+    before, now = flatten(to_dict(was)), flatten(config)
+    changed = {knob: [before[knob], now[knob]] for knob in now if before[knob] != now[knob]}
     refused = [knob for knob in changed if not _may_change(knob)]
-    if refused:
+    if refused and set(refused) <= set(LENGTH):
+        _may_extend(folder, was, from_dict(config), done)
+    elif refused:
         told = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
         raise UserError(f"{folder} holds a run of another config: {told}. Use another --workdir")
     return changed
+
+
+def _may_extend(folder: Path, was: Config, now: Config, done: int) -> None:
+    """Refuses another length or schedule under which the `done` steps would have been others."""
+    old, new = was.train.steps, now.train.steps
+    if new < done:
+        raise UserError(
+            f"{folder} has trained {done} steps already, more than train.steps={new}: set it to "
+            "more, or use another --workdir"
+        )
+    before, after = (
+        np.broadcast_to(make_schedule(c.optim, c.train.steps)(np.arange(done)), done)
+        for c in (was, now)
+    )
+    if not np.array_equal(before, after):
+        end = was.optim.schedule_steps or old
+        raise UserError(
+            f"{folder} cannot go on from step {done} of {old} to {new}: optim.schedule="
+            f"{now.optim.schedule!r} would have given its steps other learning rates. Leave the "
+            f"schedule its end by --config.optim.schedule_steps={end}, after which the rate stays; "
+            "or begin another run from its weights: `export` it, and `train --from` that"
+        )
 
 
 def _may_change(knob: str) -> bool:

@@ -28,7 +28,7 @@ import jax
 
 from gptjax import ensemble, loop, records, setup, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, to_dict
+from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.data.sources import open_source
 from gptjax.progress import say
 from gptjax.sharding import make_mesh
@@ -78,6 +78,12 @@ class Past:
     saved: int
     group: list[Config] | None
     member: int
+
+    @property
+    def ends(self) -> set[int]:
+        """Where the run would have ended, had it not been extended: logged and scored once more."""
+        changed = [record["changed_knobs"].get("train.steps") for _, record in self.starts[1:]]
+        return {before for before, _ in filter(None, changed)}
 
     @property
     def last(self) -> int:
@@ -138,6 +144,8 @@ def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
     history = records.read_environment(workdir)
     if not history:
         raise UserError(f"{workdir} holds no run: it has no {records.ENVIRONMENT}")
+    if writer := Checkpoints(workdir / CHECKPOINTS).writer():
+        raise UserError(f"{workdir} is being trained by {writer}: replay it after that")
     try:
         return _verify(workdir, history, begin)
     except (KeyError, TypeError, AttributeError) as error:
@@ -167,12 +175,13 @@ def _verify(workdir: Path, history: list[dict[str, Any]], begin: setup.Start | N
 
 
 def _before(changed: list[dict[str, list[Any]]], config: Config) -> Config:
-    """The config before the changes of later starts."""
+    """The config before the changes of later starts, but for those of its length."""
     tree = to_dict(config)
     for knobs in reversed(changed):
         for knob, (before, _) in knobs.items():
             section, _, name = knob.partition(".")
-            tree[section][name] = before
+            if knob not in records.LENGTH:  # the last is right for all
+                tree[section][name] = before
     return from_dict(tree)
 
 
@@ -183,7 +192,7 @@ def _read_config(workdir: Path, sha256: str) -> Config:
         raise UserError(f"{workdir} holds no run: it has no {records.CONFIG}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() == sha256:
-        return from_dict(json.loads(content))
+        return recorded(json.loads(content))
     raise UserError(
         f"{path} is not what the run wrote: {_altered(workdir, content)}. Restore it to replay "
         "the run"
@@ -208,8 +217,7 @@ def _read_group(workdir: Path, config: Config) -> tuple[list[Config] | None, int
 def _altered(workdir: Path, content: bytes) -> str:
     """What is wrong with a config.json: by knob where a checkpoint tells what it held."""
     try:
-        tree = json.loads(content)
-        from_dict(tree)
+        tree = to_dict(recorded(json.loads(content)))
     except ConfigError as error:
         return str(error)
     except (ValueError, TypeError, AttributeError):
@@ -218,7 +226,8 @@ def _altered(workdir: Path, content: bytes) -> str:
         step = checkpoints.latest()
         if step is None:
             return "its sha256 is another (no checkpoint tells which knob changed)"
-        saved, now = flatten(checkpoints.meta(step)["config"]), flatten(tree)
+        saved = flatten(to_dict(recorded(checkpoints.meta(step)["config"])))
+        now = flatten(tree)
     changed = [
         f"{knob} was {saved.get(knob)!r}, is {now[knob]!r}"
         for knob in now
@@ -302,6 +311,7 @@ def differences(past: Past) -> list[str]:
             f"{knob} was {after!r}{since}, is {before!r}"
             for knob, (before, after) in record["changed_knobs"].items()
             if start and knob.partition(".")[0] not in ("train", "sample")
+            if knob not in records.LENGTH
         ]
     if now["backend"] == "gpu" and "xla_gpu_deterministic_ops=true" not in now["xla_flags"]:
         found.append("a GPU adds in any order without XLA_FLAGS=--xla_gpu_deterministic_ops=true")
@@ -368,6 +378,8 @@ def compare(past: Past, now: Numbers, precision: str | None) -> dict[str, Any]:
         owed = [name for name in sorted(new.keys() - was.keys()) if past.owes(step, name)]
         wrong += [f"step {step}: {records.METRICS} has no {' and no '.join(owed)}"] * bool(owed)
         for name in sorted(was):
+            if name not in new and step in past.ends:
+                continue
             if name not in new:
                 wrong.append(f"step {step}: {name} was {was[name]!r}, is not made again")
                 continue

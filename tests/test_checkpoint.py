@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -182,6 +183,48 @@ def test_misuse_is_refused(copied: Path, state: State) -> None:
             checkpoints.restore(3, abstract(state))
     with Checkpoints(copied) as reader, pytest.raises(ValueError, match="only read"):
         reader.save(3, state, DATA)
+
+
+def test_a_folder_has_one_writer_and_says_which(tmp_path: Path, state: State) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    with Checkpoints(folder, keep=1) as first:
+        first.save(1, state, DATA, wait=True)
+        with pytest.raises(checkpoint.Busy) as caught:
+            Checkpoints(folder, keep=1)
+        holder = rf"process {os.getpid()} on {socket.gethostname()}, since \d{{4}}-.*"
+        told = rf"{tmp_path / 'run'} is being trained by {holder}: wait for its end or stop it"
+        assert re.match(told, str(caught.value)) and "\n" not in str(caught.value)
+        # Whoever reads need not wait.
+        with Checkpoints(folder) as reader:
+            assert_bitwise(reader.restore(1, abstract(state)), state)
+            assert re.fullmatch(holder, reader.writer())
+    assert reader.writer() == ""
+    with Checkpoints(folder, keep=1) as second:
+        assert second.latest() == 1
+
+
+def test_a_killed_writer_frees_the_folder(tmp_path: Path) -> None:
+    code = """
+    import sys, time
+    from gptjax.checkpoint import Checkpoints
+    checkpoints = Checkpoints(sys.argv[1], keep=1)
+    print("held", flush=True)
+    time.sleep(100)
+    """
+    process = run_python(textwrap.dedent(code), str(tmp_path / "checkpoints"))
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with pytest.raises(checkpoint.Busy, match=f"is being trained by process {process.pid} on"):
+        Checkpoints(tmp_path / "checkpoints", keep=1)
+    process.kill()
+    process.communicate()
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as free:
+        assert free.latest() is None
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write in .*file/run: Not a directory\. Free"):
+        Checkpoints(tmp_path / "file" / "run" / "checkpoints", keep=1)
 
 
 def test_donating_the_state_during_a_save_is_safe(tmp_path: Path) -> None:

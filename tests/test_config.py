@@ -21,11 +21,15 @@ from gptjax import decode, model, setup, state
 from gptjax.config import (
     Config,
     ConfigError,
+    Mesh,
     UserError,
     choose,
     fingerprint,
     flatten,
     from_dict,
+    off,
+    off_values,
+    recorded,
     to_dict,
 )
 from gptjax.data.batches import Batches
@@ -39,6 +43,7 @@ sys.path.insert(0, str(ROOT))  # recipes import each other from the root, as und
 from configs import base  # noqa: E402
 
 TREE = base.get_config().to_dict()
+BASE_FINGERPRINT = "6955bc6b59cb93678abda9f6eed46dafb2142a1f5532cf16a464cb991952550a"  # of the base recipe, for ever, unless that recipe changes
 
 
 def changed(**changes) -> dict:
@@ -240,6 +245,66 @@ def test_derived_sizes():
     assert sizes(model__ff_dim=100, model__head_dim=8) == (4, 8, 100)
     windows = from_dict(changed(model__windows=(None, 8, 16))).model.layer_windows
     assert windows == (None, 8, 16, None)
+
+
+# --- what was recorded before a knob existed ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterMesh(Mesh):
+    expert: int = dataclasses.field(metadata=off(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    every: int | None = dataclasses.field(metadata=off(None))
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A version to come: a knob more in a section, and one more section."""
+
+    seed: int
+    mesh: LaterMesh
+    probe: Probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """Its predecessor."""
+
+    seed: int
+    mesh: Mesh
+
+
+def test_a_knob_that_is_not_recorded_is_off():
+    mesh = {"data": None, "fsdp": 1, "tensor": 1}
+    now = recorded({"seed": 3, "mesh": mesh}, Later)
+    assert (now.seed, now.mesh.expert, now.probe.every) == (3, 1, None)
+    before = from_dict({"seed": 3, "mesh": mesh}, Before)
+    assert fingerprint(now) == fingerprint(before)
+    on = dataclasses.replace(now, probe=Probe(every=5))
+    assert fingerprint(on) != fingerprint(now)
+    assert recorded(to_dict(on), Later) == on
+    # A recipe states all, and a knob without an off-value is needed everywhere.
+    with pytest.raises(ConfigError, match=r"missing config keys: probe$"):
+        from_dict({"seed": 3, "mesh": mesh}, Later)
+    with pytest.raises(ConfigError, match=r"missing config keys: mesh.fsdp$"):
+        recorded({"seed": 3, "mesh": {"data": 1, "tensor": 1}}, Later)
+    with pytest.raises(ConfigError, match=r"unknown config key 'mesh.experts' \(did you mean"):
+        recorded({"seed": 3, "mesh": {**mesh, "experts": 1}}, Later)
+
+
+def test_off_values_never_change():
+    """Fingerprints that were recorded rest on them: here they may only be added."""
+    assert fingerprint(from_dict(TREE)) == BASE_FINGERPRINT
+    without = changed()
+    for section, cls in typing.get_type_hints(Config).items():
+        for name, value in off_values(cls).items() if dataclasses.is_dataclass(cls) else ():
+            if TREE[section][name] == value:
+                del without[section][name]
+    assert from_dict(TREE) == recorded(without)
+    assert len(flatten(without)) < len(flatten(TREE))
 
 
 # --- round trip and fingerprint -----------------------------------------------------------

@@ -302,6 +302,67 @@ def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[-1]["skipped"] == 1
 
 
+def train(store: Path, workdir: Path, **knobs: Any) -> None:
+    config = tiny.config(store, train__checkpoint_every=2, train__eval_every=4, **knobs)
+    with jax.set_mesh(tiny.mesh()):
+        loop.train(config, workdir)
+
+
+def test_an_extended_run_is_the_longer_run(store: Path, tmp_path: Path) -> None:
+    """Bit for bit, but for what its first end logged and scored once more."""
+    constant = {"optim__schedule": "constant", "train__log_every": 3}
+    train(store, tmp_path / "long", train__steps=9, **constant)
+    train(store, tmp_path / "run", train__steps=5, **constant)
+    train(store, tmp_path / "run", train__steps=9, **constant)
+    first, again = timeless(tmp_path / "long"), timeless(tmp_path / "run")
+    assert [line for line in again if line["step"] != 5] == first
+    assert [set(line) & {"loss", "val_loss"} for line in again if line["step"] == 5] == [
+        {"loss"},
+        {"val_loss"},
+    ]
+    assert bits(final_state(store, tmp_path / "run", 9)) == bits(
+        final_state(store, tmp_path / "long", 9)
+    )
+
+
+def test_a_finished_cosine_goes_on_at_its_last_rate_once_its_end_is_stated(
+    store: Path, tmp_path: Path
+) -> None:
+    train(store, tmp_path, train__steps=5)
+    last = timeless(tmp_path)[-2]["learning_rate"]
+    with pytest.raises(UserError, match=r"cannot go on from step 5 of 5 to 8: .*schedule_steps=5"):
+        train(store, tmp_path, train__steps=8)
+    train(store, tmp_path, train__steps=8, optim__schedule_steps=5)
+    rates = [line["learning_rate"] for line in timeless(tmp_path) if "learning_rate" in line]
+    assert len(rates) == 8 and rates[4:] == [last] * 4
+
+
+def test_a_second_start_in_the_same_folder_is_refused(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first trains, which goes on undisturbed."""
+    load, refused = loop.load_batch, []
+
+    def planted(found: setup.Setup, step: int) -> Any:
+        if step == 3:
+            with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} on"):
+                loop.train(found.config, tmp_path)
+            refused.append(step)
+        return load(found, step)
+
+    monkeypatch.setattr(loop, "load_batch", planted)
+    train(store, tmp_path, train__steps=5)
+    assert refused == [3]
+    assert [line["step"] for line in timeless(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_in_a_folder_of_any_name(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exp[1-3]* ä?\\{x}"
+    train(store, folder, train__steps=4)
+    assert bits(final_state(store, folder, 4))
+    train(store, folder, train__steps=4)  # is done
+
+
 def test_a_vocabulary_larger_than_the_models_is_refused(store: Path, tmp_path: Path) -> None:
     config = tiny.config(store, model__vocab_size=256)
     with (

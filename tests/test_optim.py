@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -209,6 +210,34 @@ def test_muon_orthogonalises_each_layer_and_has_the_rms_of_adam():
     np.testing.assert_allclose(embed, np.sign(grads["embed"]["tokens"]), atol=1e-5)
 
 
+def orthogonal(matrix):
+    """Newton-Schulz by Jordan's code, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def test_muons_momentum_and_how_far_it_is_from_jordans():
+    """The docstring's formula, to float32 through five iterations, and its figures."""
+    optimizer, beta = make_optimizer(config(optimizer="muon", peak_lr=1.0), 100, {"up": "DF"}), 0.95
+    params, m, apart = {"up": jnp.zeros((32, 64))}, np.zeros((32, 64)), {}
+    state = optimizer.init(params)
+    for t in range(1, 41):
+        g = np.random.default_rng(t).normal(size=(32, 64)).astype(np.float32)
+        update, state = optimizer.update({"up": g}, state, params)
+        m = beta * m + (1 - beta) * g
+        corrected = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+        size = 0.2 * math.sqrt(64)
+        np.testing.assert_allclose(update["up"], -size * orthogonal(corrected), atol=3e-6)
+        jordans = -size * orthogonal(beta * m + (1 - beta) * g)
+        apart[t] = np.linalg.norm(update["up"] - jordans) / np.linalg.norm(jordans)
+    assert apart[1] < 1e-5  # a factor alone
+    assert [round(apart[t], 3) for t in (6, 20, 40)] == pytest.approx([0.05, 0.01, 0.003], rel=0.2)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_layers_update_does_not_depend_on_the_other_layers(name):
     o = config(optimizer=name, weight_decay=0.1)
@@ -304,12 +333,40 @@ def test_schedules_in_closed_form(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_end_at_their_final_rate(name):
-    for steps, warmup in ((1, 0), (2, 0), (5, 3), (10, 0), (1000, 100)):
-        o = config(schedule=name, warmup_steps=warmup)
-        last = float(make_schedule(o, steps)(steps - 1))
+    """Whatever is accepted, as long as the end of the warmup, the peak, is not the end of all."""
+    lengths = [(s, w, f) for s in (1, 2, 5, 8) for w in range(s) for f in (0.01, 0.5, 0.7, 1)]
+    for steps, warmup, fraction in [*lengths, (1000, 100, 0.2), (1000, 500, 0.5)]:
+        o = config(schedule=name, warmup_steps=warmup, decay_fraction=fraction)
+        if name == "wsd" and warmup + max(1, round(fraction * steps)) > steps:
+            continue  # refused
+        rates = np.array(make_schedule(o, steps)(np.arange(steps)) + np.zeros(steps))
         peak = steps - 1 == warmup or name == "constant"
-        assert last == pytest.approx(0.1 if peak else 0.01, rel=1e-6), (steps, warmup)
-        assert float(make_schedule(o, steps)(warmup)) == pytest.approx(0.1, rel=1e-6)
+        told = steps, warmup, fraction
+        assert rates[-1] == pytest.approx(0.1 if peak else 0.01, rel=1e-6), told
+        assert rates[warmup] == pytest.approx(0.1, rel=1e-6), told
+        if name == "wsd":
+            decay = max(1, round(fraction * steps))
+            below = decay - (warmup + decay == steps)
+            assert (rates[warmup:] < 0.0999).sum() == below, told
+
+
+def test_a_wsd_whose_warmup_meets_its_decay_ends_at_its_final_rate():
+    o = config(schedule="wsd", warmup_steps=5, decay_fraction=0.5, peak_lr=1.0)
+    rates = [float(make_schedule(o, 10)(step)) for step in range(10)]
+    warmup = [(step + 1) / 6 for step in range(5)]
+    assert rates == pytest.approx([*warmup, 1, 0.775, 0.55, 0.325, 0.1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_may_end_before_the_run(name):
+    """Then the rate stays; a longer run has the rates of the shorter, and its last ever after."""
+    o = config(schedule=name, warmup_steps=2, decay_fraction=0.4)
+    ended = dataclasses.replace(o, schedule_steps=11)
+    short, long = make_schedule(o, 11)(np.arange(11)), make_schedule(ended, 30)(np.arange(30))
+    np.testing.assert_array_equal(np.broadcast_to(long, 30)[:11], short)
+    np.testing.assert_array_equal(np.broadcast_to(long, 30)[11:], np.broadcast_to(short, 11)[-1])
+    with pytest.raises(ConfigError, match="never ends in a run of optim.schedule_steps=2: .* 1$"):
+        make_schedule(dataclasses.replace(ended, schedule_steps=2), 30)
 
 
 def test_impossible_optimisers_are_told():

@@ -410,6 +410,12 @@ def test_the_convention_is_told(store: Store) -> None:
     assert str(found.convention) == (
         "context 8, stride 3, prefix none, documents apart, end-of-text scored"
     )
+    # Whoever inherits a run's cut must see it.
+    found = evaluator(configure(max_tokens=1200), store)
+    assert str(found.convention) == (
+        "context 16, stride 16, prefix eot, documents joined, end-of-text scored, at most 1,200 "
+        "tokens of a text"
+    )
 
 
 def test_what_cannot_be_scored_is_refused(store: Store, tmp_path: Path) -> None:

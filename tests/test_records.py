@@ -178,12 +178,92 @@ def test_every_knob_that_may_change_exists(tmp_path: Path) -> None:
 def test_a_knob_may_change_only_where_documented(tmp_path: Path, knob: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     other = having(**{knob.replace(".", "__"): "changed"})
+    if knob in records.LENGTH:
+        return  # below
     if knob in records.MAY_CHANGE or knob.split(".")[0] in records.MAY_CHANGE:
         value = config.flatten(CONFIG)[knob]
-        assert records._changed_knobs(tmp_path, other) == {knob: [value, "changed"]}
+        assert records._changed_knobs(tmp_path, other, 5) == {knob: [value, "changed"]}
     else:
         with pytest.raises(UserError, match=f"another config: {knob} was .*, is 'changed'. Use"):
-            records._changed_knobs(tmp_path, other)
+            records._changed_knobs(tmp_path, other, 5)
+
+
+# schedule, steps done of 500, what is asked; in the base recipe 50 warm up.
+EXTENDED = [
+    ("constant", 500, {"train__steps": 900}),
+    ("constant", 300, {"train__steps": 400}),  # shorter, but not than what is done
+    ("cosine", 51, {"train__steps": 900}),  # at the peak, where the warmup ends
+    ("cosine", 500, {"train__steps": 900, "optim__schedule_steps": 500}),
+    ("cosine", 300, {"optim__schedule_steps": 500}),
+    ("linear", 500, {"train__steps": 900, "optim__schedule_steps": 500}),
+    ("wsd", 400, {"train__steps": 900}),  # its last fifth decays
+    ("wsd", 500, {"train__steps": 900, "optim__schedule_steps": 500}),
+]
+
+
+@pytest.mark.parametrize("schedule, done, change", EXTENDED)
+def test_a_run_may_become_longer_where_its_rates_so_far_stay(
+    tmp_path: Path, schedule: str, done: int, change: dict[str, int]
+) -> None:
+    open_run(tmp_path, having(optim__schedule=schedule), PRINTS, None).close()
+    open_run(tmp_path, having(optim__schedule=schedule, **change), PRINTS, done).close()
+    flat = config.flatten(CONFIG)
+    knobs = {name.replace("__", "."): value for name, value in change.items()}
+    assert environment(tmp_path)[-1]["changed_knobs"] == {
+        knob: [flat[knob], value] for knob, value in knobs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "schedule, done, change",
+    [
+        ("cosine", 52, {"train__steps": 900}),
+        ("cosine", 500, {"train__steps": 501}),
+        ("linear", 500, {"train__steps": 900}),
+        ("wsd", 402, {"train__steps": 900}),
+        ("wsd", 500, {"train__steps": 900, "optim__schedule_steps": 900}),
+    ],
+)
+def test_a_run_that_would_have_had_other_rates_is_not_extended(
+    tmp_path: Path, schedule: str, done: int, change: dict[str, int]
+) -> None:
+    open_run(tmp_path, having(optim__schedule=schedule), PRINTS, None).close()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(UserError) as caught:
+        open_run(tmp_path, having(optim__schedule=schedule, **change), PRINTS, done)
+    said = str(caught.value)
+    assert f"cannot go on from step {done} of 500 to {change['train__steps']}" in said
+    assert f"optim.schedule={schedule!r} would have given its steps other learning rates" in said
+    assert "by --config.optim.schedule_steps=500, after which" in said and "\n" not in said
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    with pytest.raises(UserError, match=f"has trained {done} steps already, more than train.ste"):
+        open_run(tmp_path, having(optim__schedule=schedule, train__steps=done - 1), PRINTS, done)
+    # Not with another change beside it.
+    with pytest.raises(UserError, match="another config: seed was 0, is 1; train.steps was 500"):
+        other = having(seed=1, optim__schedule=schedule, train__steps=900)
+        open_run(tmp_path, other, PRINTS, done)
+
+
+def test_a_run_of_before_a_knob_goes_on_and_one_of_a_knob_unknown_does_not(tmp_path: Path) -> None:
+    open_run(tmp_path, CONFIG, PRINTS, None).close()
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    for name in config.off_values(config.Model):
+        if CONFIG["model"][name] == json.loads(json.dumps(config.off_values(config.Model)[name])):
+            del old["model"][name]
+    path.write_text(json.dumps(old))
+    open_run(tmp_path, CONFIG, PRINTS, 5).close()
+    assert environment(tmp_path)[-1]["changed_knobs"] == {}
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="another config: model.qk_norm was False, is True. Use"):
+        open_run(tmp_path, having(model__qk_norm=True), PRINTS, 5)
+    for wrong, told in (
+        ({**old, "experts": {}}, "unknown config key 'experts'"),
+        ({k: v for k, v in old.items() if k != "seed"}, "missing config keys: seed"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=f"{path} is not of this version of gptjax: {told}"):
+            open_run(tmp_path, CONFIG, PRINTS, 5)
 
 
 def test_a_change_on_resume_is_recorded(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax import ensemble, loop, model, records, replay, setup
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, UserError
 from tests import tiny
 from tests.test_interop_tokenizer import trained, write
@@ -110,6 +112,26 @@ def test_an_unfinished_run_recurs_and_so_it_does_once_resumed(store: Path, tmp_p
     assert (record["differs"], record["bitwise"]) == ([], True)
     # Steps 1, 2 and 4, then 5 and the last; evaluated at 3, then at 5 and the last.
     assert (record["steps"], record["numbers"]) == (6, 5 * 6 + 3 * 3)
+
+
+def test_an_extended_run_recurs(store: Path, tmp_path: Path) -> None:
+    """What it logged at its first end, which the longer run does not, is passed over."""
+    config = tiny.config(store, **KNOBS | {"train__log_every": 4}, optim__schedule="constant")
+    folder = train(config, tmp_path / "run", None)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8))
+    train(longer, folder)
+    past = replay.verify(folder)
+    assert (past.config, past.last, past.ends) == (longer, 8, {6})
+    record = replay.run(folder)
+    assert (record["differs"], record["bitwise"]) == ([], True)
+    # Steps 1, 4 and 8 of 1, 4, 6 and 8; evaluated at 3, 6 and 8.
+    assert (record["steps"], record["of"], record["numbers"]) == (8, 8, 3 * 6 + 3 * 3)
+
+
+def test_a_run_that_is_being_trained_is_not_replayed(run: Path) -> None:
+    with Checkpoints(run / "checkpoints", keep=1), pytest.raises(UserError) as caught:
+        replay.run(run)
+    assert f"{run} is being trained by process {os.getpid()} on" in str(caught.value)
 
 
 def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptjax import accounting, configure, model, tokenizer
 from gptjax.config import Config, ConfigError, UserError
 from gptjax.data.batches import Batch, Batches
 from gptjax.layers.feedforward import FEEDFORWARD
-from gptjax.study.equalise import EQUAL, TOLERANCE, equalise
+from gptjax.study.equalise import EQUAL, TOLERANCE, Equal, equalise
 from gptjax.study.spec import (
     METRICS,
     TUNING,
@@ -33,6 +33,7 @@ from gptjax.study.spec import (
     of_axes,
     tuning_cells,
 )
+from gptjax.study.tables import stated
 from tests import tiny
 
 REPO = Path(__file__).parents[1]
@@ -380,8 +381,24 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_budget_is_counted_here() -> None:
-    assert set(COUNTED) == set(EQUAL) - {"nothing"}
+def test_a_new_budget_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch, which no other row solves for: planted, solved, told."""
+
+    def solve(config: Config, base: Config, fixed: Collection[str]) -> Config:
+        data = dataclasses.replace(config.data, batch_size=base.data.batch_size)
+        return dataclasses.replace(config, data=data)
+
+    own = ("data.batch_size",)
+    row = Equal("rows of a step", own, lambda config: float(config.data.batch_size), solve)
+    monkeypatch.setitem(EQUAL, "rows", row)
+    asked = study({"wider": {"model.width": 80}, "rope": {"model.position": "rope"}}, equal="rows")
+    assert "Held equal: rows of a step" in stated(asked)
+    base = budget_base()
+    large = configure.override(base, [f"--config.data.batch_size={2 * base.data.batch_size}"])
+    found, solved = equalise(large, base, "rows", ())
+    assert (found, solved) == (base, {"data.batch_size": base.data.batch_size})
+    with pytest.raises(ConfigError, match="it sets data.batch_size, which equal='rows' solves for"):
+        equalise(large, base, "rows", own)
 
 
 @pytest.mark.parametrize("equal", COUNTED)

@@ -276,7 +276,9 @@ COMMANDS: dict[str, Command] = {
         f"""\
 Trains to train.steps, evaluates the held-out text and prints a sample. The run's folder holds
 the config, environment, metrics (JSON lines and TensorBoard) and checkpoints; started again the
-run resumes from its latest checkpoint, on any number of devices.
+run resumes from its latest checkpoint, on any number of devices. With a larger train.steps it
+goes on beyond its end where that leaves its learning rates so far as they were (constant, wsd
+before its decay), or once optim.schedule_steps says where they ended.
 
   train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
 
@@ -290,7 +292,7 @@ run resumes from its latest checkpoint, on any number of devices.
         f"""\
 Prints nats per token, token and word perplexity and bits per byte, each with a 95% interval from
 a bootstrap over documents, and the convention, counts and fingerprints that they rest on. The
-convention is config.eval: context, stride, prefix, documents.
+convention is config.eval: context, stride, prefix, documents, max_tokens.
 
   eval --workdir=runs/mine --config.eval.stride=64
   eval --workdir=runs/mine --set wiki=wiki.test.raw web=web.jsonl --html=report.html

@@ -33,7 +33,7 @@ def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.study import results, run
 
     if arguments.dry_run:
-        tell(results.read(asked, arguments.store), arguments.store, print)
+        tell(results.read(asked, arguments.store, now=True), arguments.store, print)
         return
     try:
         found = run_all(arguments, asked)
@@ -51,7 +51,7 @@ def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
     from gptjax.progress import say
     from gptjax.study import results, run
 
-    tell(results.read(asked, arguments.store), arguments.store, say)
+    tell(results.read(asked, arguments.store, now=True), arguments.store, say)
     return run.run(asked, arguments.store, arguments.together)
 
 
@@ -148,7 +148,7 @@ def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
     from gptjax.study.equalise import EQUAL
     from gptjax.study.tables import settings, stated
 
-    asked, (measure, _) = found.study, EQUAL[found.study.equal]
+    asked, measure = found.study, EQUAL[found.study.equal].measure
     shared = filter(None, (asked.base, settings(asked.settings), *asked.overrides))
     for line in (f"{asked.name}: {asked.hypothesis}", *stated(asked), f"Base: {' '.join(shared)}"):
         say(line)
@@ -263,8 +263,9 @@ COMMANDS: dict[str, Command] = {
         f"""\
 A study's FILE states hypothesis, base, arms, seeds, metric, and what is held equal: tokens, FLOPs
 or parameters. Or cross axes on the spot. Arms with the same seed share batches and initial values
-and are compared in pairs. Every run lies in the store under its config: none runs twice, what
-broke goes on, and several processes may run the same study. --dry_run tells the plan alone.
+and are compared in pairs. Every run lies in the store under its config: none runs twice as long
+as the code computes the same, what broke goes on, and several processes may run the same study.
+--dry_run tells the plan alone.
 
   study experiments/positions.py --seeds=5
   study --config=configs/ablation.py --axis model.position=rope,alibi --axis optim.peak_lr=5e-3,1e-2
@@ -277,8 +278,8 @@ broke goes on, and several processes may run the same study. --dry_run tells the
         _add_report,
         "The answer of a study so far, as table, page, Markdown, CSV and LaTeX.",
         f"""\
-Reads whatever has finished, at any time, and runs nothing. Runs of different code, packages or
-data are refused in one table. Give the same words as to `study`.
+Reads whatever has finished, at any time, and runs nothing. Runs of different programs, packages
+or data are refused in one table. Give the same words as to `study`.
 
   report experiments/positions.py --out=report
 

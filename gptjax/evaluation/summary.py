@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from gptjax.perplexity import Convention
 from gptjax.report.terminal import MISSING, new_console, number
 
 # Figure -> its heading.
@@ -25,11 +26,7 @@ def interval(ends: Sequence[float | None]) -> str:
 
 def convention(identity: dict[str, Any]) -> str:
     """The rules of a score in a line."""
-    c = identity["convention"]
-    return (
-        f"context {c['context']}, stride {c['stride']}, prefix {c['prefix']}, documents "
-        f"{'apart' if c['apart'] else 'joined'}, end-of-text scored"
-    )
+    return str(Convention(**identity["convention"]))
 
 
 def rows(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gptjax.config import Model as ModelConfig
-from gptjax.config import UserError, choose
+from gptjax.config import UserError, choose, off_values
 from gptjax.layers.feedforward import hidden_width
 
 Keys = dict[str, Any]
@@ -64,18 +64,6 @@ class Family(NamedTuple):
 # Fields that say how a model is run or trained, not what function it is.
 RUN_FIELDS = ("dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype")
 
-# What a family does not mention is off.
-PLAIN: dict[str, Any] = {
-    "kv_heads": None, "head_dim": None, "ff_dim": None, "rope_base": 1e4, "rope_scaling": "none",
-    "rope_factor": 1.0, "rope_original_context": None, "rope_rotations": (1.0, 32.0),
-    "norm_placement": "pre", "bias": False, "attention_bias": "same", "parallel_block": False,
-    "qk_norm": False, "windows": (None,), "attention_softcap": None, "logit_softcap": None,
-    "value_residual": False, "dropout": 0.0, "init": "gpt2", "init_scale": 1.0,
-    "parametrisation": "standard", "mup_base_width": None, "mup_base_heads": None,
-    "mup_base_layers": None, "attention": "auto", "scan_layers": False, "remat": "none",
-    "dtype": "float32",
-}  # fmt: skip
-
 
 def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
     """The family and our config of a Hugging Face config.json.
@@ -94,7 +82,8 @@ def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
             raise UserError(
                 f"{key}={told[key]!r} of a {kind} is not one of: {', '.join(map(repr, values))}"
             )
-    fields = PLAIN | family.ours
+    # What a family does not mention is off.
+    fields = off_values(ModelConfig) | family.ours
     for key, (field, default) in family.keys.items():
         fields[field] = told.get(key, default)
         if fields[field] is ...:

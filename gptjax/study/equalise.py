@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptjax import accounting
 from gptjax.config import Config, ConfigError, Model, choose
+from gptjax.configure import difference
 from gptjax.layers.feedforward import hidden_width
 
 TOLERANCE = 0.01  # a budget further from the baseline's than this share is refused
@@ -79,12 +80,29 @@ def _as_it_is(config: Config, base: Config, fixed: Collection[str]) -> Config:
     return config
 
 
-# What is held equal -> (its measure, how an arm is brought to the baseline's).
-EQUAL: dict[str, tuple[Callable[[Config], float], Callable[..., Config]]] = {
-    "tokens": (tokens, _equal_tokens),
-    "flops": (flops, _equal_flops),
-    "parameters": (parameters, _equal_parameters),
-    "nothing": (nothing, _as_it_is),
+class Equal(NamedTuple):
+    """What may be held equal.
+
+    Attributes:
+        told: after "Held equal: ".
+        solved: the knobs that it sets and so no arm may.
+        measure: of a config.
+        solve: (an arm's config, the baseline's, knobs that the arm sets) -> the arm's at the
+            baseline's measure.
+    """
+
+    told: str
+    solved: tuple[str, ...]
+    measure: Callable[[Config], float]
+    solve: Callable[[Config, Config, Collection[str]], Config]
+
+
+STEPS = ("train.steps",)
+EQUAL: dict[str, Equal] = {
+    "tokens": Equal("tokens, so arms train on the same batches", STEPS, tokens, _equal_tokens),
+    "flops": Equal("training FLOPs (steps are solved for)", STEPS, flops, _equal_flops),
+    "parameters": Equal("parameters (widths are solved for)", (), parameters, _equal_parameters),
+    "nothing": Equal("nothing: arms may differ in size and length", (), nothing, _as_it_is),
 }
 
 
@@ -102,20 +120,14 @@ def equalise(
     Raises:
         ConfigError: where the budget cannot be met to 1%, or the arm sets what would be solved.
     """
-    measure, solve = choose(EQUAL, equal, "equal")
-    if equal in ("tokens", "flops") and "train.steps" in fixed:
-        raise ConfigError(f"it sets train.steps, which equal={equal!r} solves for: leave it out")
-    found = solve(config, base, fixed)
-    target, got = measure(base), measure(found)
+    row = choose(EQUAL, equal, "equal")
+    if knobs := [knob for knob in row.solved if knob in fixed]:
+        raise ConfigError(f"it sets {knobs[0]}, which equal={equal!r} solves for: leave it out")
+    found = row.solve(config, base, fixed)
+    target, got = row.measure(base), row.measure(found)
     if abs(got - target) > TOLERANCE * target:
         raise ConfigError(
             f"{equal} cannot be made equal: {got:,.0f} is the nearest to the baseline's "
             f"{target:,.0f}; change the arm, or hold something else equal: {', '.join(EQUAL)}"
         )
-    before, after = config.model, found.model
-    solved = {
-        "model.width": (before.width, after.width),
-        "model.ff_dim": (before.ff_dim, after.ff_dim),
-        "train.steps": (config.train.steps, found.train.steps),
-    }
-    return found, {knob: new for knob, (old, new) in solved.items() if new != old}
+    return found, {knob: new for knob, (_, new) in difference(config, found).items()}

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gptjax.config import UserError
 from gptjax.loop import DIVERGED
 from gptjax.records import METRICS, read_environment, read_metrics
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
+from gptjax.study.store import differences, is_told, made_by, place
 
 FAILED, SAMPLE = "failed.json", "sample.txt"
 Status = Literal["finished", "diverged", "failed", "started", "missing"]
@@ -66,26 +67,29 @@ class Results:
     tuned: Mapping[tuple[str, str], Settings]
 
 
-def read(study: Study, store: Path) -> Results:
+def read(study: Study, store: Path, now: bool = False) -> Results:
     """Reads what there is.
 
+    Args:
+        now: as in `store.place`: runs that compute something else than this code are as missing.
+
     Raises:
-        UserError: if runs of different code, packages or data would stand in one table.
+        UserError: if runs of different programs, packages or data would stand in one table.
     """
-    tuning = [(outcome(study, cell, store), values) for cell, values in tuning_cells(study)]
+    tuning = [(outcome(study, cell, store, now), values) for cell, values in tuning_cells(study)]
     best = _best(study, tuning)
-    outcomes = [outcome(study, cell, store) for cell in cells(study, best)]
+    outcomes = [outcome(study, cell, store, now) for cell in cells(study, best)]
     check_alike([*outcomes, *(o for o, _ in tuning)])
     return Results(study, outcomes, tuning, best)
 
 
-def outcome(study: Study, cell: Cell, store: Path) -> Outcome:
-    """What the folder of a cell tells.
+def outcome(study: Study, cell: Cell, store: Path, now: bool = False) -> Outcome:
+    """What the folder of a cell tells; which one that is, see `store.place`.
 
     Raises:
         UserError: if its files are damaged.
     """
-    folder = store / cell.address
+    folder = place(cell.config, store, now)
     # Read before the log, which another process may be writing: what is finished has all of it.
     status, reason = _status(cell, folder)
     lines = read_metrics(folder) if (folder / METRICS).is_file() else []
@@ -163,13 +167,20 @@ def at_edge(study: Study, values: Settings) -> list[str]:
 
 
 def check_alike(outcomes: Iterable[Outcome]) -> None:
-    """Refuses runs that were made by different code, packages or data, naming both.
+    """Refuses runs that were made by different programs, packages or data, naming both.
 
-    Every start of every run counts: a run that went on under other code is a mixture itself.
+    Every start of every run counts: a run that went on with other packages is a mixture itself.
+    Where the code differs, each run must compute what this code would compute for it; and a run
+    that did not record what it computes stands beside runs of its own code alone.
     """
+    outcomes = [o for o in outcomes if read_environment(o.folder)]
+    codes = {record["code"] for o in outcomes for record in read_environment(o.folder)}
+    told = all(is_told(o.folder) for o in outcomes)
     seen: dict[str, tuple[str, Outcome]] = {}
     for o in outcomes:
         for name, value in _origins(o):
+            if name == "code" and told:
+                continue
             before, other = seen.setdefault(name, (value, o))
             if before != value:
                 raise UserError(
@@ -178,6 +189,12 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
                     "Remove the outdated folders and run the study again, or keep it apart by "
                     "another --store"
                 )
+        if told and len(codes) > 1 and (names := differences(o.folder, o.cell.config)):
+            raise UserError(
+                f"the runs were made by {len(codes)} codes, and {o.folder} ({o.cell.label}) does "
+                f"not compute what this code does: it differs in {', '.join(names)}. Run the "
+                "study again, which leaves that run alone and makes another"
+            )
 
 
 def _origins(o: Outcome) -> Iterable[tuple[str, str]]:
@@ -187,12 +204,6 @@ def _origins(o: Outcome) -> Iterable[tuple[str, str]]:
         # One text is other tokens to another tokenizer: no other data.
         tokenizer = o.cell.config.data.tokenizer
         yield from ((f"{k} ({tokenizer})", v) for k, v in record["fingerprints"].items())
-
-
-def made_by(record: Mapping[str, Any]) -> dict[str, str]:
-    """The code and packages of a start."""
-    versions = {f"version of {name}": value for name, value in record["versions"].items()}
-    return {"code": record["code"], **versions}
 
 
 def _short(value: str) -> str:

@@ -13,25 +13,19 @@ from pathlib import Path
 import jax
 
 from gptjax import ensemble, loop, setup, speak, trained
+from gptjax.checkpoint import Busy
 from gptjax.config import Config, UserError
 from gptjax.files import disk, replace_file
 from gptjax.progress import say
-from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
+from gptjax.records import CONFIG, read_environment
 from gptjax.sharding import make_mesh
-from gptjax.study.results import (
-    ENDED,
-    FAILED,
-    SAMPLE,
-    Outcome,
-    Results,
-    check_alike,
-    made_by,
-    outcome,
-    read,
-)
-from gptjax.study.spec import Cell, Study, address, tuning_cells
+from gptjax.study import store as cells_store
+from gptjax.study.results import ENDED, FAILED, SAMPLE, Outcome, Results, check_alike, outcome, read
+from gptjax.study.spec import Cell, Study, tuning_cells
+from gptjax.study.store import is_told, made_by, made_now, place
 
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
+ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)  # that `_reason` looks into
 
 
 class Failed(UserError):
@@ -55,46 +49,55 @@ def run(study: Study, store: Path, together: int = 1) -> Results:
     Raises:
         Stopped: on SIGTERM or Ctrl-C, once the running cells are saved.
         Failed: if some cell cannot run, once all others have.
-        UserError: if finished cells were made by other code.
+        UserError: if cells were made by other code that did not record what it computes.
     """
     failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together)
-    results = read(study, store)
+    results = read(study, store, now=True)
     failures += _run(study, [o.cell for o in results.outcomes], store, together)
     if failures:
         raise Failed(
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
             f"{failures[0].reason}. Mend it and run the same command again"
         )
-    found = read(study, store)
+    found = read(study, store, now=True)
     for o in found.outcomes:
-        with _claim(store, [o.cell.address]) as held:
+        with _claim(store, [o.folder]) as held:
             # One that was killed between its last checkpoint and its sample.
             if held and o.status == "finished":
-                _sample([o.cell], store)
+                _sample([o])
     return found
 
 
 def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
-    tried: set[str] = set()
+    tried: set[Path] = set()
     waiting = False
     while True:
-        outcomes = [outcome(study, cell, store) for cell in cells]
-        _made_by_this_code(outcomes)
-        todo = [o.cell for o in outcomes if o.status not in ENDED and o.cell.address not in tried]
+        outcomes = [outcome(study, cell, store, now=True) for cell in cells]
+        check_alike(outcomes)
+        todo = [o for o in outcomes if o.status not in ENDED and o.folder not in tried]
         if not todo:
             return [o for o in outcomes if o.status == "failed"]
+        _made_by_this_code(outcomes)
         ran = False
-        for group in _groups(todo, store, together):
-            here = {address(config): config for config in group}
-            mine = [cell for cell in todo if cell.address in here]
-            with _claim(store, here) as held:
-                if held and any(outcome(study, c, store).status not in ENDED for c in mine):
-                    for cell in mine:
-                        say(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.label}")
-                    tried.update(here)
-                    train(here, store)
-                    _sample(mine, store)
+        # What failed before comes last, so that it keeps no other from running.
+        failed = {o.folder for o in todo if o.status == "failed"}
+        for group in sorted(_groups(todo, store, together), key=lambda g: not failed.isdisjoint(g)):
+            with _claim(store, group) as held:
+                mine = [outcome(study, o.cell, store, now=True) for o in todo if o.folder in group]
+                # Another process may have ended them, or begun one by other code.
+                if held and group.keys() >= {o.folder for o in mine} and not _ended(mine):
+                    for o in mine:
+                        say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
+                        for other, names in cells_store.others(o.cell.config, store).items():
+                            say(f"{other} stays: it differs in {', '.join(names)}")
+                    try:
+                        train(group)
+                    except Busy as error:  # by a `train` in that folder
+                        say(str(error))
+                        continue
+                    tried.update(group)
+                    _sample(mine)
                     ran = True
         if not ran:
             if not waiting:
@@ -103,74 +106,111 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
             time.sleep(POLL_SECONDS)
 
 
-def _groups(cells: Sequence[Cell], store: Path, together: int) -> Iterator[list[Config]]:
-    """What trains in one program each; between them all cells, each once.
+def _ended(outcomes: Iterable[Outcome]) -> bool:
+    return all(o.status in ENDED for o in outcomes)
 
-    A group that was begun stays as it is, whichever of its members `cells` has, so that what a
+
+def _groups(todo: Sequence[Outcome], store: Path, together: int) -> Iterator[dict[Path, Config]]:
+    """What trains in one program each, by folder; between them all of `todo`, each once.
+
+    A group that was begun stays as it is, whichever of its members `todo` has, so that what a
     kill broke off gives the same bits as what ran through.
     """
-    fresh: dict[str, list[Config]] = {}
-    begun: set[str] = set()
-    for cell in cells:
-        folder = store / cell.address
-        if cell.address in begun:
+    fresh: dict[str, dict[Path, Config]] = {}
+    begun: set[Path] = set()
+    for o in todo:
+        config = o.cell.config
+        if o.folder in begun:
             continue
-        if (folder / CONFIG).is_file():
-            alone = not (folder / ensemble.ENSEMBLE).is_file()
-            group = [cell.config] if alone else ensemble.group_of(folder)[0]
-            begun.update(address(config) for config in group)
-            yield group
+        if (o.folder / CONFIG).is_file():
+            alone = not (o.folder / ensemble.ENSEMBLE).is_file()
+            group = [config] if alone else ensemble.group_of(o.folder)[0]
+            by_folder = {o.folder if c == config else place(c, store, now=True): c for c in group}
+            begun.update(by_folder)
+            yield by_folder
         else:
-            alike = cell.address if together == 1 else ensemble.key(cell.config)
-            fresh.setdefault(alike, []).append(cell.config)
+            alike = o.folder.name if together == 1 else ensemble.key(config)
+            fresh.setdefault(alike, {})[o.folder] = config
     for configs in fresh.values():
-        left = [config for config in configs if address(config) not in begun]
+        left = [(folder, config) for folder, config in configs.items() if folder not in begun]
         for i in range(0, len(left), together):
-            yield left[i : i + together]
+            yield dict(left[i : i + together])
 
 
-def train(group: Mapping[str, Config], store: Path) -> None:
-    """Runs or goes on with the cells of a group, by address; what ends one is in its folder."""
-    folders = [store / name for name in group]
+def train(group: Mapping[Path, Config]) -> None:
+    """Runs or goes on with the cells of a group, by folder; what ends one is in its folder.
+
+    Raises:
+        Stopped: as `loop.train`.
+        Busy: if another process trains there.
+    """
+    folders, configs = list(group), list(group.values())
     for folder in folders:
         (folder / FAILED).unlink(missing_ok=True)
     try:
-        for config in group.values():  # else found out after the training
+        for config in configs:  # else found out after the training
             speak.check(config, setup.load_tokenizer(config))
+        mesh = make_mesh(configs[0].mesh)
+        for member, folder in enumerate(folders):
+            if not read_environment(folder):
+                cells_store.write(folder, configs, member, mesh)
         if len(group) > 1:
-            ensemble.train(list(group.values()), folders)
+            ensemble.train(configs, folders)
             return
-        (config,), (folder,) = group.values(), folders
-        with jax.set_mesh(make_mesh(config.mesh)):
+        (config,), (folder,) = configs, folders
+        with jax.set_mesh(mesh):
             loop.train(config, folder)
+    except Busy:
+        raise
     except loop.Diverged as error:
         say(f"{folder}: {error}")
         with disk(folder):
             error.write(folder)
-    except UserError as error:
+    except ERRORS as error:
+        if (reason := _reason(error)) is None:
+            raise
         for folder in folders:
-            say(f"{folder}: {error}")
+            say(f"{folder}: {reason}")
             with disk(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                replace_file(folder / FAILED, json.dumps({"reason": str(error)}).encode())
+                replace_file(folder / FAILED, json.dumps({"reason": reason}).encode())
 
 
-def _sample(cells: Sequence[Cell], store: Path) -> None:
+def _reason(error: Exception) -> str | None:
+    """Why a cell failed, in a line; None of an error that is no matter of the cell."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        first = (str(error).strip().splitlines() or ["the host's"])[0]
+        return (
+            f"out of memory ({first}): lower data.batch_size or eval.batch_size, raise "
+            "train.accumulation, or set model.remat"
+        )
+    return None
+
+
+def _sample(outcomes: Sequence[Outcome]) -> None:
     """Lets the first seed of what has finished speak, once, for the report."""
-    for cell in cells:
-        folder = store / cell.address
-        if cell.seed or any((folder / f).exists() for f in (FAILED, loop.DIVERGED, SAMPLE)):
+    for o in outcomes:
+        ended = (FAILED, loop.DIVERGED, SAMPLE)
+        if o.cell.seed or any((o.folder / file).exists() for file in ended):
             continue
-        opened = trained.opened(cell.config, folder)
-        # Shown with the progress: what a command prints is its answer alone.
-        with opened as m, contextlib.redirect_stdout(sys.stderr):
-            texts = speak.generate(m.config, m.params, m.tokenizer)
-        with disk(folder):
-            replace_file(folder / SAMPLE, "\n".join(texts).encode())
+        try:
+            opened = trained.opened(o.cell.config, o.folder)
+            # Shown with the progress: what a command prints is its answer alone.
+            with opened as m, contextlib.redirect_stdout(sys.stderr):
+                texts = speak.generate(m.config, m.params, m.tokenizer)
+        except ERRORS as error:  # a sample decides nothing, and must stop no other cell
+            if (reason := _reason(error)) is None:
+                raise
+            texts = [f"no sample: {reason}"]
+            say(f"{o.folder}: {texts[0]}")
+        with disk(o.folder):
+            replace_file(o.folder / SAMPLE, "\n".join(texts).encode())
 
 
 @contextlib.contextmanager
-def _claim(store: Path, addresses: Iterable[str]) -> Iterator[bool]:
+def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
     """Holds cells for as long as the context lasts, or tells that another process has one.
 
     The lock is the operating system's and falls with the process, however that ends.
@@ -179,7 +219,7 @@ def _claim(store: Path, addresses: Iterable[str]) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         with disk(store):
             locks.mkdir(parents=True, exist_ok=True)
-            files = [stack.enter_context((locks / name).open("wb")) for name in addresses]
+            files = [stack.enter_context((locks / f.name).open("wb")) for f in folders]
         try:
             for file in files:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,15 +231,15 @@ def _claim(store: Path, addresses: Iterable[str]) -> Iterator[bool]:
 
 
 def _made_by_this_code(outcomes: Sequence[Outcome]) -> None:
-    """Refuses to add runs to those of other code, before any hour is spent."""
-    check_alike(outcomes)
-    now = made_by({"code": code_fingerprint(), "versions": environment()["versions"]})
+    """Refuses to add runs to those of other code that did not record what it computes."""
+    now = made_now()
     for o in outcomes:
-        for record in read_environment(o.folder)[-1:]:
+        for record in [] if is_told(o.folder) else read_environment(o.folder)[-1:]:
             for name, then in made_by(record).items():
                 if then != now[name]:
                     raise UserError(
                         f"{o.folder} ({o.cell.label}) was run with another {name}, {then[:12]}, "
-                        f"than this, {now[name][:12]}: their results would not compare. Remove "
-                        "it, or use another --store"
+                        f"than this, {now[name][:12]}, and did not record what it computes: "
+                        "whether the results would compare cannot be told. Remove it, or use "
+                        "another --store"
                     )

@@ -14,18 +14,12 @@ from gptjax.report.interval import Interval
 from gptjax.report.terminal import MISSING, new_console, number
 from gptjax.study import statistics
 from gptjax.study.analysis import Analysis, Row
-from gptjax.study.equalise import parameters, tokens
+from gptjax.study.equalise import EQUAL, parameters, tokens
 from gptjax.study.results import Outcome
 from gptjax.study.spec import Settings, Study, cross
 
 TIMES = "×"
 TESTED = (statistics.BETTER, statistics.WORSE, statistics.SAME, statistics.UNDECIDED)
-HELD_EQUAL = {
-    "tokens": "tokens, so arms train on the same batches",
-    "flops": "training FLOPs (steps are solved for)",
-    "parameters": "parameters (widths are solved for)",
-    "nothing": "nothing: arms may differ in size and length",
-}
 
 
 def verdicts(a: Analysis) -> Table:
@@ -166,7 +160,7 @@ def unfinished(a: Analysis) -> Table:
     """Every run that did not finish, but those that have not begun."""
     outcomes = [*a.results.outcomes, *(o for o, _ in a.results.tuning)]
     rows = [
-        (o.cell.label, o.status, o.reason or MISSING, o.cell.address)
+        (o.cell.label, o.status, o.reason or MISSING, o.folder.name)
         for o in outcomes
         if o.status in ("diverged", "failed", "started")
     ]
@@ -179,7 +173,7 @@ def stated(study: Study) -> list[str]:
     sentences = [
         f"Metric: {study.metric} in {study.unit}, the mean over the same held-out tokens at the "
         "end of training; lower is better",
-        f"Held equal: {HELD_EQUAL[study.equal]}",
+        f"Held equal: {EQUAL[study.equal].told}",
         f"{study.seeds} seed{'s' * (study.seeds > 1)} an arm; the smallest difference that matters is {study.smallest:g} "
         f"{study.unit}",
     ]
@@ -364,7 +358,7 @@ def _cell_record(study: Study, o: Outcome, tunes: Settings) -> dict[str, Any]:
         "tokens_per_second": o.tokens_per_second,
         "compile_seconds": o.compile_seconds,
         "program_bytes": o.program_bytes,
-        "address": o.cell.address,
+        "address": o.folder.name,
     }
 
 

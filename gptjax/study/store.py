@@ -1,0 +1,239 @@
+"""Where the runs of studies lie, and what each of them computes.
+
+    STORE/ADDRESS/        a run; ADDRESS is the fingerprint of its config
+    STORE/ADDRESS.2/      another of the same config, which computes something else
+        computes.json     what: digests of its programs, its batches and its data, and versions
+
+A run belongs to a cell that has its config and computes the same. What is computed is said by the
+lowered programs of initial values, step and evaluation (StableHLO, without names and locations),
+by what they are fed, and by the versions of the packages: a comment, a refactor or another row of
+a table changes none of it, another epsilon in a norm all. Lowering is spared where the code is
+byte for byte that of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax import ensemble, setup, state
+from gptjax.config import Config, ConfigError, Mesh, UserError, recorded
+from gptjax.data.batches import Batch
+from gptjax.files import disk, replace_file
+from gptjax.perplexity import batch_nll
+from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
+from gptjax.sharding import make_mesh
+from gptjax.study.spec import address
+
+COMPUTES = "computes.json"
+
+
+def place(config: Config, store: Path, now: bool) -> Path:
+    """The folder of a run, which may not be there yet.
+
+    Args:
+        config: of the run.
+        store: the folder of all runs.
+        now: take no folder whose run computes something else than this code would; without it,
+            the only one of that config is taken whatever code made it.
+
+    Raises:
+        UserError: if what a folder's run computes cannot be told here.
+    """
+    folders = list(_of_config(config, store))
+    if len(folders) == 1 and not now:
+        return folders[0]
+    for folder in folders:
+        if not differences(folder, config):
+            return folder
+    name, number = address(config), 1
+    while (folder := store / (name if number == 1 else f"{name}.{number}")) in folders:
+        number += 1
+    return folder
+
+
+def others(config: Config, store: Path) -> dict[Path, list[str]]:
+    """Runs of the same config that compute something else: {their folder: what differs}."""
+    names = {folder: differences(folder, config) for folder in _of_config(config, store)}
+    return {folder: differs for folder, differs in names.items() if differs}
+
+
+def _of_config(config: Config, store: Path) -> Iterator[Path]:
+    """The folders of runs with this config, that of its own name first.
+
+    Older versions named folders by another fingerprint: their config tells.
+    """
+    name = address(config)
+    folders = sorted(store.iterdir()) if store.is_dir() else []
+    named = [f for f in folders if re.fullmatch(rf"{name}(\.\d+)?", f.name)]
+    yield from sorted(named, key=lambda f: (len(f.name), f.name))
+    for folder in folders:
+        file = folder / CONFIG
+        if folder in named or not file.is_file():
+            continue
+        if _address_in(file, file.stat().st_mtime_ns) == name:
+            yield folder
+
+
+@functools.cache
+def _address_in(file: Path, changed: int) -> str | None:
+    """Where the run of a config.json would lie now; None if that is no config of this version."""
+    try:
+        return address(recorded(json.loads(file.read_bytes())))
+    except (ConfigError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def made_by(record: Mapping[str, Any]) -> dict[str, str]:
+    """The code and packages of a start."""
+    return {"code": record["code"], **_versions(record["versions"])}
+
+
+def made_now() -> dict[str, str]:
+    return made_by({"code": code_fingerprint(), "versions": environment()["versions"]})
+
+
+def _versions(versions: Mapping[str, str]) -> dict[str, str]:
+    # What of gptjax itself matters is told by the programs.
+    return {f"version of {name}": v for name, v in versions.items() if name != "gptjax"}
+
+
+def is_told(folder: Path) -> bool:
+    """Whether a run recorded what it computes, which older versions did not."""
+    return (folder / COMPUTES).is_file()
+
+
+def write(folder: Path, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> None:
+    """Records what a run is about to compute, on its mesh and with its group."""
+    told = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh)}
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / COMPUTES, json.dumps(told, indent=1).encode())
+
+
+def differences(folder: Path, config: Config) -> list[str]:
+    """What the run in a folder does not share with one that would begin now, by its names.
+
+    [] also for a run that recorded too little to tell (`is_told`).
+
+    Raises:
+        UserError: if it cannot be told here.
+    """
+    history = read_environment(folder)
+    if not is_told(folder) or all(made_by(record) == made_now() for record in history):
+        return []
+    told = json.loads((folder / COMPUTES).read_bytes())
+    devices, size = jax.devices(), math.prod(told["mesh"].values())
+    backend = history[-1]["backend"]
+    if size > len(devices) or backend != jax.default_backend():
+        raise UserError(
+            f"{folder} was run by other code on {size} devices of {backend}, and here are "
+            f"{len(devices)} of {jax.default_backend()}: whether it computes the same cannot be "
+            "told. Go on with its code, or there; or use another --store"
+        )
+    alone = not (folder / ensemble.ENSEMBLE).is_file()
+    group, member = ([config], 0) if alone else ensemble.group_of(folder)
+    now = facts(group, member, make_mesh(Mesh(**told["mesh"]), devices[:size]))
+    was = told["facts"]
+    return [name for name in was | now if was.get(name) != now.get(name)]
+
+
+def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What a run computes, by names: digests, fingerprints, versions and settings.
+
+    Args:
+        configs: of the runs that train in one program, and `member` which of them it is.
+        mesh: of the run.
+    """
+    config = configs[member]
+    with jax.set_mesh(mesh):
+        opened = setup.set_up(config)
+        rows = config.data.batch_size // config.train.accumulation
+        fed: dict[str, Any] = {
+            "first batch": setup.read_rows(opened, 0, 0, rows),
+            "last batch": setup.read_rows(opened, config.train.steps - 1, 0, rows),
+            **{f"windows of {name}": e.batch(0) for name, e in opened.evaluators.items()},
+        }
+    # The seed is a number in the programs, which the config tells: one lowering serves all seeds.
+    one = dataclasses.replace(config, seed=0)
+    step = _step(one, mesh) if len(configs) == 1 else _steps_together(tuple(configs), mesh)
+    now = environment()
+    return {
+        "initial values": _initial(one, mesh),
+        "step": step,
+        "evaluation": _evaluation(one, mesh),
+        **{name: _digest_arrays(batch) for name, batch in fed.items()},
+        **opened.fingerprints,
+        **_versions(now["versions"]),
+        **now["jax_settings"],
+    }
+
+
+@functools.cache
+def _initial(config: Config, mesh: jax.sharding.Mesh) -> str:
+    with jax.set_mesh(mesh):
+        settled = setup.settle(config)
+        return _digest(jax.jit(lambda: state.create(settled)).lower())
+
+
+@functools.cache
+def _step(config: Config, mesh: jax.sharding.Mesh) -> str:
+    with jax.set_mesh(mesh):
+        opened = setup.set_up(config)
+        step: Any = state.make_train_step(opened.config)
+        return _digest(step.lower(state.abstract(opened.config), setup.load_batch(opened, 0)))
+
+
+@functools.cache
+def _steps_together(configs: tuple[Config, ...], mesh: jax.sharding.Mesh) -> str:
+    return _digest(ensemble.lower(configs, mesh))
+
+
+@functools.cache
+def _evaluation(config: Config, mesh: jax.sharding.Mesh) -> str:
+    with jax.set_mesh(mesh):
+        opened = setup.set_up(config)
+        c = opened.config
+
+        def score(train_state: state.TrainState, batch: Batch[jax.Array]) -> jax.Array:
+            params = state.evaluation_params(c, train_state)
+            return batch_nll(c.model, c.optim.loss_vocab_chunk, params, batch)
+
+        lower = jax.jit(score).lower
+        programs = [lower(state.abstract(c), e.batch(0)) for e in opened.evaluators.values()]
+        return _digest(*programs)
+
+
+def _digest(*programs: jax.stages.Lowered) -> str:
+    digest = hashlib.sha256()
+    for program in programs:
+        digest.update(nameless(program.as_text()).encode())
+    return digest.hexdigest()
+
+
+def nameless(program: str) -> str:
+    """A program in StableHLO without the names that Python functions and results gave it."""
+    order = list(dict.fromkeys(re.findall(r"func\.func (?:\w+ )?@([\w.$-]+)", program)))
+    numbers = {name: f"@f{number}" for number, name in enumerate(order)}
+    program = re.sub(r"@([\w.$-]+)", lambda found: numbers.get(found[1], found[0]), program)
+    program = re.sub(r"^module @[\w.$-]+", "module", program)
+    return re.sub(r'jax\.result_info = "[^"]*"', "", program)
+
+
+def _digest_arrays(batch: Any) -> str:
+    digest = hashlib.sha256()
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        values = np.asarray(array)
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
