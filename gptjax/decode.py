@@ -30,6 +30,9 @@ from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
 ROUND = 64
+# A token costs as much as the cache has slots, so it begins with so many and has 4 times as many
+# each time they are full: few programs, and a short text costs the same whatever it may become.
+ROOM = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +196,18 @@ def _advance(
     return state, view if sharding.out("B") is None else jax.reshard(view, P())
 
 
+@functools.partial(jax.jit, static_argnames="size")
+def _grow(state: State, size: int) -> State:
+    """The same texts with room for `size` tokens a row."""
+
+    def pad(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, 0), (0, size - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+
+    layers = jax.tree.map(pad, state.cache["layers"])
+    cache = state.cache | {"layers": layers}
+    return state._replace(cache=cache, tokens_BS=pad(state.tokens_BS))
+
+
 def _draw(
     logits_BV: jax.Array,
     tokens_BS: jax.Array,
@@ -276,20 +291,32 @@ def stream(
     check_length(config, longest + most)
     surplus = sharding.round_up(len(texts), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
-    tokens_BS = np.zeros((len(n_B), size), np.int32)
+    room = _room(longest, size)
+    tokens_BS = np.zeros((len(n_B), room), np.int32)
     for row, text in enumerate(texts):
         tokens_BS[row, : len(text)] = text
     end_B = np.minimum(n_B + most, config.context)
     end_B[len(texts) :] = 0  # surplus rows have ended before they begin
     params = _ready(config, params)
-    state = _begin(config, params, tokens_BS, n_B, end_B, min(size, _round_up(longest - 1)))
+    state = _begin(config, params, tokens_BS, n_B, end_B, min(room, _round_up(longest - 1)))
     key, stop_array = jax.random.key(seed), np.array(stops, np.int32)
+    length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
     while going:
-        state, view = _advance(
-            config, vocab_size, params, state, _sampling(sample), stop_array, key, chunk
-        )
-        tokens, length_B, done_B = jax.device_get(view)
+        left = chunk
+        while True:
+            longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
+            if longest >= room:
+                room = _room(longest, size)
+                state = _grow(state, room)
+            count = min(left, room - longest)
+            state, view = _advance(
+                config, vocab_size, params, state, _sampling(sample), stop_array, key, count
+            )
+            tokens, length_B, done_B = jax.device_get(view)
+            left -= count
+            if not left or done_B.all():
+                break
         new = []
         for row, n in enumerate(n_B[: len(texts)]):
             ids, ended = tokens[row, n : length_B[row] + 1].tolist(), None
@@ -310,7 +337,7 @@ def generate(
     sample: Sample,
     **options: Any,
 ) -> list[Text]:
-    """Continues each prompt to its end: `stream` in a single call of the compiled loop."""
+    """Continues each prompt to its end: `stream` with no stop but for a larger cache."""
     return next(stream(config, params, prompts, sample, chunk=sample.max_new_tokens, **options))
 
 
@@ -350,6 +377,14 @@ def check_length(config: Model, length: int) -> None:
             f"a text of {length} tokens is beyond model.rope_original_context={original}, where "
             "model.rope_scaling='dynamic' changes the keys that are cached: make it shorter"
         )
+
+
+def _room(tokens: int, size: int) -> int:
+    """Slots of a cache that holds so many tokens and has room for one more: `size` at most."""
+    room = ROOM
+    while room <= tokens:
+        room *= 4
+    return min(room, size)
 
 
 def _round_up(tokens: int) -> int:

@@ -98,6 +98,29 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(changes, penalty):
         )
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_a_cache_grows_with_its_texts(chunk, monkeypatch):
+    """One row is full from the start, one ends in a cache of 2, 8 and then 24 slots."""
+    rows = [[*range(CONTEXT)], [1], [3, 3, 0, 17], [5] * 7]
+
+    def written() -> list[list[int]]:
+        parts = stream(MODEL, parameters(MODEL), rows, DRAWN, chunk=chunk, **OPTIONS)
+        return [[i for text in row for i in text.ids] for row in zip(*parts, strict=True)]
+
+    whole = written()
+    monkeypatch.setattr(decode, "ROOM", 2)
+    sizes, grow = [], decode._grow
+    monkeypatch.setattr(decode, "_grow", lambda s, n: sizes.append(n) or grow(s, n))
+    assert written() == whole and whole[0] == [] and len(whole[3]) > 2
+    assert sizes == []  # the full row needs the whole cache
+    rows = rows[1:2]
+    monkeypatch.setattr(decode, "ROOM", 128)
+    whole = written()
+    monkeypatch.setattr(decode, "ROOM", 2)
+    assert written() == whole and len(whole[0]) > 7
+    assert sizes == [8, 24]
+
+
 @pytest.mark.parametrize("changes", VARIANTS, ids=named)
 def test_cached_logits_after_a_padded_prompt_are_those_of_the_full_forward(changes):
     config = dataclasses.replace(MODEL, **changes)
