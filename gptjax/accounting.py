@@ -194,9 +194,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     state of training, sharded as it is; what is frozen has parameters alone. "activations" and "logits" are rough: what the backward
     pass needs of a device's micro-batch, where model.remat is
 
-        none, dots    twice what the products of the blocks yield, as they are and after what
+        none          twice what the products of the blocks yield, as they are and after what
                       follows them (norm, rotation, activation, softmax); a kernel of attention
                       that never holds all scores yields none
+        dots          once what all but the kernel's yield
         attention     3 L D
         full          L D
 
@@ -233,6 +234,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
             activations = m.layers * stream
         case "attention":
             activations = 3 * m.layers * stream
+        case "dots":
+            activations = sum(p.bytes for p in products if p.part not in ("scores", "unembedding"))
         case _:
             kept = (p for p in products if p.part != "unembedding")
             whole = kernel_for(m, m.context) == "plain"

@@ -317,6 +317,8 @@ def test_activations_by_hand():
     values = (4 * 32 + 48 + 4 * 16) / t + 2 * 32
     assert got["activations"] == tokens * 3 * 2 * 4 * values
     assert got["logits"] == 2 * tokens * 4 * 64 / t
+    dots = memory_bytes(whole(small(remat="dots")), {"data": 2, "fsdp": 1, "tensor": 2})
+    assert dots["activations"] == tokens * 3 * 4 * ((3 * 32 + 48) / t + 2 * 32)
     chunked = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, loss_vocab_chunk=16)
     )
