@@ -30,12 +30,14 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
     """
     ids = check(config, tokenizer)
     sample, one = config.sample, config.sample.batch_size == 1
-    stops = set() if sample.stop is None else {_one_token(sample.stop, tokenizer)}
+    stops = {*tokenizer.stops}
+    if sample.stop is not None:
+        stops.add(_one_token(sample.stop, tokenizer))
     if one:
-        _print(sample.prompt, end="")
+        show(sample.prompt, end="")
     texts = _write(config, params, tokenizer, [ids] * sample.batch_size, stops, live=one)
     for row, text in enumerate(texts) if not one else ():
-        _print(f"--- text {row}\n{sample.prompt}{text}")
+        show(f"--- text {row}\n{sample.prompt}{text}")
     return texts
 
 
@@ -114,15 +116,16 @@ def _write(
             text = writer.add(new.ids)
             ended[row] = new.ended
             if live and row == 0:
-                _print(text, end="")
+                show(text, end="")
     if live:
-        _print("")
+        show("")
     if "context" in ended:
         say(f"(the context of {config.model.context} tokens is full)")
     return [writer.text for writer in writers]
 
 
-def _print(text: str, end: str = "\n") -> None:
+def show(text: str, end: str = "\n") -> None:
+    """Prints on standard output, from process 0 alone."""
     if jax.process_index() == 0:
         print(text, end=end, flush=True)
 

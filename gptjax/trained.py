@@ -164,7 +164,9 @@ def start_of(folder: Path) -> setup.Start:
             f"{folder} is no pretrained model: make one with `import`, or `export` a run"
         )
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    with hf.about(folder):
+        files = hf.weight_files(folder)
+    for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return setup.Start(lambda: pretrained.load(folder).params, digest.hexdigest())

@@ -59,7 +59,13 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(
-    path: Path, kind=F32, leave_out: str = "", extra: bool = False, keys=None, **which
+    path: Path,
+    kind=F32,
+    leave_out: str = "",
+    extra: bool = False,
+    keys=None,
+    pre: str = "smollm",
+    **which,
 ) -> Path:
     """The model `theirs(**which)` as a GGUF file."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -82,7 +88,7 @@ def write(
         "<t>",
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * 258, 4])
     writer.add_token_merges(["t h", "th e"])
@@ -175,11 +181,81 @@ def test_its_tokenizer_and_template_come_along(tmp_path):
         ({"extra": True}, "the first of them blk.0.odd.weight"),
         ({"keys": {"llama.expert_count": 8}}, "a mixture of experts"),
         ({"keys": {"llama.rope.scaling.type": "longrope"}}, "rope_type='longrope' is not one of"),
+        (
+            {"keys": {"llama.attention.sliding_window": 7}},
+            "may change what the model computes: llama.att",
+        ),
+        (
+            {"keys": {"llama.rope.scaling.attn_factor": 0.5, "llama.logit_scale": 2.0}},
+            " and 1 more",
+        ),
+        (
+            {"keys": {"llama.rope.dimension_count": 4}},
+            "dimension_count=4 is not the width of a head, 8",
+        ),
+        (
+            {"keys": {"llama.attention.value_length": 4}},
+            "value_length=4 is not the width of a head, 8",
+        ),
+        (
+            {"keys": {"tokenizer.ggml.add_eos_token": True}},
+            "add_eos_token: a token after every text",
+        ),
+        (
+            {"keys": {"tokenizer.ggml.add_bos_token": True}},
+            "wants a begin token before every text, but",
+        ),
     ],
 )
 def test_what_is_not_ours_is_refused(changes, message, tmp_path):
     write(tmp_path / "x.gguf", **changes)
     assert message in refusal(tmp_path)
+
+
+# What llama.cpp puts before a text: `add_bos` of each pre-tokeniser in its src/llama-vocab.cpp, which
+# the key, where it is there, overrules.
+@pytest.mark.parametrize("said", [None, False, True])
+@pytest.mark.parametrize("pre, begins", [("llama-bpe", True), ("smollm", False), ("qwen2", False), ("gpt-2", False)])  # fmt: skip
+def test_a_begin_token_is_that_of_llama_cpp(pre, begins, said, tmp_path):
+    keys = {"tokenizer.ggml.bos_token_id": 1}
+    if said is not None:
+        keys["tokenizer.ggml.add_bos_token"] = said
+    import_(write(tmp_path / "x.gguf", pre=pre, keys=keys), tmp_path / "out")
+    own = tokenizer.load(str(tmp_path / "out"))
+    assert own.bos == (1 if (begins if said is None else said) else None)
+    # A template may name it all the same.
+    assert own.template_names == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("the").input_ids == [1] * (own.bos is not None) + own.encode("the")
+
+
+def test_every_end_of_a_gguf_file_is_a_stop(tmp_path):
+    keys = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.ggml.eom_token_id": 3}
+    import_(write(tmp_path / "x.gguf", keys=keys), tmp_path / "out")
+    # <|endoftext|> and <|im_end|> by their names as well, as in llama.cpp.
+    assert tokenizer.load(str(tmp_path / "out")).stops == {0, 1, 2, 3}
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert theirs.eos_token_id == [0, 1, 2, 3]
+
+
+def test_keys_that_change_nothing_are_passed_over(tmp_path):
+    keys = {
+        "llama.rope.dimension_count": H, "llama.attention.value_length": H, "llama.vocab_size": V,
+        "llama.expert_count": 0, "llama.rope.scaling.finetuned": True, "general.name": "x",
+        "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_eos_token": False,
+    }  # fmt: skip
+    write(tmp_path / "x.gguf", keys=keys)
+    assert import_(tmp_path / "x.gguf", tmp_path / "out") == load(tmp_path / "out").model
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    content = write(tmp_path / "x.gguf").read_bytes()
+    value = theirs().state_dict()["model.norm.weight"].numpy()
+    assert content.count(value.tobytes()) == 1
+    broken = value.copy()
+    broken[3] = np.nan
+    (tmp_path / "x.gguf").write_bytes(content.replace(value.tobytes(), broken.tobytes()))
+    assert "model.norm.weight has values that are no finite float32" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from gptjax import model, sharding, state
+from gptjax import model, sharding, state, trained
 from gptjax.config import Config, UserError
 from gptjax.configure import from_file
 from gptjax.data.batches import Batch
@@ -68,6 +68,7 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"rope_parameters": {"rope_type": "yarn", "beta_slow": 0.05, "beta_fast": 0.6} | STRETCHED},
     ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
+    "mistral-no-window": ("Mistral", LLAMA | {"sliding_window": None}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
 }  # fmt: skip
@@ -165,6 +166,84 @@ def test_the_config_of_transformers_4_says_the_same(folder):
     assert families.to_model(old)[1] == to_model("llama-llama3")
 
 
+# Config keys -> what `transformers` makes of them, beside what a model has already.
+OURS = {"rope_type": "yarn", "factor": 4.0, "beta_slow": 0.05, "beta_fast": 0.6}
+TOLD: dict[str, tuple[str, dict]] = {
+    "rope_scaling wins": (
+        "qwen2", {"rope_scaling": OURS | {"original_max_position_embeddings": 8}}
+    ),
+    "and takes the base beside it": (
+        "llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 50.0}
+    ),
+    "but not of what it replaces": (
+        "llama-linear", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    ),
+    "an empty one does not": ("llama-linear", {"rope_scaling": {}}),
+    "the original context beside yarn": (
+        "llama", {"rope_parameters": OURS | {"rope_theta": 100.0}, "original_max_position_embeddings": 8}
+    ),
+    "beside yarn that has its own": (
+        "llama-yarn", {"original_max_position_embeddings": 16}
+    ),
+    "beside llama3": ("llama-llama3", {"original_max_position_embeddings": 16}),
+    "beside linear": ("llama-linear", {"original_max_position_embeddings": 8}),
+    "the base beside and inside": ("llama-linear", {"rope_theta": 7.0}),
+    "a window on some layers": (
+        "mistral", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+    ),
+    "a window on none": ("mistral", {"layer_types": ["full_attention"] * 3}),
+    "a window on all": ("mistral", {"layer_types": ["sliding_attention"] * 3}),
+    "no window where it is off": ("qwen2", {"sliding_window": 4, "max_window_layers": 1}),
+    "harmless keys": (
+        "llama",
+        {
+            "initializer_range": 0.5, "attention_dropout": 0.4, "pretraining_tp": 2, "use_cache": False,
+            "bos_token_id": 7, "eos_token_id": [1, 2], "id2label": {"0": "a"}, "prefix": "x",
+            "chunk_size_feed_forward": 3, "gradient_checkpointing": True, "unsloth_fixed": True,
+            "is_llama_config": True, "rope_interleaved": False, "never_heard_of": None,
+            "_name_or_path": "x", "transformers.js_config": {"dtype": "q4"}, "torch_dtype": "bfloat16",
+        },
+    ),
+    "harmless keys of gpt2": (
+        "gpt2",
+        {
+            "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5, "n_ctx": 8,
+            "summary_type": "last", "task_specific_params": {"x": {}}, "num_labels": 5,
+            "reorder_and_upcast_attn": True, "pruned_heads": {},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_config_means_what_transformers_makes_of_it(case, folder, tmp_path):
+    which, keys = TOLD[case]
+    source = changed(folder(which), tmp_path / "in", **keys)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", dtype=torch.float32
+    )
+    expected = their_logits(again.eval())
+    np.testing.assert_allclose(our_logits(load(source)), expected, atol=1e-4)
+    # What is imported says the same.
+    import_(source, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
+    )
+    np.testing.assert_allclose(their_logits(again.eval()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_key_that_is_not_known_is_refused(case):
+    kind, keys = CASES[case]
+    config = getattr(transformers, f"{kind}Config")(**keys)
+    written = json.loads(config.to_json_string(use_diff=False)) | {"model_type": config.model_type}
+    families.to_model(written)  # all that transformers writes is known
+    for value in (1, True, "x", [0], {"a": 1}, 0.5):
+        with pytest.raises(UserError, match="has keys that are not known: clip_qkv; take out"):
+            families.to_model(written | {"clip_qkv": value})
+    assert families.to_model(written | {"clip_qkv": None}) == families.to_model(written)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_come_back_as_they_were(dtype, tmp_path):
     theirs("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "in")
@@ -180,6 +259,45 @@ def test_several_files_under_an_index(folder, tmp_path):
     theirs("llama").save_pretrained(tmp_path / "in", max_shard_size="10KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
     assert equal(load(tmp_path / "in").params, load(folder("llama")).params)
+
+
+def candidates(folder: Path, source: Path) -> None:
+    """Weights of `source` in shards under an index, and other weights in other files."""
+    theirs("llama").save_pretrained(folder, max_shard_size="10KB")
+    tensors = {name: torch.zeros_like(value) for name, value in stored(source).items()}
+    safetensors.save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+
+
+def test_weights_are_those_that_transformers_reads(folder, tmp_path, capsys):
+    capsys.readouterr()
+    old = tmp_path / "in"
+    candidates(old, folder("llama"))
+    assert equal(load(old).params, load(folder("llama")).params)
+    told = capsys.readouterr().err
+    assert "read model-00001-of-0" in told
+    assert "not consolidated.safetensors and 1 more" in told
+    assert "model.safetensors.index.json" not in told
+
+    new = {name: value + 1 for name, value in stored(folder("llama")).items()}
+    safetensors.save_file(new, old / "model.safetensors", metadata={"format": "pt"})
+    read = transformers.AutoModelForCausalLM.from_pretrained(old).state_dict()
+    assert all(torch.equal(read[name], value) for name, value in new.items())
+    found = load(old).params
+    assert not equal(found, load(folder("llama")).params)
+    np.testing.assert_array_equal(found["final_norm"]["scale"], new["model.norm.weight"].numpy())
+    assert (
+        "in: read model.safetensors, not consolidated.safetensors and " in capsys.readouterr().err
+    )
+    load(folder("llama"))
+    assert capsys.readouterr().err == ""  # where there is no choice
+
+    # A run is begun with these weights: the others do not matter to its resuming.
+    before = trained.start_of(old).fingerprint
+    (old / "consolidated.safetensors").write_bytes(b"other")
+    assert trained.start_of(old).fingerprint == before
+    safetensors.save_file(stored(folder("llama")), old / "model.safetensors")
+    assert trained.start_of(old).fingerprint != before
 
 
 def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
@@ -321,6 +439,14 @@ ROPE = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         ("llama", {"hidden_size": 32}, "weight is of shape [50, 16], where the config asks for"),
         ("llama", {"num_attention_heads": 3}, "model.heads=3 is not a multiple of model.kv_heads=2"),
         ("llama", {"tie_word_embeddings": True}, "lm_head.weight differs from the token table"),
+        ("mistral", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden"),
+        ("mistral", {"layer_types": ["conv"] * 3}, "layer_types='conv' is not one of: full_att"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "but there is no sliding_window"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True of a qwen2 is not one of"),
+        ("llama", {"rope_parameters": [1]}, "RoPE's parameters are to be an object, not [1]"),
+        ("llama", {"hidden_size": "16"}, "model.width must be int, got '16'"),
+        ("gpt2", {"pruned_heads": {"0": [1]}}, "has keys that are not known: pruned_heads; take out"),
+        ("gpt2", {"hidden_size": 8}, "has keys that are not known: hidden_size"),
     ],
 )  # fmt: skip
 def test_what_is_not_ours_is_refused_in_a_line(case, keys, message, folder, tmp_path):
@@ -351,6 +477,57 @@ def test_a_missing_file_of_an_index_is_named(tmp_path):
     assert f"names {file.name}, which is missing" in refusal(tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.parametrize("entry", ["../x.safetensors", "/x.safetensors", None, 3])
+def test_an_index_that_leads_elsewhere_is_refused(entry, folder, tmp_path):
+    source = changed(folder("llama"), tmp_path / "in")
+    (source / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = {"weight_map": {} if entry is None else {"model.norm.weight": entry}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "index.json is damaged" in refusal(source, tmp_path / "out")
+
+
+def test_weights_by_another_name_twice_or_with_an_adapter_are_refused(folder, tmp_path):
+    source = changed(folder("llama"), tmp_path / "in")
+    (source / "adapter_config.json").write_text("{}")
+    assert "it holds an adapter" in refusal(source, tmp_path / "out")
+    (source / "adapter_config.json").unlink()
+    (source / "model.safetensors").rename(source / "weights.safetensors")
+    told = refusal(source, tmp_path / "out")
+    assert "holds weights.safetensors, but neither model.safetensors nor model.safetens" in told
+    tensors = stored(source)
+    safetensors.save_file(
+        tensors | {"norm.weight": tensors["model.norm.weight"] + 1}, source / "model.safetensors"
+    )
+    assert "model.norm.weight is there twice, as model.norm.weight in" in refusal(
+        source, tmp_path / "out"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, folder, tmp_path):
+    tensors = stored(folder("llama"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3, 2] = value
+    source = changed(folder("llama"), tmp_path / "in", tensors)
+    told = refusal(source, tmp_path / "out")
+    assert told.startswith(f"{source}: {name} has values that are no finite float32: fetch")
+    with pytest.raises(UserError, match=f"{name} has values that are no finite float32"):
+        hf.export(tmp_path / "out", load(source).model, load(source).params, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_a_dtype_are_refused(folder, tmp_path):
+    found = load(folder("llama"))
+    found.params["final_norm"]["scale"] *= 1e6
+    with pytest.raises(
+        UserError, match=r"model\.norm\.weight has values that are no finite float16: choose"
+    ):
+        hf.export(tmp_path / "out", found.model, found.params, None, "float16")
+    assert not list(tmp_path.iterdir())
+    hf.export(tmp_path / "out", found.model, found.params, None, "bfloat16")
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickles_are_refused_with_the_reason(name, folder, tmp_path):
     source = changed(folder("llama"), tmp_path / "in")
@@ -368,7 +545,8 @@ def test_integers_and_other_folders_are_refused(folder, tmp_path):
     (source / "model.safetensors").unlink()
     assert "it holds no .safetensors file" in refusal(source, tmp_path / "out")
     (source / "config.json").write_text("[1")
-    assert "is not a JSON object" in refusal(source, tmp_path / "out")
+    told = refusal(source, tmp_path / "out")
+    assert told.startswith(f"{source / 'config.json'} is damaged, it is no JSON object")
 
 
 def test_a_folder_that_exists_is_left_alone(folder, tmp_path):
@@ -391,7 +569,7 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
         ({"parallel_block": True}, "model.parallel_block=True"),
         ({"value_residual": True}, "model.value_residual=True"),
         ({"feedforward": "relu2"}, "model.feedforward='relu2'"),
-        ({"windows": (None, 8)}, "model.windows=(None, 8, None)"),
+        ({"windows": (4, 8)}, "model.windows=(4, 8, 4)"),
     ],
 )
 def test_a_model_that_no_family_can_say_is_not_exported(change, lacking, folder, tmp_path):

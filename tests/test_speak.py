@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
+import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator
@@ -16,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import decode, model, speak, tokenizer
-from gptjax.config import Config, ConfigError
+from gptjax import decode, model, speak, tokenizer, trained
+from gptjax.commands import models
+from gptjax.config import Config, ConfigError, UserError
 from gptjax.decode import Text
 from gptjax.speak import _Writer
 from tests import tiny
@@ -83,6 +86,48 @@ def test_a_text_ends_before_its_stop() -> None:
     ((text,), out, _) = generate(stop=stop)
     assert text == whole[: whole.index(stop)]
     assert out == f"the {text}\n"
+
+
+def test_a_text_ends_before_any_token_that_ends_one() -> None:
+    """As `generation_config.json` may list several; `sample.stop` is one more."""
+    ((whole,), _, _) = generate()
+    stop = next(c for c in whole[1:] if c.isascii() and c.isprintable())
+    own = dataclasses.replace(BYTES, stops=BYTES.stops | {*BYTES.encode(stop)})
+    with jax.set_mesh(tiny.mesh(data=8)), redirect_stdout(io.StringIO()):
+        for sample in ({}, {"stop": "\x00"}):
+            assert speak.generate(configure(**sample), PARAMS, own) == [whole[: whole.index(stop)]]
+
+
+@pytest.mark.parametrize("prompts", [[], ()])
+def test_no_prompt_at_all_is_refused(prompts: Any) -> None:
+    config = configure()
+    with pytest.raises(UserError, match="there is no prompt: give one or more"):
+        decode.generate(
+            config.model, PARAMS, prompts, config.sample, seed=0, vocab_size=257, end_of_text=256
+        )
+
+
+def test_a_begin_token_takes_its_place_in_the_context() -> None:
+    own = dataclasses.replace(BYTES, bos=256)
+    speak.check(configure(prompt="x" * 63), own)
+    with pytest.raises(ConfigError, match=r"prompt has 65 tokens, more than model.context=64"):
+        speak.check(configure(prompt="x" * 64), own)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_question_is_shown_once(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
+    opened = trained.Opened(configure(), 0, {}, BYTES)
+    monkeypatch.setattr(trained, "opened", lambda *_: contextlib.nullcontext(opened))
+    monkeypatch.setattr(models, "config_of", lambda *_: configure())
+    monkeypatch.setattr(models, "prepare_jax", lambda _: None)
+    monkeypatch.setattr(speak, "answer", lambda *_: "no")
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    words = argparse.Namespace(
+        distributed=None, system=None, workdir=Path("unused"), questions=["why?", "[/b]"]
+    )
+    with redirect_stdout(io.StringIO()) as out:
+        models.ask(words, [])
+    assert out.getvalue() == ("" if process else "> why?\n> [/b]\n")
 
 
 def test_a_full_context_is_told() -> None:

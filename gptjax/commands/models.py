@@ -44,7 +44,7 @@ def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     with trained.opened(config, arguments.workdir) as model:
         for question in arguments.questions:
-            print(f"> {question}")
+            speak.show(f"> {question}")
             dialogue = [*system, {"role": "user", "content": question}]
             speak.answer(model.config, model.params, model.tokenizer, dialogue)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gptjax.config import Model as ModelConfig
-from gptjax.config import UserError, choose, off_values
+from gptjax.config import UserError, choose, from_dict, off_values
 from gptjax.layers.feedforward import hidden_width
 
 Keys = dict[str, Any]
@@ -45,6 +45,7 @@ class Family(NamedTuple):
         ours: fields of ours that are alike in the whole family.
         theirs: key of theirs that would change the function -> values for which it is what we
             compute, the first of which is written. An absent key counts as it.
+        reads: further keys that `to_model` reads. One that is nowhere here is refused.
         to_model: their config -> further fields of ours.
         to_theirs: our config -> further keys of theirs.
         rows: the tensors; those whose path the model does not have are passed over.
@@ -56,6 +57,7 @@ class Family(NamedTuple):
     keys: dict[str, tuple[str, Any]]
     ours: dict[str, Any]
     theirs: dict[str, tuple[Any, ...]]
+    reads: tuple[str, ...]
     to_model: Callable[[Keys], dict[str, Any]]
     to_theirs: Callable[[ModelConfig], Keys]
     rows: tuple[Row, ...]
@@ -65,11 +67,34 @@ class Family(NamedTuple):
 RUN_FIELDS = ("dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype")
 
 
+# Keys of a config.json that leave the logits of a pretrained model as they are, whatever they say:
+# where it came from, how it was trained, how text is generated from it, and other tasks' heads.
+HARMLESS = frozenset(
+    """
+    model_type architectures _name_or_path _commit_hash transformers_version torch_dtype dtype
+    transformers.js_config unsloth_version unsloth_fixed is_llama_config tokenizer_class
+    attn_implementation _attn_implementation _attn_implementation_autoset use_cache pretraining_tp
+    return_dict output_hidden_states output_attentions torchscript use_bfloat16
+    tf_legacy_loss chunk_size_feed_forward gradient_checkpointing reorder_and_upcast_attn is_decoder
+    initializer_range initializer_factor attention_dropout resid_pdrop embd_pdrop attn_pdrop n_ctx
+    max_sequence_length bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
+    finetuning_task task_specific_params problem_type id2label label2id num_labels
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+""".split()  # noqa: SIM905
+)
+
+
 def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
     """The family and our config of a Hugging Face config.json.
 
     Raises:
-        UserError: on an unknown `model_type`, a missing key, or a value that we do not compute.
+        UserError: on an unknown `model_type`, a key that is missing or not known (unless it says
+            nothing: null, false, 0, empty), or a value that we do not compute.
     """
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
@@ -77,6 +102,13 @@ def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
     family, told = FAMILIES[kind], theirs
     if theirs.get("quantization_config"):
         raise UserError("the model is quantised (quantization_config): name its original weights")
+    known = HARMLESS | family.keys.keys() | family.theirs.keys() | {*family.reads}
+    unknown = [key for key in told if key not in known and told[key]]
+    if unknown:
+        raise UserError(
+            f"the config of a {kind} has keys that are not known: {', '.join(sorted(unknown))}; take "
+            "out those that do not change what the model computes"
+        )
     for key, values in family.theirs.items():
         if told.get(key, values[0]) not in values:
             raise UserError(
@@ -88,7 +120,7 @@ def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
         fields[field] = told.get(key, default)
         if fields[field] is ...:
             raise UserError(f"the config of a {kind} lacks {key}")
-    model = ModelConfig(**(fields | family.to_model(told)))
+    model = from_dict(fields | family.to_model(told), ModelConfig, "model")
     # One way to say the same, so that a config comes back as it went.
     return family, dataclasses.replace(
         model,
@@ -188,6 +220,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
+    reads=(),
     to_model=lambda theirs: {},
     to_theirs=lambda model: {},
     rows=GPT2_ROWS,
@@ -219,6 +252,10 @@ LLAMA_ROWS = (
     Row("unembed/kernel", "lm_head.weight", "V D"),
 )
 
+ROPE = (
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
 # RoPE scaling -> the keys that it reads besides `factor`; every other is refused.
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -230,8 +267,14 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 
 
 def rope_to_model(theirs: Keys) -> dict[str, Any]:
-    """The RoPE fields of `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`."""
-    told: Keys = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    """The RoPE fields of `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling`.
+
+    As in transformers 5, `rope_scaling` wins over `rope_parameters` as a whole, and a number in
+    either over one beside them, but for the original context.
+    """
+    told: Keys = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(told, dict):
+        raise UserError(f"RoPE's parameters are to be an object, not {told!r}")
     told = {key: value for key, value in told.items() if value is not None}
     kind = str(told.get("rope_type", told.get("type", "default")))
     keys = choose(ROPE_KEYS, kind, "rope_type")
@@ -249,7 +292,9 @@ def rope_to_model(theirs: Keys) -> dict[str, Any]:
     if lacking := [key for key in ("factor", *keys[:2]) if kind != "yarn" and key not in told]:
         raise UserError(f"RoPE scaling {kind!r} lacks {', '.join(lacking)}")
     context = theirs["max_position_embeddings"]
-    original = told.get("original_max_position_embeddings", context)
+    original = theirs.get("original_max_position_embeddings") or told.get(
+        "original_max_position_embeddings", context
+    )
     # transformers 5 and GGUF let the factor be the ratio of the contexts.
     fields["rope_factor"] = factor = float(told.get("factor", context / original))
     if kind != "linear":
@@ -277,8 +322,27 @@ def rope_to_theirs(model: ModelConfig) -> Keys:
     return keys
 
 
-def _windows(theirs: Keys) -> dict[str, Any]:
-    return {"windows": (theirs.get("sliding_window", 4096),)}
+def windows_to_model(theirs: Keys, window: int | None) -> dict[str, Any]:
+    """The field `windows` where `layer_types` says which layers have one; otherwise all have."""
+    layers, types = theirs["num_hidden_layers"], theirs.get("layer_types")
+    if types is None:
+        return {"windows": (window,)}
+    if len(types) != layers:
+        raise UserError(f"layer_types has {len(types)} entries for num_hidden_layers={layers}")
+    table = {"full_attention": None, "sliding_attention": window}
+    if window is None and "sliding_attention" in types:
+        raise UserError("layer_types names sliding_attention, but there is no sliding_window")
+    windows = tuple(choose(table, kind, "layer_types") for kind in types)
+    return {"windows": windows[:1] if len({*windows}) == 1 else windows}
+
+
+def windows_to_theirs(model: ModelConfig) -> Keys:
+    windows = model.layer_windows
+    keys: Keys = {"sliding_window": max((w for w in windows if w is not None), default=None)}
+    if len({*windows}) > 1:
+        names = ("full_attention" if w is None else "sliding_attention" for w in windows)
+        keys["layer_types"] = [*names]
+    return keys
 
 
 LLAMA = Family(
@@ -299,6 +363,7 @@ LLAMA = Family(
     },
     ours={"feedforward": "swiglu", "position": "rope", "norm": "rmsnorm", "init": "fan_in"},
     theirs={"hidden_act": ("silu", "swish")},
+    reads=(*ROPE, "mlp_bias", "attention_bias"),
     to_model=lambda theirs: (
         rope_to_model(theirs)
         | {
@@ -312,20 +377,27 @@ LLAMA = Family(
     rows=LLAMA_ROWS,
 )
 
+# Without `use_sliding_window` the next two say nothing.
+QWEN = (*ROPE, "layer_types", "sliding_window", "max_window_layers")
+
 # By `model_type`; export takes the first that fits.
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": LLAMA._replace(  # Llama with a sliding window
         architecture="MistralForCausalLM",
-        to_model=lambda theirs: rope_to_model(theirs) | _windows(theirs),
-        to_theirs=lambda model: rope_to_theirs(model) | {"sliding_window": model.windows[0]},
+        reads=(*ROPE, "sliding_window", "layer_types"),
+        to_model=lambda theirs: (
+            rope_to_model(theirs) | windows_to_model(theirs, theirs.get("sliding_window", 4096))
+        ),
+        to_theirs=lambda model: rope_to_theirs(model) | windows_to_theirs(model),
     ),
     "qwen2": LLAMA._replace(  # Llama with biases on query, key and value
         architecture="Qwen2ForCausalLM",
         ours=LLAMA.ours | {"attention_bias": "qkv"},
         theirs=LLAMA.theirs | {"use_sliding_window": (False,)},
-        to_model=rope_to_model,
+        reads=QWEN,
+        to_model=lambda theirs: rope_to_model(theirs) | windows_to_model(theirs, None),
         to_theirs=rope_to_theirs,
     ),
     "qwen3": LLAMA._replace(  # Llama with QK-norm
@@ -333,8 +405,10 @@ FAMILIES: dict[str, Family] = {
         keys=LLAMA.keys | {"head_dim": ("head_dim", 128)},
         ours=LLAMA.ours | {"qk_norm": True},
         theirs=LLAMA.theirs | {"use_sliding_window": (False,)},
+        reads=(*QWEN, "attention_bias"),
         to_model=lambda theirs: (
             rope_to_model(theirs)
+            | windows_to_model(theirs, None)
             | {"attention_bias": "all" if theirs.get("attention_bias", False) else "none"}
         ),
         to_theirs=lambda model: rope_to_theirs(model) | {"attention_bias": "out" in model.biased},

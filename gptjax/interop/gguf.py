@@ -61,6 +61,13 @@ KEYS = {
     "rope.freq_base": "rope_theta",
 }
 
+# Further keys after "llama.": read below, or they change nothing. Any other is refused.
+KNOWN = {
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "rope.dimension_count", "attention.value_length", "vocab_size",
+    "tensor_data_layout",
+}  # fmt: skip
+
 # GPT-2's pattern and Llama 3's, as their tokenizer.json has them.
 _GPT2 = BYTES | {"use_regex": True}
 _LLAMA3 = (
@@ -74,6 +81,19 @@ PRE: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": split(_LLAMA3),
     "qwen2": split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
+# Those of them with which llama.cpp puts the begin token before a text, unless add_bos_token says no.
+BEGINS = ("llama-bpe",)
+# Name of a token in tokenizer_config.json -> key, after "tokenizer.ggml.".
+PARTS = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id", "pad_token": "padding_token_id", "mask_token": "mask_token_id",
+}  # fmt: skip
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
+    "<|end_of_text|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token; 6 is a byte of SentencePiece
 
 
@@ -163,6 +183,19 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> Keys:
             keys[key] = fields[f"llama.{theirs}"]
         if isinstance(keys.get(key), list):
             raise UserError(f"llama.{theirs} differs between layers, which is not supported")
+    known = {f"llama.{key}" for key in KNOWN | KEYS.keys()}
+    unknown = [k for k, v in fields.items() if k.startswith("llama.") and k not in known and v]
+    if unknown:
+        raise UserError(
+            f"it has keys that are not known, which may change what the model computes: {unknown[0]}"
+            f"{f' and {len(unknown) - 1} more' if unknown[1:] else ''}"
+        )
+    head = keys.get("head_dim") or keys["hidden_size"] // keys["num_attention_heads"]
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if fields.get(f"llama.{key}", head) != head:
+            raise UserError(
+                f"llama.{key}={fields[f'llama.{key}']} is not the width of a head, {head}"
+            )
     # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
     keys |= {key: float(str(np.float32(v))) for key, v in keys.items() if isinstance(v, float)}
     if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
@@ -198,7 +231,14 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     tokens, kinds = told("tokens"), told("token_type")
     of_kind = lambda kind: {t: i for i, t in enumerate(tokens) if kinds[i] == kind}  # noqa: E731
     specials = of_kind(CONTROL)
-    bos = tokens[told("bos_token_id")] if told("add_bos_token", False) else None
+    for key in ("add_eos_token", "add_sep_token"):
+        if told(key, False):
+            raise UserError(f"tokenizer.ggml.{key}: a token after every text is not supported")
+    bos = None
+    if told("add_bos_token", told("pre") in BEGINS):
+        if told("bos_token_id") is None:
+            raise UserError("it wants a begin token before every text, but has no bos_token_id")
+        bos = tokens[told("bos_token_id")]
     tree = tokenizer_json(
         of_kind(NORMAL) | specials,
         [tuple(merge.split(" ")) for merge in told("merges")],
@@ -209,11 +249,15 @@ def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
         others=of_kind(USER_DEFINED),
         bos=bos,
     )
-    eos = told("eos_token_id")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[eos]}
-    settings |= {"bos_token": bos, "clean_up_tokenization_spaces": False}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, key in PARTS.items():
+        if told(key) is not None:
+            settings[name] = tokens[told(key)]
     files = {TOKENIZER_FILE: tree, "tokenizer_config.json": settings}
-    files["generation_config.json"] = {"eos_token_id": eos}
+    # Whatever llama.cpp takes for the end of what is said (llama_vocab::impl::load).
+    ends = {told(key) for key in ENDS if told(key) is not None}
+    ends |= {i for i, text in enumerate(tokens) if text in END_NAMES and i in specials.values()}
+    files["generation_config.json"] = {"eos_token_id": sorted(ends)}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     if template := fields.get("tokenizer.chat_template"):

@@ -19,7 +19,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,10 @@ from gptjax.files import new_folder
 from gptjax.interop.families import Family, Row, to_theirs
 from gptjax.interop.vocabulary import write_tokenizer
 from gptjax.layers.parameter import Spec
+from gptjax.progress import say
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of safetensors -> of transformers.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -129,13 +131,23 @@ def about(source: Path) -> Iterator[None]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a folder's config.json.
+
+    Raises:
+        UserError: with the file's path, if it is not there or no JSON object.
+    """
     path = folder / CONFIG
     if not path.is_file():
-        raise UserError(f"it holds no {CONFIG}: name a Hugging Face folder or a .gguf file")
+        raise UserError(
+            f"{folder}: it holds no {CONFIG}: name a Hugging Face folder or a .gguf file"
+        )
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
-        raise UserError(f"{CONFIG} is not a JSON object: fetch it again") from None
+        tree = json.loads(path.read_bytes())
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is damaged, it is no JSON object: restore it, or fetch it again")
+    return tree
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -148,12 +160,21 @@ class Safetensors:
         self._files: dict[str, tuple[Path, str]] = {}  # our name -> file, its name there
         self.shapes: dict[str, tuple[int, ...]] = {}
         dtypes = set()
-        for path in _weight_files(folder):
+        files = weight_files(folder)
+        if left := _left(folder, files):
+            say(f"{folder}: read {_named(files)}, not {_named(left)}")
+        for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     full = name if name == "lm_head.weight" else _prefixed(name, family.prefix)
                     if re.search(family.buffers, full):
                         continue
+                    if full in self._files:
+                        other, also = self._files[full]
+                        raise UserError(
+                            f"{full} is there twice, as {also} in {other.name} and as {name} in "
+                            f"{path.name}: fetch the weights again"
+                        )
                     part = file.get_slice(name)
                     self._files[full] = (path, name)
                     self.shapes[full] = tuple(part.get_shape())
@@ -172,27 +193,59 @@ def _prefixed(name: str, prefix: str) -> str:
     return name if name.startswith(prefix) else prefix + name
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files named by the index, or all .safetensors files."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, sorted, found as `transformers` finds them.
+
+    model.safetensors comes first, else those that its index names, and no others.
+
+    Raises:
+        UserError: if there are none, or one that is missing; if they are pickles, or an adapter.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "it holds an adapter (adapter_config.json), which would change the weights: merge it "
+            "into them, and take it out"
+        )
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     index = folder / INDEX
     if index.is_file():
         try:
-            files = sorted(
-                folder / name for name in {*json.loads(index.read_bytes())["weight_map"].values()}
-            )
+            names = {*json.loads(index.read_bytes())["weight_map"].values()}
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError
+            files = sorted(folder / name for name in names)
         except (ValueError, LookupError, AttributeError, TypeError):
             raise UserError(f"{INDEX} is damaged: fetch it again") from None
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{INDEX} names {missing[0]}, which is missing: fetch it again")
         return files
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    if pickles := sorted(p.name for end in ("bin", "pt", "pth") for p in folder.glob(f"*.{end}")):
+    if pickles := sorted(p.name for p in _pickles(folder)):
         raise UserError(
             f"its weights are a pickle ({pickles[0]}), which may run any program when it is "
             "opened: name a version with .safetensors files"
         )
+    if others := sorted(folder.glob("*.safetensors")):
+        raise UserError(
+            f"it holds {_named(others)}, but neither {WEIGHTS} nor {INDEX}, by which weights are "
+            f"found: fetch the index, or rename a single file to {WEIGHTS}"
+        )
     raise UserError("it holds no .safetensors file: fetch the weights")
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return [path for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}")]
+
+
+def _left(folder: Path, files: list[Path]) -> list[Path]:
+    """What else in the folder seems to be weights."""
+    others = {*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *_pickles(folder)}
+    return sorted(others - {*files, *([folder / INDEX] if files != [folder / WEIGHTS] else [])})
+
+
+def _named(files: list[Path]) -> str:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{files[0].name}{more}"
 
 
 @contextlib.contextmanager
@@ -392,16 +445,20 @@ def _write_safetensors(
             file.write(struct.pack("<Q", len(text)) + text)
         for name, (_, make) in tensors.items():
             array = make()
-            if file is None:
-                continue
             # Rows at a time: cast, and laid out, in a copy of them alone.
             step = max(1, CHUNK * len(array) // array.size)
             for start in range(0, len(array), step):
-                with np.errstate(over="ignore"):  # which is told below
+                with np.errstate(over="ignore"):  # it is told below
                     rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
                 if not np.isfinite(rows).all():
-                    raise UserError(
-                        f"{name} has values that are no finite {dtype}: a model of them says "
-                        "nothing"
-                    )
-                file.write(rows.view(np.uint8).data)  # bfloat16 has no buffer of its own
+                    _refuse_not_finite(name, array[start : start + step], dtype)
+                if file is not None:
+                    file.write(rows.view(np.uint8).data)  # bfloat16 has no buffer of its own
+
+
+def _refuse_not_finite(name: str, values: np.ndarray, dtype: str) -> NoReturn:
+    """On every process alike, so that none waits for another."""
+    remedy = "fetch the model again, or take an earlier checkpoint"
+    if np.isfinite(values).all():
+        remedy = "choose another dtype"
+    raise UserError(f"{name} has values that are no finite {dtype}: {remedy}")

@@ -41,8 +41,9 @@ def load(folder: str | Path) -> Pretrained:
             is missing, truncated, misshapen or left over; or if the weights are pickles.
     """
     folder = Path(folder)
+    keys = hf.read_config(folder)
     with hf.about(folder):
-        family, config = to_model(hf.read_config(folder))
+        family, config = to_model(keys)
         source = hf.Safetensors(folder, family)
         params = hf.read_params(source, family, config)
     named = str(folder) if (folder / TOKENIZER_FILE).is_file() else None
@@ -56,8 +57,9 @@ def adopt(config: Config, folder: str | Path) -> Config:
     number is that of the table.
     """
     folder = Path(folder)
+    keys = hf.read_config(folder)
     with hf.about(folder):
-        found = to_model(hf.read_config(folder))[1]
+        found = to_model(keys)[1]
     kept = {name: getattr(config.model, name) for name in RUN_FIELDS}
     if found.position != "learned":
         kept["context"] = min(found.context, config.model.context)
@@ -82,8 +84,9 @@ def import_(source: str | Path, out: str | Path) -> Model:
     if Path(source).suffix == ".gguf":
         return gguf.import_(Path(source), Path(out))
     folder = Path(source)
+    keys = hf.read_config(folder)
     with hf.about(folder):
-        family, config = to_model(hf.read_config(folder))
+        family, config = to_model(keys)
         named = str(folder) if (folder / TOKENIZER_FILE).is_file() else None
         hf.copy(hf.Safetensors(folder, family), family, config, Path(out), named)
     return config
