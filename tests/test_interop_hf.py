@@ -68,7 +68,6 @@ CASES: dict[str, tuple[str, dict]] = {
         | {"rope_parameters": {"rope_type": "yarn", "beta_slow": 0.05, "beta_fast": 0.6} | STRETCHED},
     ),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
-    "mistral-no-window": ("Mistral", LLAMA | {"sliding_window": None}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
 }  # fmt: skip
@@ -193,6 +192,7 @@ TOLD: dict[str, tuple[str, dict]] = {
     ),
     "a window on none": ("mistral", {"layer_types": ["full_attention"] * 3}),
     "a window on all": ("mistral", {"layer_types": ["sliding_attention"] * 3}),
+    "a window that is null": ("mistral", {"sliding_window": None}),
     "no window where it is off": ("qwen2", {"sliding_window": 4, "max_window_layers": 1}),
     "harmless keys": (
         "llama",
