@@ -348,6 +348,11 @@ def test_prompts_that_cannot_be_read_are_refused(prompt, message):
         generate(MODEL, {}, [[1], prompt], GREEDY, **OPTIONS)
 
 
+def test_no_prompt_is_told_as_such():
+    with pytest.raises(UserError, match="^there is no prompt: give one or more$"):
+        generate(MODEL, {}, [], GREEDY, **OPTIONS)
+
+
 def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():
     """Up to the original context its angles stand still, and it decodes like the others."""
     rope = {"position": "rope", "rope_scaling": "dynamic", "rope_factor": 2.0}
