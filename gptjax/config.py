@@ -290,8 +290,8 @@ class Train:
     frozen: tuple[str, ...] = field(metadata=off(()))
     accumulation: int
     log_every: int
-    watch: tuple[str, ...]
-    watch_every: int
+    watch: tuple[str, ...] = field(metadata=off(()))
+    watch_every: int = field(metadata=off(100))
     eval_every: int
     checkpoint_every: int
     keep_checkpoints: int
