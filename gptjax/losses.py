@@ -80,7 +80,7 @@ def token_nll(
     float32 throughout. Arguments are those of `cross_entropy`; a target outside [0, V)
     yields NaN.
     """
-    x_BTD, targets_BT = shard(x_BTD, "BTD"), shard(targets_BT, "BT")
+    x_BTD = shard(x_BTD, "BTD")
     V, shards = dims.index("V"), _shards()
     vocab = kernel.shape[V]
     # Splitting V into (V, C) moves nothing: a shard's columns are contiguous.

@@ -309,7 +309,6 @@ def hidden(
         raise ValueError("segments_BT does not go with a cache: it holds one document a row")
     edit = edit or {}
     check_points([*listen, *edit])
-    tokens_BT = sharding.shard(tokens_BT, "BT")
     index_BT = jnp.arange(tokens_BT.shape[1])[None]
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
