@@ -1,4 +1,4 @@
-"""Commands that run studies and say what they found."""
+"""Commands that run studies and print their results."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    asked = study_of(arguments, overrides)
+    plan = study_of(arguments, overrides)
     from gptjax.study import results, run
 
     if arguments.dry_run:
-        tell(results.read(asked, arguments.store, now=True), arguments.store, print)
+        tell(results.read(plan, arguments.store, now=True), arguments.store, print)
         return
     try:
-        found = run_all(arguments, asked)
+        complete = run_all(arguments, plan)
     except run.Failed:
-        _report(results.read(asked, arguments.store), arguments.out)
+        _report(results.read(plan, arguments.store), arguments.out)
         raise
-    _report(found, arguments.out)
+    _report(complete, arguments.out)
 
 
-def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
-    """Says what is planned, runs what is not there, and reads all."""
+def run_all(arguments: argparse.Namespace, plan: Study) -> Results:
+    """Prints the plan, runs the cells that are missing, and reads all results."""
     if arguments.together < 1:
         raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
     from gptjax.progress import say
     from gptjax.study import results, run
 
-    tell(results.read(asked, arguments.store, now=True), arguments.store, say)
-    return run.run(asked, arguments.store, arguments.together)
+    tell(results.read(plan, arguments.store, now=True), arguments.store, say)
+    return run.run(plan, arguments.store, arguments.together)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    asked = study_of(arguments, overrides)
+    plan = study_of(arguments, overrides)
     from gptjax.study import results
 
-    _report(results.read(asked, arguments.store), arguments.out)
+    _report(results.read(plan, arguments.store), arguments.out)
 
 
-def _report(found: Results, out: Path | None) -> None:
+def _report(results: Results, out: Path | None) -> None:
     from gptjax.study import analysis, publish, tables
 
-    made = analysis.analyse(found)
-    folder = out or OUT / found.study.name
-    publish.write(made, folder)
-    tables.show(made)
+    analysed = analysis.analyse(results)
+    folder = out or OUT / results.study.name
+    publish.write(analysed, folder)
+    tables.show(analysed)
     print(f"the report: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
 
 
@@ -80,13 +80,13 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
     if (arguments.file is None) == (not arguments.axis):
         raise UserError("name either a study's FILE or, with --config=RECIPE, one --axis or more")
     if arguments.file is None:
-        found = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
+        plan = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
     elif arguments.config is None:
-        found = spec.load(arguments.file)
+        plan = spec.load(arguments.file)
     else:
         raise UserError(f"{arguments.file} names its own base: leave --config out")
-    seeds = found.seeds if arguments.seeds is None else arguments.seeds
-    return dataclasses.replace(found, seeds=seeds, overrides=(*found.overrides, *overrides))
+    seeds = plan.seeds if arguments.seeds is None else arguments.seeds
+    return dataclasses.replace(plan, seeds=seeds, overrides=(*plan.overrides, *overrides))
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -143,47 +143,47 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
 
 
-def tell(found: Results, store: Path, say: Callable[[str], None]) -> None:
-    """Says what a study asks, what its arms are, and how much of it is there."""
+def tell(results: Results, store: Path, say: Callable[[str], None]) -> None:
+    """Says what a study asks, what its arms are, and how many of its runs have ended."""
     from gptjax.study.equalise import EQUAL
     from gptjax.study.tables import settings, stated
 
-    asked, measure = found.study, EQUAL[found.study.equal].measure
-    shared = filter(None, (asked.base, settings(asked.settings), *asked.overrides))
-    for line in (f"{asked.name}: {asked.hypothesis}", *stated(asked), f"Base: {' '.join(shared)}"):
+    plan, measure = results.study, EQUAL[results.study.equal].measure
+    shared = filter(None, (plan.base, settings(plan.settings), *plan.overrides))
+    for line in (f"{plan.name}: {plan.hypothesis}", *stated(plan), f"Base: {' '.join(shared)}"):
         say(line)
-    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
-    # Where tuning has not chosen, a run that tunes shows what was solved for.
-    known = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(every)}
-    cells = {(scale, arm): known[scale, arm] for scale in asked.scales for arm in asked.all_arms}
+    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
+    # Before tuning has chosen, a tuning run shows what was solved for.
+    cell_of = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(outcomes)}
+    cells = {(scale, arm): cell_of[scale, arm] for scale in plan.scales for arm in plan.all_arms}
     names = [", ".join(filter(None, place)) for place in cells]
     for name, (scale, arm) in zip(names, cells, strict=True):
         cell = cells[scale, arm]
-        parts = [settings({**asked.scales[scale], **asked.all_arms[arm]})]
+        parts = [settings({**plan.scales[scale], **plan.all_arms[arm]})]
         if cell.solved:
             parts.append(f"solved for: {settings(cell.solved)}")
-        if asked.equal != "nothing":
-            parts.append(f"{measure(cell.config):,.0f} {asked.equal}")
+        if plan.equal != "nothing":
+            parts.append(f"{measure(cell.config):,.0f} {plan.equal}")
         say(f"  {name:<{max(map(len, names))}}  {'; '.join(filter(None, parts))}")
-    say(f"{counted(found)}, in {store}")
+    say(f"{counted(results)}, in {store}")
 
 
-def counted(found: Results) -> str:
+def counted(results: Results) -> str:
     """How many runs there are, and of what status."""
     from gptjax.study.results import ENDED
 
-    asked = found.study
-    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
-    status = {o.cell.address: o.status for o in every}  # arms may share runs
+    plan = results.study
+    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
+    status = {o.cell.address: o.status for o in outcomes}  # arms may share runs
     # What tuning has not chosen yet has no address.
-    chosen = {(o.cell.scale, o.cell.arm) for o in found.outcomes}
-    arms = len(asked.scales) * len(asked.all_arms)
-    unknown = (arms - len(chosen)) * asked.seeds
+    chosen = {(o.cell.scale, o.cell.arm) for o in results.outcomes}
+    arms = len(plan.scales) * len(plan.all_arms)
+    unknown = (arms - len(chosen)) * plan.seeds
     ended = sum(s in ENDED for s in status.values())
     lost = [f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))]
-    told = f" ({', '.join(lost)})" if lost else ""
+    note = f" ({', '.join(lost)})" if lost else ""
     count = len(status) + unknown
-    return f"{count} runs: {ended} there, {count - ended} to run{told}"
+    return f"{count} runs: {ended} there, {count - ended} to run{note}"
 
 
 def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -193,7 +193,7 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
     if not 0 < arguments.effect < math.inf:
         raise UserError(f"--effect={arguments.effect:g} must be above 0 and finite")
-    asked = Study(
+    plan = Study(
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,
         arms={},
@@ -202,26 +202,26 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
-    for line in _noise(run_all(arguments, asked)):
+    for line in _noise(run_all(arguments, plan)):
         print(line)
 
 
-def _noise(found: Results) -> Iterator[str]:
+def _noise(results: Results) -> Iterator[str]:
     """The noise floor and what can be seen above it, for a person."""
     import numpy as np
 
     from gptjax.study import statistics
 
-    asked = found.study
-    finished = [o for o in found.outcomes if o.status == "finished"]
-    for o in found.outcomes:
+    plan = results.study
+    finished = [o for o in results.outcomes if o.status == "finished"]
+    for o in results.outcomes:
         if o.status != "finished":
             yield f"left out, {o.status}: {o.cell.label} ({o.reason})"
     measured = statistics.noise(np.array([o.metric for o in finished]))
     low, high = measured.interval
-    yield f"{asked.base}: {asked.metric} {measured.mean:.4f} {asked.unit}, {measured.seeds} seeds"
+    yield f"{plan.base}: {plan.metric} {measured.mean:.4f} {plan.unit}, {measured.seeds} seeds"
     yield f"sd between seeds: {measured.sd:.2g} (95%: {low:.2g} to {high:.2g})"
-    # As if pairs had nothing in common: how much they have only the arms of a study can tell.
+    # As if pairs were independent: only a study with arms can show how far they are not.
     one, most = (statistics.difference_sd(sd, 0.0) for sd in (measured.sd, high))
     yield (
         "A study of one arm sees a difference with 80% power at the sd above (at the interval's "
@@ -230,8 +230,8 @@ def _noise(found: Results) -> Iterator[str]:
     for seeds in SEEDS_SHOWN:
         smallest, largest = (statistics.smallest_effect(seeds, sd) for sd in (one, most))
         yield f"  {seeds:>3} seeds: from {smallest:.2g} ({largest:.2g})"
-    needed, at_most = (statistics.seeds_to_see(asked.smallest, sd) for sd in (one, most))
-    yield f"  a difference of {asked.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
+    needed, at_most = (statistics.seeds_to_see(plan.smallest, sd) for sd in (one, most))
+    yield f"  a difference of {plan.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
 
 
 def _seeds(count: int | None) -> str:

@@ -45,7 +45,7 @@ class Family(NamedTuple):
         ours: fields of ours that are alike in the whole family.
         theirs: key of theirs that would change the function -> values for which it is what we
             compute, the first of which is written. An absent key counts as it.
-        reads: further keys that `to_model` reads. One that is nowhere here is refused.
+        reads: further keys that `to_model` reads. A key in none of these is refused.
         to_model: their config -> further fields of ours.
         to_theirs: our config -> further keys of theirs.
         rows: the tensors; those whose path the model does not have are passed over.
@@ -99,29 +99,29 @@ def to_model(theirs: Keys) -> tuple[Family, ModelConfig]:
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"model_type={kind!r} is not one of: {', '.join(FAMILIES)}")
-    family, told = FAMILIES[kind], theirs
+    family, config = FAMILIES[kind], theirs
     if theirs.get("quantization_config"):
         raise UserError("the model is quantised (quantization_config): name its original weights")
-    known = HARMLESS | family.keys.keys() | family.theirs.keys() | {*family.reads}
-    unknown = [key for key in told if key not in known and told[key]]
+    known_keys = HARMLESS | family.keys.keys() | family.theirs.keys() | {*family.reads}
+    unknown = [key for key in config if key not in known_keys and config[key]]
     if unknown:
         raise UserError(
             f"the config of a {kind} has keys that are not known: {', '.join(sorted(unknown))}; take "
             "out those that do not change what the model computes"
         )
     for key, values in family.theirs.items():
-        if told.get(key, values[0]) not in values:
+        if config.get(key, values[0]) not in values:
             raise UserError(
-                f"{key}={told[key]!r} of a {kind} is not one of: {', '.join(map(repr, values))}"
+                f"{key}={config[key]!r} of a {kind} is not one of: {', '.join(map(repr, values))}"
             )
     # What a family does not mention is off.
     fields = off_values(ModelConfig) | family.ours
     for key, (field, default) in family.keys.items():
-        fields[field] = told.get(key, default)
+        fields[field] = config.get(key, default)
         if fields[field] is ...:
             raise UserError(f"the config of a {kind} lacks {key}")
-    model = from_dict(fields | family.to_model(told), ModelConfig, "model")
-    # One way to say the same, so that a config comes back as it went.
+    model = from_dict(fields | family.to_model(config), ModelConfig, "model")
+    # One spelling of equal configs, so that export and import give the same config back.
     return family, dataclasses.replace(
         model,
         kv_heads=None if model.heads == model.K else model.K,
@@ -136,7 +136,7 @@ def to_theirs(model: ModelConfig) -> tuple[Family, Keys]:
     Raises:
         UserError: where none can; it names what the nearest lacks.
     """
-    wanted, nearest = canonical(model), None
+    target, nearest = canonical(model), None
     for kind, family in FAMILIES.items():
         explicit = dataclasses.asdict(model) | {
             "kv_heads": model.K, "head_dim": model.H, "ff_dim": hidden_width(model),
@@ -145,14 +145,14 @@ def to_theirs(model: ModelConfig) -> tuple[Family, Keys]:
         keys |= {key: explicit[field] for key, (field, _) in family.keys.items()}
         keys |= {key: values[0] for key, values in family.theirs.items()}
         keys |= family.to_theirs(model)
-        said = canonical(to_model(keys)[1])
-        differ = [name for name in wanted if wanted[name] != said.get(name)]
+        written = canonical(to_model(keys)[1])
+        differ = [name for name in target if target[name] != written.get(name)]
         if not differ:
             return family, keys
         if nearest is None or len(differ) < len(nearest[1]):
             nearest = (kind, differ)
     assert nearest is not None
-    values = ", ".join(f"model.{name}={wanted[name]!r}" for name in nearest[1])
+    values = ", ".join(f"model.{name}={target[name]!r}" for name in nearest[1])
     raise UserError(
         f"no family of Hugging Face ({', '.join(FAMILIES)}) can say this model; "
         f"the nearest, {nearest[0]}, lacks {values}"
@@ -272,39 +272,39 @@ def rope_to_model(theirs: Keys) -> dict[str, Any]:
     As in transformers 5, `rope_scaling` wins over `rope_parameters` as a whole, and a number in
     either over one beside them, but for the original context.
     """
-    told: Keys = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    if not isinstance(told, dict):
-        raise UserError(f"RoPE's parameters are to be an object, not {told!r}")
-    told = {key: value for key, value in told.items() if value is not None}
-    kind = str(told.get("rope_type", told.get("type", "default")))
+    rope: Keys = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"RoPE's parameters are to be an object, not {rope!r}")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     keys = choose(ROPE_KEYS, kind, "rope_type")
     common = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
-    if told.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) != 1.0:
+    if rope.pop("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError("partial_rotary_factor: RoPE on a part of each head is not supported")
-    if unknown := sorted(told.keys() - common - set(keys)):
+    if unknown := sorted(rope.keys() - common - set(keys)):
         raise UserError(f"RoPE scaling {kind!r} with {', '.join(unknown)} is not supported")
     fields: Keys = {
-        "rope_base": float(told.get("rope_theta") or theirs.get("rope_theta") or 1e4),
+        "rope_base": float(rope.get("rope_theta") or theirs.get("rope_theta") or 1e4),
         "rope_scaling": "none" if kind == "default" else kind,
     }
     if kind == "default":
         return fields
-    if lacking := [key for key in ("factor", *keys[:2]) if kind != "yarn" and key not in told]:
+    if lacking := [key for key in ("factor", *keys[:2]) if kind != "yarn" and key not in rope]:
         raise UserError(f"RoPE scaling {kind!r} lacks {', '.join(lacking)}")
     context = theirs["max_position_embeddings"]
-    original = theirs.get("original_max_position_embeddings") or told.get(
+    original = theirs.get("original_max_position_embeddings") or rope.get(
         "original_max_position_embeddings", context
     )
     # transformers 5 and GGUF let the factor be the ratio of the contexts.
-    fields["rope_factor"] = factor = float(told.get("factor", context / original))
+    fields["rope_factor"] = factor = float(rope.get("factor", context / original))
     if kind != "linear":
         fields["rope_original_context"] = context if kind == "dynamic" else original
     if kind == "llama3":
-        fields["rope_rotations"] = tuple(float(told[key]) for key in keys)
+        fields["rope_rotations"] = tuple(float(rope[key]) for key in keys)
     if kind == "yarn":
-        fields["rope_rotations"] = float(told.get(keys[0], 1)), float(told.get(keys[1], 32))
+        fields["rope_rotations"] = float(rope.get(keys[0], 1)), float(rope.get(keys[1], 32))
         gain = 0.1 * math.log(factor) + 1
-        if not told.get("truncate", True) or abs(told.get("attention_factor", gain) - gain) > 1e-6:
+        if not rope.get("truncate", True) or abs(rope.get("attention_factor", gain) - gain) > 1e-6:
             raise UserError("yarn with attention_factor or truncate of its own is not supported")
     return fields
 

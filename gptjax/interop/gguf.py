@@ -1,8 +1,8 @@
 """GGUF files, llama.cpp's format: Llama's architecture, dequantised, with its own tokenizer.
 
-The `gguf` package reads the file and knows every quantisation. What is told here is how GGUF
-says what a Hugging Face folder says: keys, names of tensors, the vocabulary, and the order of
-query and key rows, which the conversion to GGUF interleaves, because llama.cpp rotates
+The `gguf` package reads the file and knows every quantisation. This module translates it to a
+Hugging Face folder: keys, names of tensors, the vocabulary, and the order of query and key
+rows, which the conversion to GGUF interleaves, because llama.cpp rotates
 neighbouring channels where Llama in `transformers` rotates halves.
 """
 
@@ -142,9 +142,9 @@ class Tensors:
         for tensor in reader.tensors:
             number = re.search(r"^blk\.(\d+)\.", tensor.name)
             layer = number[1] if number else "*"
-            ours = NAMES.get(re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name), tensor.name)
-            self._tensors[ours.replace("*", layer)] = tensor
-            self.shapes[ours.replace("*", layer)] = tuple(int(n) for n in tensor.shape[::-1])
+            name = NAMES.get(re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name), tensor.name)
+            self._tensors[name.replace("*", layer)] = tensor
+            self.shapes[name.replace("*", layer)] = tuple(int(n) for n in tensor.shape[::-1])
         self.config = _config(fields, self.shapes)
         divisors = self._tensors.pop(ROPE_FREQUENCIES, None)
         if divisors is not None:
@@ -160,9 +160,9 @@ class Tensors:
         # Blocks of a quantisation lie along the last dim, so rows come apart but columns do not.
         array = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
         array = array[(slice(None), *index[1:])]
-        if found := INTERLEAVED.search(name):
+        if projection := INTERLEAVED.search(name):
             # A shard has whole heads.
-            width = self.shapes[name][0] // self._heads[found[1]]
+            width = self.shapes[name][0] // self._heads[projection[1]]
             pairs = array.reshape(-1, width // 2, 2, *array.shape[1:])
             array = pairs.swapaxes(1, 2).reshape(array.shape)
         return array
@@ -178,13 +178,13 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> Keys:
     keys: Keys = {"model_type": "llama", "tie_word_embeddings": "lm_head.weight" not in shapes}
     keys["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in shapes
     keys["vocab_size"] = shapes.get("model.embed_tokens.weight", (0,))[0]
-    for theirs, key in KEYS.items():
-        if f"llama.{theirs}" in fields:
-            keys[key] = fields[f"llama.{theirs}"]
+    for suffix, key in KEYS.items():
+        if f"llama.{suffix}" in fields:
+            keys[key] = fields[f"llama.{suffix}"]
         if isinstance(keys.get(key), list):
-            raise UserError(f"llama.{theirs} differs between layers, which is not supported")
-    known = {f"llama.{key}" for key in KNOWN | KEYS.keys()}
-    unknown = [k for k, v in fields.items() if k.startswith("llama.") and k not in known and v]
+            raise UserError(f"llama.{suffix} differs between layers, which is not supported")
+    known_keys = {f"llama.{key}" for key in KNOWN | KEYS.keys()}
+    unknown = [k for k, v in fields.items() if k.startswith("llama.") and k not in known_keys and v]
     if unknown:
         raise UserError(
             f"it has keys that are not known, which may change what the model computes: {unknown[0]}"
@@ -199,9 +199,9 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> Keys:
     # Stored as float32: 1e-5 comes back as 9.999999747378752e-06.
     keys |= {key: float(str(np.float32(v))) for key, v in keys.items() if isinstance(v, float)}
     if (scaling := fields.get("llama.rope.scaling.type", "none")) != "none":
-        told = {"type": scaling, "factor": fields.get("llama.rope.scaling.factor")}
-        told[ORIGINAL] = fields.get("llama.rope.scaling.original_context_length")
-        keys["rope_scaling"] = told
+        rope_scaling = {"type": scaling, "factor": fields.get("llama.rope.scaling.factor")}
+        rope_scaling[ORIGINAL] = fields.get("llama.rope.scaling.original_context_length")
+        keys["rope_scaling"] = rope_scaling
     return keys
 
 
@@ -210,8 +210,8 @@ def _llama3(divisors: np.ndarray, config: Keys) -> Keys:
     scaling = {"rope_type": "llama3", "factor": float(divisors.max()), ORIGINAL: 8192}
     scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     model = to_model(config | {"rope_scaling": scaling})[1]
-    found = frequencies(model) / ROPE_SCALING["llama3"].frequencies(model, jnp.zeros((1, 1)))
-    if found.shape != divisors.shape or not np.allclose(found, divisors, rtol=1e-4):
+    expected = frequencies(model) / ROPE_SCALING["llama3"].frequencies(model, jnp.zeros((1, 1)))
+    if expected.shape != divisors.shape or not np.allclose(expected, divisors, rtol=1e-4):
         raise UserError(f"{ROPE_FREQUENCIES} is no scaling of Llama 3's, which is not supported")
     return scaling
 
@@ -219,43 +219,43 @@ def _llama3(divisors: np.ndarray, config: Keys) -> Keys:
 def write_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     """Writes the vocabulary and the chat template of a GGUF file as Hugging Face has them."""
 
-    def told(name: str, default: Any = None) -> Any:
+    def ggml(name: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
-    if told("model") != "gpt2":
+    if ggml("model") != "gpt2":
         raise UserError(
-            f"its tokenizer is of the kind {told('model')!r}, but only byte-level BPE ('gpt2') is "
+            f"its tokenizer is of the kind {ggml('model')!r}, but only byte-level BPE ('gpt2') is "
             "supported"
         )
-    pre = choose(PRE, told("pre", "default"), "tokenizer.ggml.pre")
-    tokens, kinds = told("tokens"), told("token_type")
+    pre = choose(PRE, ggml("pre", "default"), "tokenizer.ggml.pre")
+    tokens, kinds = ggml("tokens"), ggml("token_type")
     of_kind = lambda kind: {t: i for i, t in enumerate(tokens) if kinds[i] == kind}  # noqa: E731
     specials = of_kind(CONTROL)
     for key in ("add_eos_token", "add_sep_token"):
-        if told(key, False):
+        if ggml(key, False):
             raise UserError(f"tokenizer.ggml.{key}: a token after every text is not supported")
     bos = None
-    if told("add_bos_token", told("pre") in BEGINS):
-        if told("bos_token_id") is None:
+    if ggml("add_bos_token", ggml("pre") in BEGINS):
+        if ggml("bos_token_id") is None:
             raise UserError("it wants a begin token before every text, but has no bos_token_id")
-        bos = tokens[told("bos_token_id")]
+        bos = tokens[ggml("bos_token_id")]
     tree = tokenizer_json(
         of_kind(NORMAL) | specials,
-        [tuple(merge.split(" ")) for merge in told("merges")],
+        [tuple(merge.split(" ")) for merge in ggml("merges")],
         specials,
         pre,
         # Llama 3's vocabulary came from tiktoken, for which a piece that is a token is one.
-        whole_pieces=told("pre") == "llama-bpe",
+        whole_pieces=ggml("pre") == "llama-bpe",
         others=of_kind(USER_DEFINED),
         bos=bos,
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in PARTS.items():
-        if told(key) is not None:
-            settings[name] = tokens[told(key)]
+        if ggml(key) is not None:
+            settings[name] = tokens[ggml(key)]
     files = {TOKENIZER_FILE: tree, "tokenizer_config.json": settings}
     # Whatever llama.cpp takes for the end of what is said (llama_vocab::impl::load).
-    ends = {told(key) for key in ENDS if told(key) is not None}
+    ends = {ggml(key) for key in ENDS if ggml(key) is not None}
     ends |= {i for i, text in enumerate(tokens) if text in END_NAMES and i in specials.values()}
     files["generation_config.json"] = {"eos_token_id": sorted(ends)}
     for name, content in files.items():

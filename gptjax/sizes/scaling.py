@@ -29,7 +29,7 @@ from gptjax.report.interval import CONFIDENCE, SEED
 DELTA = 1e-3  # log residuals below count by their square, those above by their size
 REPLICATES = 1000
 TENTH = math.log(1.1)  # sizes closer than this count as one
-# Where the search ends; a law that is found at such an end is told as undetermined there.
+# Bounds of the search; a constant that ends at a bound is reported as undetermined.
 EXPONENT = (0.01, 3.0)
 HEIGHT = (-12.0, 3.0)  # of the log of a term at the middle of the ladder, less that of the loss
 GRID = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 1.6)  # exponents to start from
@@ -94,8 +94,8 @@ def points_from_csv(path: str | os.PathLike[str]) -> Points:
                 for row in reader
             ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        told = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read {path} as a CSV table: {told}") from None
+        message = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path} as a CSV table: {message}") from None
     return Points(*np.array(rows, np.float64).reshape(-1, 3).T)
 
 
@@ -105,12 +105,12 @@ def _number(text: str | float | None, place: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        told = "missing" if text in (None, "") else repr(text)
-        raise UserError(f"{place} is {told}: give a number above 0, or leave the point out")
+        shown = "missing" if text in (None, "") else repr(text)
+        raise UserError(f"{place} is {shown}: give a number above 0, or leave the point out")
     return value
 
 
-# ---- what can be told
+# ---- what the points determine
 
 
 def terms(points: Points) -> tuple[tuple[str, ...], str]:
@@ -143,11 +143,11 @@ def terms(points: Points) -> tuple[tuple[str, ...], str]:
 
 def levels(size_P: np.ndarray) -> list[float]:
     """Distinct sizes, ascending: the smallest of each that lie within a tenth."""
-    found: list[float] = []
+    smallest: list[float] = []
     for size in np.sort(size_P).tolist():
-        if not found or math.log(size / found[-1]) > TENTH:
-            found.append(size)
-    return found
+        if not smallest or math.log(size / smallest[-1]) > TENTH:
+            smallest.append(size)
+    return smallest
 
 
 def _level(size_P: np.ndarray) -> np.ndarray:
@@ -168,28 +168,28 @@ def _check(points: Points) -> tuple[str, ...]:
             _number(float(value), f"point {number}: {name}")
     if not len(points.loss):
         raise UserError("there are no points: a law of scale needs a ladder of sizes")
-    found, _ = terms(points)
-    constants = 1 + 2 * len(found)
+    fitted, _ = terms(points)
+    constants = 1 + 2 * len(fitted)
     # Repeats, such as other seeds, tell of noise and not of scale.
     distinct = len({*zip(_level(points.parameters), _level(points.tokens), strict=True)})
     if distinct <= constants:
         raise UserError(
             f"{len(points.loss)} points of {distinct} distinct sizes do not exceed the "
-            f"{constants} constants of the law, {', '.join(_names(found))}: add "
+            f"{constants} constants of the law, {', '.join(_names(fitted))}: add "
             f"{constants + 1 - distinct} more sizes"
         )
-    for name in found:
+    for name in fitted:
         sizes = levels(getattr(points, name))
         if len(sizes) < 3:
             raise UserError(
                 f"{name} takes only the values {', '.join(f'{s:.4g}' for s in sizes)}, too few "
                 f"for {' and '.join(TERMS[name])}: give three or more, or one alone"
             )
-    return found
+    return fitted
 
 
-def _names(found: Iterable[str]) -> tuple[str, ...]:
-    return ("E", *itertools.chain.from_iterable(TERMS[name] for name in found))
+def _names(fitted: Iterable[str]) -> tuple[str, ...]:
+    return ("E", *itertools.chain.from_iterable(TERMS[name] for name in fitted))
 
 
 # ---- the fit
@@ -249,28 +249,28 @@ def _starts(x_KP: np.ndarray, y_P: np.ndarray) -> list[np.ndarray]:
     With exponents given the law is linear in E, A and B, so these are not searched on a grid of
     their own, as Hoffmann et al. do, but set to their non-negative least squares.
     """
-    found = []
+    starts = []
     for exponents in itertools.product(GRID, repeat=len(x_KP)):
         basis = np.vstack([np.zeros_like(y_P), -np.array(exponents)[:, None] * x_KP])
         heights, _ = scipy.optimize.nnls(np.exp(basis - y_P).T, np.ones_like(y_P))
         start = np.empty(1 + 2 * len(x_KP))
         start[[0, *range(1, len(start), 2)]] = np.log(np.maximum(heights, 1e-3))
         start[2::2] = exponents
-        found.append(start)
-    return sorted(found, key=lambda start: objective(start, x_KP, y_P)[0])
+        starts.append(start)
+    return sorted(starts, key=lambda start: objective(start, x_KP, y_P)[0])
 
 
-def _logs(points: Points, found: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _logs(points: Points, fitted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Logs of each fitted term's size less their mean, (K, P), and those means, (K, 1)."""
-    logs_KP = np.log(np.stack([getattr(points, name) for name in found]))
+    logs_KP = np.log(np.stack([getattr(points, name) for name in fitted]))
     middle_K1 = logs_KP.mean(axis=1, keepdims=True)
     return logs_KP - middle_K1, middle_K1
 
 
-def _law(theta_R: np.ndarray, found: Sequence[str], middle_K1: np.ndarray) -> Law:
+def _law(theta_R: np.ndarray, fitted: Sequence[str], middle_K1: np.ndarray) -> Law:
     constants = dict.fromkeys(Law._fields, np.zeros(len(theta_R)))
     constants["E"] = np.exp(theta_R[:, 0])
-    for k, name in enumerate(found):
+    for k, name in enumerate(fitted):
         height, exponent = TERMS[name]
         constants[exponent] = theta_R[:, 2 + 2 * k]
         constants[height] = np.exp(theta_R[:, 1 + 2 * k] + constants[exponent] * middle_K1[k])
@@ -278,7 +278,7 @@ def _law(theta_R: np.ndarray, found: Sequence[str], middle_K1: np.ndarray) -> La
 
 
 def _theta(law: Law, middle_K1: np.ndarray) -> np.ndarray:
-    """What `_law` makes one law of."""
+    """The unknowns of the search that stand for a law: the inverse of `_law`."""
     theta = [math.log(law.E)]
     for name, middle in zip(law.terms, middle_K1.ravel().tolist(), strict=True):
         height, exponent = (getattr(law, constant) for constant in TERMS[name])
@@ -292,12 +292,12 @@ def fit(points: Points) -> Law:
     Raises:
         UserError: if the points do not exceed the constants, or are no sizes and losses.
     """
-    found = _check(points)
-    x_KP, middle_K1 = _logs(points, found)
+    fitted = _check(points)
+    x_KP, middle_K1 = _logs(points, fitted)
     y_P = np.log(points.loss)
     searches = [_minimise(start, x_KP, y_P) for start in _starts(x_KP, y_P)[:SEARCHES]]
     theta = min(searches, key=lambda search: search.fun).x
-    return Law(*(float(c[0]) for c in _law(theta[None], found, middle_K1)))
+    return Law(*(float(c[0]) for c in _law(theta[None], fitted, middle_K1)))
 
 
 class Bootstrap(NamedTuple):
@@ -369,13 +369,13 @@ def optimum(law: Law, flops: float) -> tuple[Any, Any, Any]:
             "a budget is shared out only by a law of both sizes: add points whose tokens vary "
             "at the same parameters, and whose parameters vary at the same tokens"
         )
-    both = law.a + law.b
-    log_G = (np.log(law.a) + np.log(law.A) - np.log(law.b) - np.log(law.B)) / both
+    exponent_sum = law.a + law.b
+    log_G = (np.log(law.a) + np.log(law.A) - np.log(law.b) - np.log(law.B)) / exponent_sum
     log_cost = math.log(flops / FLOPS_PER_PARAMETER_AND_TOKEN)
-    # A replicate may put the optimum beyond all numbers.
+    # The optimum of a replicate may overflow.
     with np.errstate(over="ignore", divide="ignore"):
-        parameters = np.exp(log_G + law.b / both * log_cost)
-        tokens = np.exp(law.a / both * log_cost - log_G)
+        parameters = np.exp(log_G + law.b / exponent_sum * log_cost)
+        tokens = np.exp(law.a / exponent_sum * log_cost - log_G)
         return parameters, tokens, law.loss(parameters, tokens)
 
 
@@ -409,11 +409,11 @@ def leave_largest_out(points: Points) -> dict[str, Any]:
     }
 
 
-# ---- told
+# ---- the record
 
 
 def undetermined(points: Points, law: Law) -> list[str]:
-    """The constants that ended where the search does."""
+    """The constants that ended at a bound of the search."""
     x_KP, middle_K1 = _logs(points, law.terms)
     ends = _bounds(x_KP, np.log(points.loss))
     return [
@@ -426,7 +426,7 @@ def undetermined(points: Points, law: Law) -> list[str]:
 def record(
     points: Points, law: Law, drawn: Bootstrap, budgets: Sequence[float] = ()
 ) -> dict[str, Any]:
-    """All that is known, as JSON holds it; None stands for what is beyond all numbers.
+    """The law, its intervals and its checks, as JSON; None stands for a number that is not finite.
 
     Args:
         law: what `fit` returns.
@@ -478,5 +478,5 @@ def _shared(points: Points, law: Law, drawn: Bootstrap, flops: float) -> dict[st
 
 
 def _told(value: float, values_R: np.ndarray, drawn: Bootstrap) -> dict[str, Any]:
-    told = [float(v) if np.isfinite(v) else None for v in (value, *drawn.interval(values_R))]
-    return {"value": told[0], "interval": told[1:]}
+    figures = [float(v) if np.isfinite(v) else None for v in (value, *drawn.interval(values_R))]
+    return {"value": figures[0], "interval": figures[1:]}
