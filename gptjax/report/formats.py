@@ -31,13 +31,15 @@ def below(text: str) -> str:
 
 
 def terminal(table: Table) -> rich.table.Table:
-    found = rich.table.Table()
+    rich_table = rich.table.Table()
     for heading in table.headings:
-        found.add_column(Text(heading), justify="left" if heading in table.told else "right")
+        rich_table.add_column(Text(heading), justify="left" if heading in table.told else "right")
     for row in table.rows:
         cells = (cell.partition("\n") for cell in row)
-        found.add_row(*(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells))
-    return found
+        rich_table.add_row(
+            *(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells)
+        )
+    return rich_table
 
 
 def markdown(table: Table) -> str:
@@ -56,13 +58,13 @@ def _flat(cell: str) -> str:
 
 def html(table: Table) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        found = ""
+        markup = ""
         for heading, cell in zip(table.headings, cells, strict=True):
             first, _, rest = cell.partition("\n")
             small = f"<small>{escape(rest)}</small>" if rest else ""
-            told = ' class="told"' if heading in table.told else ""
-            found += f"<{tag}{told}>{escape(first)}{small}</{tag}>"
-        return f"<tr>{found}</tr>"
+            css_class = ' class="told"' if heading in table.told else ""
+            markup += f"<{tag}{css_class}>{escape(first)}{small}</{tag}>"
+        return f"<tr>{markup}</tr>"
 
     body = "".join(line("td", row) for row in table.rows)
     return f'<div class="wide dense"><table>{line("th", table.headings)}{body}</table></div>'
@@ -117,6 +119,6 @@ def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        known = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
-        writer.writerow(known)
+        finite = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
+        writer.writerow(finite)
     return out.getvalue()

@@ -56,8 +56,8 @@ class Cost:
 
     def over(self, other: Cost) -> Cost:
         """Each cost divided by another's."""
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Cost(*(a / b if b else math.nan for a, b in zip(mine, others, strict=True)))
+        costs, other_costs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Cost(*(a / b if b else math.nan for a, b in zip(costs, other_costs, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
     """An arm at a scale.
 
     Attributes:
-        counts: of its runs by status; all five are there and add up to the study's seeds.
+        counts: of its runs by status; all five are present and add up to the study's seeds.
         mean, sd: of the metric over the runs that finished (ddof 1); NaN where there is none.
         difference: mean of arm less baseline over the pairs that both finished.
         comparison: to the baseline; None for the baseline itself. Where runs diverged, it was
@@ -105,7 +105,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """Everything a report tells.
+    """Everything a report shows.
 
     Attributes:
         rows: scales in the study's order, in each the baseline and then the arms.
@@ -158,8 +158,8 @@ def analyse(results: Results) -> Analysis:
     first, last = _ends(study)
     for arm in study.arms if len(study.scales) > 1 else ():
         if not (broken[first, arm] or broken[last, arm]):
-            both = difference[first, arm], difference[last, arm]
-            changes[arm] = statistics.change_of_gain(*both, study.smallest)
+            pair = difference[first, arm], difference[last, arm]
+            changes[arm] = statistics.change_of_gain(*pair, study.smallest)
     return Analysis(results, _with_fronts(rows), changes)
 
 
@@ -217,7 +217,7 @@ def _verdict(
         words = f"finished {finished} of {study.seeds}; the baseline {base}"
     else:
         verdict = comparison.verdict
-        # How many seeds more it takes is a question for when those that are planned are there.
+        # How many more seeds it takes is estimated only once all planned runs have ended.
         undecided = preliminary and verdict == statistics.UNDECIDED
         words = verdict if undecided else comparison.words
     if preliminary:
@@ -259,9 +259,9 @@ def _of(results: Results, scale: str, arm: str) -> list[Outcome]:
 
 def _counts(results: Results, scale: str, arm: str) -> dict[str, int]:
     """Runs by status; those of an arm whose tuning is not done are missing."""
-    found: list[str] = [o.status for o in _of(results, scale, arm)]
-    found += ["missing"] * (results.study.seeds - len(found))
-    return {status: found.count(status) for status in STATUSES}
+    statuses: list[str] = [o.status for o in _of(results, scale, arm)]
+    statuses += ["missing"] * (results.study.seeds - len(statuses))
+    return {status: statuses.count(status) for status in STATUSES}
 
 
 def _configs(results: Results, scale: str, arm: str) -> tuple[Config, Config]:
@@ -297,8 +297,8 @@ def curves(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
 def difference_curves(results: Results, scale: str, arm: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps (E,), arm less baseline (S, E)) of the pairs that both finished."""
     mine, base = _pairs(results, scale, arm)
-    steps_E, both = curves([*mine, *base])
-    return steps_E, both[: len(mine)] - both[len(mine) :]
+    steps_E, metric_SE = curves([*mine, *base])
+    return steps_E, metric_SE[: len(mine)] - metric_SE[len(mine) :]
 
 
 def _reach(results: Results, scale: str, arm: str) -> Reach | None:
@@ -306,7 +306,7 @@ def _reach(results: Results, scale: str, arm: str) -> Reach | None:
     if not mine:
         return None
     (arm_steps, arm_E), (base_steps, base_E) = (
-        (steps, found.mean(0)) for steps, found in (curves(mine), curves(base))
+        (steps, metric_SE.mean(0)) for steps, metric_SE in (curves(mine), curves(base))
     )
     if arm_E[-1] < base_E[-1]:
         step = crossing(arm_steps, arm_E, base_E[-1])
@@ -331,8 +331,8 @@ def crossing(steps_E: np.ndarray, loss_E: np.ndarray, level: float) -> float | N
 
 def _cost(config: Config, outcomes: Sequence[Outcome]) -> Cost:
     def median(name: str) -> float:
-        found = [value for o in outcomes if not math.isnan(value := getattr(o, name))]
-        return float(np.median(found)) if found else math.nan
+        values = [value for o in outcomes if not math.isnan(value := getattr(o, name))]
+        return float(np.median(values)) if values else math.nan
 
     return Cost(
         equalise.parameters(config),
@@ -346,7 +346,7 @@ def _cost(config: Config, outcomes: Sequence[Outcome]) -> Cost:
 
 
 def _with_fronts(rows: Sequence[Row]) -> list[Row]:
-    """Rows told whether they are on the fronts; an arm that diverged is on none."""
+    """Rows with `on_front` filled in; an arm that diverged is on no front."""
     loss = [math.nan if r.counts["diverged"] else r.mean for r in rows]
     fronts = {
         name: front([getattr(r.cost, name) for r in rows], loss) for name in ("flops", "seconds")
@@ -358,7 +358,7 @@ def _with_fronts(rows: Sequence[Row]) -> list[Row]:
 
 
 def front(cost_N: Sequence[float], loss_N: Sequence[float]) -> list[bool]:
-    """Which points no other beats: none costs and loses no more, and one of both less.
+    """The Pareto front: points for which no other has at most the cost and loss, and less of one.
 
     A point with an unknown coordinate is never on it, and beats none.
     """
@@ -369,8 +369,8 @@ def front(cost_N: Sequence[float], loss_N: Sequence[float]) -> list[bool]:
 
 
 def environment(results: Results) -> dict[str, list[str]]:
-    """What the runs were made on and from: name -> its values, one where all runs agree."""
-    found: dict[str, dict[str, None]] = {}  # dicts for the order
+    """Hardware, code and data of the runs: name -> its values, one where all runs agree."""
+    values_of: dict[str, dict[str, None]] = {}  # dicts for the order
     for folder in _folders(results):
         for start in read_environment(folder):
             facts = {
@@ -388,8 +388,8 @@ def environment(results: Results) -> dict[str, list[str]]:
                 facts["git revision"] = git["revision"] + (", changed" if git["dirty"] else "")
             for name, value in facts.items():
                 if value:
-                    found.setdefault(name, {})[value] = None
-    return {name: list(values) for name, values in found.items()}
+                    values_of.setdefault(name, {})[value] = None
+    return {name: list(values) for name, values in values_of.items()}
 
 
 def _folders(results: Results) -> list[Path]:

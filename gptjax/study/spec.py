@@ -1,6 +1,6 @@
-"""A study: what is asked, which runs answer it, and what is decided before any of them.
+"""A study: its question, the runs that answer it, and what is decided before any of them.
 
-A file in `experiments/` says it all:
+A file in `experiments/` states all of it:
 
     STUDY = Study(
         hypothesis="Rotary positions beat learned ones at equal tokens.",
@@ -87,10 +87,10 @@ class Study:
     name: str = "study"
 
     def __post_init__(self) -> None:
-        for name, (kind, wanted) in KINDS.items():
+        for name, (kind, expected) in KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+                raise ConfigError(f"{name} must be {expected}, got {value!r}")
         for name, settings in (*self.arms.items(), *self.scales.items()):
             if not isinstance(name, str) or not isinstance(settings, Mapping):
                 raise ConfigError(f"write a name and its knobs, not {name!r}: {settings!r}")
@@ -105,8 +105,8 @@ class Study:
             )
         if self.baseline in self.arms:
             raise ConfigError(f"{self.baseline!r} is the baseline: name the arm otherwise")
-        if other := [knob for knob in self.tune if not knob.startswith("optim.")]:
-            raise ConfigError(f"tune: {other[0]} is no optim.* knob, and could change the budget")
+        if foreign := [knob for knob in self.tune if not knob.startswith("optim.")]:
+            raise ConfigError(f"tune: {foreign[0]} is no optim.* knob, and could change the budget")
         for knob, values in self.tune.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ConfigError(f"tune: {knob} must be a tuple of values, got {values!r}")
@@ -190,24 +190,24 @@ def of_axes(base: str, axes: Sequence[str]) -> Study:
     for axis in axes:
         knob, equals, words = axis.partition("=")
         # A comma inside of brackets belongs to a value: model.windows=(None,),(None,64)
-        found = re.findall(r"(?:\([^()]*\)|[^,()])+", words)
-        complete = ",".join(found) == words
-        found = [value.strip() for value in found]
-        if not equals or not complete or len(found) < 2 or len(set(found)) < len(found):
+        options = re.findall(r"(?:\([^()]*\)|[^,()])+", words)
+        complete = ",".join(options) == words
+        options = [value.strip() for value in options]
+        if not equals or not complete or len(options) < 2 or len(set(options)) < len(options):
             raise ConfigError(
                 f"--axis {axis}: write a knob and two or more different values, such as "
                 "model.position=learned,rope"
             )
         if knob in values:
             raise ConfigError(f"--axis {knob} is given twice")
-        values[knob] = found
+        values[knob] = options
     arms = cross(values)
-    (baseline, settings), *others = arms.items()
-    asked = " or ".join(f"{knob} in ({', '.join(v)})" for knob, v in values.items())
+    (baseline, settings), *rest = arms.items()
+    question = " or ".join(f"{knob} in ({', '.join(v)})" for knob, v in values.items())
     return Study(
-        hypothesis=f"Exploratory: does {asked} matter?",
+        hypothesis=f"Exploratory: does {question} matter?",
         base=base,
-        arms=dict(others),
+        arms=dict(rest),
         baseline=baseline,
         settings=settings,
         name="-".join(knob.rpartition(".")[2] for knob in values),
@@ -231,29 +231,31 @@ def cells(study: Study, tuned: Tuned) -> list[Cell]:
         ConfigError: on a setting that is no knob, an arm equal to another, or budgets that
             cannot be made equal.
     """
-    found = []
+    decisive = []
     for scale in study.scales:
         configs = _resolve(study, scale)
         for arm, (config, solved) in configs.items():
             if not study.tune:
-                found += _seeds(study, scale, arm, config, solved, study.seeds, 0)
+                decisive += _seeds(study, scale, arm, config, solved, study.seeds, 0)
             elif (scale, arm) in tuned:
                 chosen = tuned[scale, arm]
                 at_best = configure.override(config, _words(chosen))
-                found += _seeds(study, scale, arm, at_best, {**solved, **chosen}, study.seeds, 0)
-    return found
+                decisive += _seeds(study, scale, arm, at_best, {**solved, **chosen}, study.seeds, 0)
+    return decisive
 
 
 def tuning_cells(study: Study) -> list[tuple[Cell, Settings]]:
     """The runs that choose each arm's values of `study.tune`, and those values."""
-    found = []
+    tuning = []
     for scale in study.scales if study.tune else ():
         for arm, (config, solved) in _resolve(study, scale).items():
             for values in cross(study.tune).values():
-                here = configure.override(config, _words(values))
-                runs = _seeds(study, scale, arm, here, solved, study.tuning_seeds, TUNING)
-                found += [(cell, values) for cell in runs]
-    return found
+                at_values = configure.override(config, _words(values))
+                tuning_runs = _seeds(
+                    study, scale, arm, at_values, solved, study.tuning_seeds, TUNING
+                )
+                tuning += [(cell, values) for cell in tuning_runs]
+    return tuning
 
 
 def _seeds(
@@ -282,8 +284,8 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
         _check_comparable(study, arm, config, base)
-        for other, (known, _) in configs.items():
-            _check_apart(study, arm, config, other, known)
+        for earlier, (earlier_config, _) in configs.items():
+            _check_apart(study, arm, config, earlier, earlier_config)
         configs[arm] = config, solved
     return configs
 
@@ -305,14 +307,14 @@ def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> N
         )
 
 
-def _check_apart(study: Study, arm: str, config: Config, other: str, known: Config) -> None:
+def _check_apart(study: Study, arm: str, config: Config, other: str, other_config: Config) -> None:
     """Refuses two arms that are the same, or that would count the same runs twice."""
-    if known == config:
+    if other_config == config:
         raise ConfigError(
             f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
         )
-    reseeded = dataclasses.replace(known, seed=config.seed)
-    if reseeded == config and abs(known.seed - config.seed) < study.seeds:
+    reseeded = dataclasses.replace(other_config, seed=config.seed)
+    if reseeded == config and abs(other_config.seed - config.seed) < study.seeds:
         raise ConfigError(
             f"arm {arm!r} shares runs with {other!r}: set their seeds {study.seeds} apart"
         )

@@ -2,9 +2,9 @@
 
     STORE/ADDRESS/        a run; ADDRESS is the fingerprint of its config
     STORE/ADDRESS.2/      another of the same config, which computes something else
-        computes.json     what: digests of its programs, its batches and its data, and versions
+        computes.json     what it computes: digests of programs, batches and data, and versions
 
-A run belongs to a cell that has its config and computes the same. What is computed is said by the
+A run belongs to a cell that has its config and computes the same. What it computes is given by the
 lowered programs of initial values, step and evaluation (StableHLO, without names and locations),
 by what they are fed, and by the versions of the packages: a comment, a refactor or another row of
 a table changes none of it, another epsilon in a norm all. Lowering is spared where the code is
@@ -39,7 +39,7 @@ COMPUTES = "computes.json"
 
 
 def place(config: Config, store: Path, now: bool) -> Path:
-    """The folder of a run, which may not be there yet.
+    """The folder of a run, which may not exist yet.
 
     Args:
         config: of the run.
@@ -48,7 +48,7 @@ def place(config: Config, store: Path, now: bool) -> Path:
             the only one of that config is taken whatever code made it.
 
     Raises:
-        UserError: if what a folder's run computes cannot be told here.
+        UserError: if this machine cannot determine what a folder's run computes.
     """
     folders = list(_of_config(config, store))
     if len(folders) == 1 and not now:
@@ -104,7 +104,7 @@ def made_now() -> dict[str, str]:
 
 
 def _versions(versions: Mapping[str, str]) -> dict[str, str]:
-    # What of gptjax itself matters is told by the programs.
+    # gptjax's own version is left out: the programs show whether its code computes the same.
     return {f"version of {name}": v for name, v in versions.items() if name != "gptjax"}
 
 
@@ -115,25 +115,25 @@ def is_told(folder: Path) -> bool:
 
 def write(folder: Path, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> None:
     """Records what a run is about to compute, on its mesh and with its group."""
-    told = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh)}
+    computes = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh)}
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / COMPUTES, json.dumps(told, indent=1).encode())
+        replace_file(folder / COMPUTES, json.dumps(computes, indent=1).encode())
 
 
 def differences(folder: Path, config: Config) -> list[str]:
     """What the run in a folder does not share with one that would begin now, by its names.
 
-    [] also for a run that recorded too little to tell (`is_told`).
+    [] also for a run that recorded too little to compare (`is_told`).
 
     Raises:
-        UserError: if it cannot be told here.
+        UserError: if this machine cannot lower the program of that run.
     """
     history = read_environment(folder)
     if not is_told(folder) or all(made_by(record) == made_now() for record in history):
         return []
-    told = json.loads((folder / COMPUTES).read_bytes())
-    devices, size = jax.devices(), math.prod(told["mesh"].values())
+    computes = json.loads((folder / COMPUTES).read_bytes())
+    devices, size = jax.devices(), math.prod(computes["mesh"].values())
     backend = history[-1]["backend"]
     if size > len(devices) or backend != jax.default_backend():
         raise UserError(
@@ -143,9 +143,13 @@ def differences(folder: Path, config: Config) -> list[str]:
         )
     alone = not (folder / ensemble.ENSEMBLE).is_file()
     group, member = ([config], 0) if alone else ensemble.group_of(folder)
-    now = facts(group, member, make_mesh(Mesh(**told["mesh"]), devices[:size]))
-    was = told["facts"]
-    return [name for name in was | now if was.get(name) != now.get(name)]
+    current_facts = facts(group, member, make_mesh(Mesh(**computes["mesh"]), devices[:size]))
+    recorded_facts = computes["facts"]
+    return [
+        name
+        for name in recorded_facts | current_facts
+        if recorded_facts.get(name) != current_facts.get(name)
+    ]
 
 
 def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> dict[str, str]:
@@ -167,15 +171,15 @@ def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> di
     # The seed is a number in the programs, which the config tells: one lowering serves all seeds.
     one = dataclasses.replace(config, seed=0)
     step = _step(one, mesh) if len(configs) == 1 else _steps_together(tuple(configs), mesh)
-    now = environment()
+    current = environment()
     return {
         "initial values": _initial(one, mesh),
         "step": step,
         "evaluation": _evaluation(one, mesh),
         **{name: _digest_arrays(batch) for name, batch in fed.items()},
         **opened.fingerprints,
-        **_versions(now["versions"]),
-        **now["jax_settings"],
+        **_versions(current["versions"]),
+        **current["jax_settings"],
     }
 
 
@@ -225,7 +229,7 @@ def nameless(program: str) -> str:
     """A program in StableHLO without the names that Python functions and results gave it."""
     order = list(dict.fromkeys(re.findall(r"func\.func (?:\w+ )?@([\w.$-]+)", program)))
     numbers = {name: f"@f{number}" for number, name in enumerate(order)}
-    program = re.sub(r"@([\w.$-]+)", lambda found: numbers.get(found[1], found[0]), program)
+    program = re.sub(r"@([\w.$-]+)", lambda match: numbers.get(match[1], match[0]), program)
     program = re.sub(r"^module @[\w.$-]+", "module", program)
     return re.sub(r'jax\.result_info = "[^"]*"', "", program)
 
