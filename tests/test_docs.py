@@ -1,7 +1,11 @@
-"""The README's commands run, its map is the tree, and its links lead somewhere."""
+"""What the documents say holds: commands run, names are there, links lead somewhere.
+
+The commands of the README and of docs/features.md run in their order, in this process.
+"""
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -9,16 +13,30 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
+from gptjax import model
 from gptjax.cli import COMMANDS, main
+from gptjax.layers import feedforward
 from tests import tiny
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
+FEATURES, ADDING, READING = (
+    (REPO / "docs" / f"{name}.md").read_text() for name in ("features", "adding", "reading")
+)
+WORDS = 900  # of the README at most: a reader is to finish it
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a document in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 LINES = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for block in blocks(README, "sh") + blocks(FEATURES, "sh")
     for line in block.replace("\\\n", " ").splitlines()
 ]
 LAUNCHES = [shlex.split(line, comments=True)[2:] for line in LINES if "launch.py" in line]
@@ -132,13 +150,73 @@ def test_the_map_names_every_module() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in (REPO / "README.md", REPO / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (REPO / target).exists(), f"{document.name} links to {target}"
+    documents = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), REPO / "experiments/README.md"]
+    assert len(documents) > 7
+    for document in documents:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_adding_a_variant_names_files_that_exist() -> None:
-    rows = re.findall(r"^\| .*? \| `([\w/.]+)`", README, re.MULTILINE)
-    assert rows
-    for file in rows:
-        assert (REPO / file).exists(), file
+def test_the_readme_is_short() -> None:
+    # All of it: prose, map, commands and links, as `wc -w` counts.
+    assert len(README.split()) <= WORDS
+
+
+def names_in(file: Path) -> set[str]:
+    """What a file defines at its top: functions, classes, tables."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Assign(targets=targets):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
+
+
+def test_anchors_are_names_in_the_code() -> None:
+    stops = re.findall(r"^\d+\. \*\*.*?(?=^\d+\. |^The tests)", READING, re.DOTALL | re.MULTILINE)
+    assert len(stops) == 10
+    for stop in stops:
+        anchors = re.findall(r"`([\w/]+\.py):(\w+)`", stop)
+        assert anchors, stop
+        for file, name in anchors:
+            assert name in names_in(REPO / file), f"docs/reading.md: {file}:{name}"
+
+
+def test_what_to_edit_is_there() -> None:
+    rows = re.findall(r"^\| [^|`]+ \| `([\w/.]+)`(.*?) \|$", ADDING, re.MULTILINE)
+    assert len(rows) > 15
+    for file, what in rows:
+        assert (REPO / file).is_file(), file
+        for table in re.findall(r"`([A-Z_]+)`", what):
+            assert table in names_in(REPO / file), f"docs/adding.md: {file}: {table}"
+    for file in re.findall(r"`((?:gptjax|configs)/[\w/]+\.py)`", ADDING):
+        assert (REPO / file).is_file(), file
+
+
+def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row, study), commands = blocks(ADDING, "python"), blocks(ADDING, "sh")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/reglu.py").write_text(study)
+    words = [shlex.split(line)[2:] for block in commands for line in block.splitlines()]
+    config, dry_run, run = words
+    assert dry_run == [*run, "--dry_run"]  # the runs themselves would take minutes
+    assert main(config) != 0
+    assert "reglu" in capsys.readouterr().err
+    for name, branch in eval(f"{{{row}}}", vars(feedforward)).items():
+        monkeypatch.setitem(feedforward.FEEDFORWARD, name, branch)
+    assert main(config) == 0
+    # Three matrices of D by F in each layer, and the biases of the ablation recipe's block.
+    D, F, layers = 64, 192, 4
+    assert f"feedforward {layers * (3 * D * F + 2 * F + D):,}," in capsys.readouterr().out
+    assert main(dry_run) == 0
+    assert "10 runs: 0 there, 10 to run" in capsys.readouterr().out
+    small = tiny.model(feedforward="reglu", width=16, ff_dim=24)
+    x_BTD = model.hidden(small, model.init(small, 0), jax.numpy.zeros((1, 4), int)).x_BTD
+    assert jax.numpy.isfinite(x_BTD).all()
