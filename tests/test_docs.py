@@ -5,6 +5,7 @@ The commands of the README and of docs/features.md run in their order, in this p
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import json
@@ -23,8 +24,8 @@ from tests import tiny
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
-FEATURES, ADDING, READING = (
-    (REPO / "docs" / f"{name}.md").read_text() for name in ("features", "adding", "reading")
+FEATURES, ADDING, READING, ROAD = (
+    (REPO / "docs" / f"{name}.md").read_text() for name in ("features", "adding", "reading", "road")
 )
 WORDS = 900  # of the README at most: a reader is to finish it
 
@@ -220,3 +221,29 @@ def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
     small = tiny.model(feedforward="reglu", width=16, ff_dim=24)
     x_BTD = model.hidden(small, model.init(small, 0), jax.numpy.zeros((1, 4), int)).x_BTD
     assert jax.numpy.isfinite(x_BTD).all()
+
+
+def test_the_road_can_be_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda *a: devices(*a)[:1])  # eight would only be slower
+    sections = re.split(r"^## ", ROAD, flags=re.MULTILINE)[1:]
+    names: dict[str, object] = {}
+    for section in sections:
+        title, steps = section.splitlines()[0], blocks(section, "python")
+        assert steps, title
+        for step in steps:
+            exec(compile(step, f"docs/road.md, {title}", "exec"), names)
+    assert names["reply"] is not None
+
+
+def test_the_commands_beside_the_road_are_as_the_command_line_has_them() -> None:
+    text = re.sub(r"^```.*?^```", "", ROAD, flags=re.DOTALL | re.MULTILINE)
+    spans = [shlex.split(span) for span in re.findall(r"`([^`]+)`", text)]
+    commands = [words for words in spans if name_of(words) in COMMANDS and len(words) > 1]
+    assert len(commands) >= 9
+    for words in commands:
+        name = name_of(words)
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        COMMANDS[name].add_arguments(parser)
+        parser.parse_args(words[len(name.split()) :])  # exits on a word that it does not know
