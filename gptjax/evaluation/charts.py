@@ -14,12 +14,12 @@ from gptjax.report.figures import ACCENT, BAND, COLOURS, INK, cycle, new_axes, t
 def by_position(texts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Loss against tokens seen, one line a text."""
     axes = new_axes(6.4, 3.2, "tokens seen before", "nats/token")
-    for (name, found), colour in zip(texts.items(), cycle(len(texts)), strict=True):
+    for (name, bins), colour in zip(texts.items(), cycle(len(texts)), strict=True):
         # On a logarithm of 1 + seen, which has room for the prediction that sees nothing.
-        x = [np.sqrt((1 + p["from"]) * (1 + p["to"])) for p in found]
-        axes.plot(x, [p["loss"] for p in found], "o-", color=colour, label=name, ms=3.5, lw=1.4)
+        x = [np.sqrt((1 + p["from"]) * (1 + p["to"])) for p in bins]
+        axes.plot(x, [p["loss"] for p in bins], "o-", color=colour, label=name, ms=3.5, lw=1.4)
     axes.set_xscale("log", base=2)
-    ticks = sorted({p["from"] for found in texts.values() for p in found})
+    ticks = sorted({p["from"] for bins in texts.values() for p in bins})
     axes.set_xticks([1 + t for t in ticks], [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     if len(texts) > 1:
@@ -44,13 +44,15 @@ def intervals(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 def documents(bits_D: Sequence[float], ends: Sequence[float | None], mean: float) -> str:
     """Each document's difference, in order, with the whole text's and its interval."""
     axes = new_axes(6.4, 3.0, "documents, in order of their difference", "B − A, bits/byte")
-    found = np.sort(bits_D)
+    sorted_D = np.sort(bits_D)
     if None not in ends:
         axes.axhspan(float(ends[0] or 0), float(ends[1] or 0), color=BAND, lw=0)
     axes.axhline(0, color=INK, lw=0.8)
     axes.axhline(mean, color=ACCENT, lw=1.4)
-    if len(found) > 2000:  # a line of so many points is a curve
-        axes.plot(np.linspace(0, len(found), 2000), np.quantile(found, np.linspace(0, 1, 2000)))
+    if len(sorted_D) > 2000:  # a line of so many points is a curve
+        axes.plot(
+            np.linspace(0, len(sorted_D), 2000), np.quantile(sorted_D, np.linspace(0, 1, 2000))
+        )
     else:
-        axes.plot(np.arange(len(found)), found, "o", color=COLOURS[1], ms=3)
+        axes.plot(np.arange(len(sorted_D)), sorted_D, "o", color=COLOURS[1], ms=3)
     return to_svg(axes)

@@ -63,9 +63,9 @@ def align(a: Scored, b: Scored) -> Pieces:
     last_a = np.searchsorted(place_a, cuts)
     # A cut before a continuation byte is within a character.
     following = a.targets_I[np.minimum(last_a + 1, len(place_a) - 1)]
-    whole = ~_continues(a.tokenizer)[following]
-    whole[-1] = True
-    cuts, last_a = cuts[whole], last_a[whole]
+    at_character = ~_continues(a.tokenizer)[following]
+    at_character[-1] = True
+    cuts, last_a = cuts[at_character], last_a[at_character]
     ends_a, ends_b = last_a + 1, np.searchsorted(place_b, cuts) + 1
     starts_a, starts_b = np.append(0, ends_a[:-1]), np.append(0, ends_b[:-1])
     document = np.searchsorted(a.ends_D, starts_a, side="right")
@@ -82,10 +82,10 @@ def align(a: Scored, b: Scored) -> Pieces:
 
 def _continues(tokenizer: Tokenizer) -> np.ndarray:
     """Whether an id's bytes begin within a character, bool (vocab_size,)."""
-    found = np.zeros(tokenizer.vocab_size, bool)
+    continues = np.zeros(tokenizer.vocab_size, bool)
     for i in np.flatnonzero(tokenizer.bytes_per_token).tolist():
-        found[i] = tokenizer.decode_bytes([i])[0] & 0xC0 == 0x80
-    return found
+        continues[i] = tokenizer.decode_bytes([i])[0] & 0xC0 == 0x80
+    return continues
 
 
 @dataclass(frozen=True)
@@ -133,40 +133,42 @@ def compare(a: Audit, b: Audit) -> dict[str, Any]:
 
 def _difference(a: Scored, b: Scored) -> dict[str, Any]:
     pieces = align(a, b)
-    ours = Sums(b.documents.nats - a.documents.nats, *_denominators(a.documents))
-    resampled = units(ours, lambda: _blocks(a, pieces))
+    difference = Sums(b.documents.nats - a.documents.nats, *_denominators(a.documents))
+    resampled = units(difference, lambda: _blocks(a, pieces))
     same = a.tokenizer.fingerprint == b.tokenizer.fingerprint
     figures = {"bits_per_byte": ("bytes", math.log(2))} | (
         {"loss": ("tokens", 1.0)} if same else {}
     )
-    told: dict[str, Any] = {
+    record: dict[str, Any] = {
         "source": a.text.source,
         "text_sha256": a.text_sha256,
-        "documents": len(ours),
-        "bytes": int(ours.bytes.sum()),
+        "documents": len(difference),
+        "bytes": int(difference.bytes.sum()),
         "interval_by": resampled.told,
         "same_tokenizer": same,
     }
     for figure, (by, unit) in figures.items():
-        total = getattr(ours, by).sum() * unit
+        total = getattr(difference, by).sum() * unit
         ends = interval(resampled.sums.nats, getattr(resampled.sums, by) * unit)
-        told[figure] = {
+        record[figure] = {
             "a": float(a.documents.nats.sum() / total),
             "b": float(b.documents.nats.sum() / total),
-            "difference": float(ours.nats.sum() / total),
+            "difference": float(difference.nats.sum() / total),
             "interval": [None if math.isnan(e) else e for e in ends],
         }
-    found = passages(pieces)
-    every = sum(abs(p.nats) for p in found)
-    told["documents_better"] = {
-        "a": int((ours.nats > 0).sum()),
-        "b": int((ours.nats < 0).sum()),
+    largest = passages(pieces)
+    total_nats = sum(abs(p.nats) for p in largest)
+    record["documents_better"] = {
+        "a": int((difference.nats > 0).sum()),
+        "b": int((difference.nats < 0).sum()),
     }
-    told["by_domain"] = {domain: _of_domain(ours[which]) for domain, which in a.domains().items()}
-    bits_D = ours.nats / math.log(2) / np.maximum(ours.bytes, 1)
-    told["bits_per_byte_of_documents"] = bits_D.tolist()
-    told["passages"] = [_passage(a, pieces, p, every) for p in found[:PASSAGES]]
-    return told
+    record["by_domain"] = {
+        domain: _of_domain(difference[which]) for domain, which in a.domains().items()
+    }
+    bits_D = difference.nats / math.log(2) / np.maximum(difference.bytes, 1)
+    record["bits_per_byte_of_documents"] = bits_D.tolist()
+    record["passages"] = [_passage(a, pieces, p, total_nats) for p in largest[:PASSAGES]]
+    return record
 
 
 def _passage(a: Scored, pieces: Pieces, p: Passage, every: float) -> dict[str, Any]:
@@ -182,11 +184,11 @@ def _passage(a: Scored, pieces: Pieces, p: Passage, every: float) -> dict[str, A
     }
 
 
-def _of_domain(ours: Sums) -> dict[str, Any]:
-    ends = interval(ours.nats, ours.bytes * math.log(2))
+def _of_domain(difference: Sums) -> dict[str, Any]:
+    ends = interval(difference.nats, difference.bytes * math.log(2))
     return {
-        "documents": len(ours),
-        "difference": float(ours.nats.sum() / ours.bytes.sum() / math.log(2)),
+        "documents": len(difference),
+        "difference": float(difference.nats.sum() / difference.bytes.sum() / math.log(2)),
         "interval": [None if math.isnan(e) else e for e in ends],
     }
 
@@ -201,9 +203,9 @@ def _blocks(a: Scored, pieces: Pieces) -> Sums:
     ends = np.append(first[1:], len(pieces.offset)) - 1
     starts_a = np.append(0, pieces.ends_a[ends][:-1])
     lengths_I = a.tokenizer.bytes_per_token[a.targets_I]
-    own = np.add.reduceat(lengths_I, starts_a, dtype=np.float64)
+    bytes_of_block = np.add.reduceat(lengths_I, starts_a, dtype=np.float64)
     document = pieces.document[first]
-    share = own / np.maximum(np.bincount(document, own), 1)[document]
+    share = bytes_of_block / np.maximum(np.bincount(document, bytes_of_block), 1)[document]
     return Sums(
         np.add.reduceat(pieces.difference, first),
         np.diff(pieces.ends_a[ends], prepend=0).astype(np.float64),

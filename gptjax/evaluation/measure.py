@@ -1,4 +1,4 @@
-"""What a model makes of a text: every figure of the table, from each scored token's nats."""
+"""How well a model predicts a text: every figure of the table, from each scored token's nats."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def score(
             whole documents.
     """
     evaluator = Evaluator(config, text.store, tokenizer)
-    whole = evaluator.tokens == text.store.num_tokens - (evaluator.convention.prefix == "none")
-    if text.original is not None and not whole:
+    complete = evaluator.tokens == text.store.num_tokens - (evaluator.convention.prefix == "none")
+    if text.original is not None and not complete:
         raise UserError(
             "eval.max_tokens cuts a document whose words and bytes were counted before the "
             "de-tokeniser: score the whole text, or cut the file"
@@ -109,7 +109,7 @@ def score(
 
 
 def account(evaluator: Evaluator, text: Text, tokenizer: Tokenizer, nats_I: np.ndarray) -> Scored:
-    """What the nats of each scored token amount to."""
+    """The sums over documents of each scored token's nats, and the rest of `Scored`."""
     targets_I, ends_D = evaluator.targets(0, evaluator.tokens), evaluator.document_ends
     starts_D = np.append(0, ends_D[:-1])
     words, bytes_, digest = _survey(targets_I, ends_D, tokenizer)
@@ -186,9 +186,9 @@ def blocks(scored: Scored) -> Sums:
     document_I = np.repeat(np.arange(len(scored.ends_D)), np.diff(scored.ends_D, prepend=0))
     first = stretches(offset_I, document_I, BLOCK_BYTES)
     bytes_I = scored.tokenizer.bytes_per_token[scored.targets_I]
-    own = np.add.reduceat(bytes_I, first, dtype=np.float64)
+    bytes_of_block = np.add.reduceat(bytes_I, first, dtype=np.float64)
     document = document_I[first]
-    share = own / np.maximum(np.bincount(document, own), 1)[document]
+    share = bytes_of_block / np.maximum(np.bincount(document, bytes_of_block), 1)[document]
     return Sums(
         np.add.reduceat(scored.nats_I, first, dtype=np.float64),
         np.diff(np.append(first, len(bytes_I))).astype(np.float64),
@@ -235,25 +235,28 @@ FIGURES: dict[str, tuple[str, Callable[[float], float | None]]] = {
 
 @dataclass(frozen=True)
 class Units:
-    """What is resampled for the intervals of a text, and how that is told."""
+    """What is resampled for the intervals of a text, and the sentence that says so."""
 
     sums: Sums
     told: str
 
 
 def units(documents: Sums, of_blocks: Callable[[], Sums] | None = None) -> Units:
-    """Documents where they are enough, else blocks, else what is too few for an interval."""
+    """Documents where there are enough, else blocks; with too few of both, no interval."""
     count = len(documents)
     some = f"{count:,} document{'s' * (count != 1)}"
     if effective_units(documents.tokens) >= MIN_UNITS:
         return Units(documents, f"{CONFIDENCE:.0%}, bootstrap over {some}")
-    if of_blocks is not None and effective_units((found := of_blocks()).tokens) >= MIN_UNITS:
-        told = (
-            f"{CONFIDENCE:.0%}, bootstrap over {len(found):,} stretches of {BLOCK_BYTES:,} bytes of "
+    if (
+        of_blocks is not None
+        and effective_units((sums_of_blocks := of_blocks()).tokens) >= MIN_UNITS
+    ):
+        description = (
+            f"{CONFIDENCE:.0%}, bootstrap over {len(sums_of_blocks):,} stretches of {BLOCK_BYTES:,} bytes of "
             f"{some}: it speaks of more text from {'this document' if count == 1 else 'these'}, "
             "not of other documents"
         )
-        return Units(found, told)
+        return Units(sums_of_blocks, description)
     alike = "" if count < MIN_UNITS else " of similar length"
     return Units(documents, f"none: {some}, and it takes at least {MIN_UNITS}{alike}")
 
@@ -264,7 +267,7 @@ def summary(documents: Sums, resampled: Units | None) -> dict[str, Any]:
     Args:
         resampled: None for a sum over several texts: these are no sample of one kind of text.
     """
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "documents": len(documents),
         **{name: int(getattr(documents, name).sum()) for name in ("tokens", "words", "bytes")},
         "nats": float(documents.nats.sum()),
@@ -272,10 +275,10 @@ def summary(documents: Sums, resampled: Units | None) -> dict[str, Any]:
     intervals: dict[str, list[float | None]] = {}
     for figure, (by, make) in FIGURES.items():
         total = getattr(documents, by).sum()
-        found[figure] = make(found["nats"] / total) if total else None
+        figures[figure] = make(figures["nats"] / total) if total else None
         intervals[figure] = [None, None]
         if resampled is not None:
             ends = interval(resampled.sums.nats, getattr(resampled.sums, by))
             intervals[figure] = [None if math.isnan(e) else make(e) for e in ends]
-    told = "none: texts of several kinds" if resampled is None else resampled.told
-    return found | {"interval": intervals, "interval_by": told}
+    interval_by = "none: texts of several kinds" if resampled is None else resampled.told
+    return figures | {"interval": intervals, "interval_by": interval_by}

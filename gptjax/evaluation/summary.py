@@ -31,11 +31,11 @@ def convention(identity: dict[str, Any]) -> str:
 
 def rows(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The texts, each followed by its domains."""
-    found = []
+    lines = []
     for name, score in record["scores"].items():
-        found.append((name, score))
-        found += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
-    return found
+        lines.append((name, score))
+        lines += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
+    return lines
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -63,7 +63,7 @@ def show(record: dict[str, Any]) -> None:
         )
     positions = Table()
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
-    spans = {(p["from"], p["to"]): None for found in texts.values() for p in found}
+    spans = {(p["from"], p["to"]): None for bins in texts.values() for p in bins}
     positions.add_column("tokens seen before", justify="right")
     for name in texts:
         positions.add_column(f"{name}\nnats/token", justify="right")
@@ -82,10 +82,10 @@ def show(record: dict[str, Any]) -> None:
     console.print(positions)
     for name, s in record["scores"].items():
         if "text_sha256" in s:
-            told = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
+            sentence = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
             if s["detokenizer"] != "none":
-                told += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
-            console.print(told)
+                sentence += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
+            console.print(sentence)
 
 
 def show_comparison(record: dict[str, Any]) -> None:
@@ -109,8 +109,8 @@ def show_comparison(record: dict[str, Any]) -> None:
                     ends,
                 )
         for domain, d in t["by_domain"].items():
-            told = number(d["difference"]), interval(d["interval"])
-            table.add_row(f"  {domain}", "bits/byte", "", "", *told)
+            cells = number(d["difference"]), interval(d["interval"])
+            table.add_row(f"  {domain}", "bits/byte", "", "", *cells)
     console.print(table)
     for name, t in record["texts"].items():
         better = t["documents_better"]

@@ -1,4 +1,4 @@
-"""What the cells of a study have left behind, and whether it may stand in one table."""
+"""The results of a study's cells, and whether they may stand in one table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Results:
 
 
 def read(study: Study, store: Path, now: bool = False) -> Results:
-    """Reads what there is.
+    """The results of a study so far.
 
     Args:
         now: as in `store.place`: runs that compute something else than this code are as missing.
@@ -84,7 +84,7 @@ def read(study: Study, store: Path, now: bool = False) -> Results:
 
 
 def outcome(study: Study, cell: Cell, store: Path, now: bool = False) -> Outcome:
-    """What the folder of a cell tells; which one that is, see `store.place`.
+    """What the folder of a cell records; `store.place` says which folder that is.
 
     Raises:
         UserError: if its files are damaged.
@@ -141,15 +141,17 @@ def _best(
     best: dict[tuple[str, str], Settings] = {}
     groups = dict.fromkeys((o.cell.scale, o.cell.arm) for o, _ in tuning)
     for scale, arm in groups:
-        here = [(o, v) for o, v in tuning if (o.cell.scale, o.cell.arm) == (scale, arm)]
-        if any(o.status not in ENDED for o, _ in here):
+        tuning_runs = [(o, v) for o, v in tuning if (o.cell.scale, o.cell.arm) == (scale, arm)]
+        if any(o.status not in ENDED for o, _ in tuning_runs):
             continue
         means = []
         for values in cross(study.tune).values():
-            found = [
-                math.inf if o.status == "diverged" else o.metric for o, v in here if v == values
+            losses = [
+                math.inf if o.status == "diverged" else o.metric
+                for o, v in tuning_runs
+                if v == values
             ]
-            means.append((float(np.mean(found)), values))
+            means.append((float(np.mean(losses)), values))
         loss, values = min(means, key=lambda pair: pair[0])
         if math.isfinite(loss):
             best[scale, arm] = values
@@ -158,12 +160,12 @@ def _best(
 
 def at_edge(study: Study, values: Settings) -> list[str]:
     """The tuned knobs whose best value is the least or greatest of several that were tried."""
-    found = []
+    knobs = []
     for knob, value in values.items():
         numbers = sorted(v for v in study.tune[knob] if isinstance(v, (int, float)))
         if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
-            found.append(knob)
-    return found
+            knobs.append(knob)
+    return knobs
 
 
 def check_alike(outcomes: Iterable[Outcome]) -> None:
@@ -175,21 +177,21 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
     """
     outcomes = [o for o in outcomes if read_environment(o.folder)]
     codes = {record["code"] for o in outcomes for record in read_environment(o.folder)}
-    told = all(is_told(o.folder) for o in outcomes)
-    seen: dict[str, tuple[str, Outcome]] = {}
+    recorded = all(is_told(o.folder) for o in outcomes)
+    first_seen: dict[str, tuple[str, Outcome]] = {}
     for o in outcomes:
         for name, value in _origins(o):
-            if name == "code" and told:
+            if name == "code" and recorded:
                 continue
-            before, other = seen.setdefault(name, (value, o))
-            if before != value:
+            first, first_run = first_seen.setdefault(name, (value, o))
+            if first != value:
                 raise UserError(
-                    f"different {name} in one table: {_short(before)} in {other.folder} "
-                    f"({other.cell.label}), {_short(value)} in {o.folder} ({o.cell.label}). "
+                    f"different {name} in one table: {_short(first)} in {first_run.folder} "
+                    f"({first_run.cell.label}), {_short(value)} in {o.folder} ({o.cell.label}). "
                     "Remove the outdated folders and run the study again, or keep it apart by "
                     "another --store"
                 )
-        if told and len(codes) > 1 and (names := differences(o.folder, o.cell.config)):
+        if recorded and len(codes) > 1 and (names := differences(o.folder, o.cell.config)):
             raise UserError(
                 f"the runs were made by {len(codes)} codes, and {o.folder} ({o.cell.label}) does "
                 f"not compute what this code does: it differs in {', '.join(names)}. Run the "

@@ -224,7 +224,7 @@ def method(a: Analysis) -> list[str]:
         "Differences are arm less baseline in pairs of equal seed, which see the same batches in "
         "the same order and begin with the same values of the parameters that they share. Below 0 "
         "the arm is better. Intervals are Student's, 95%, each arm's own",
-        f"Better and worse: p <= {statistics.LEVEL} by Holm's correction over the {comparisons} "
+        f"Better and worse: p <= {statistics.SIGNIFICANCE} by Holm's correction over the {comparisons} "
         f"comparison{'s' * (comparisons > 1)} of the study, so that the chance of any false one is "
         f"at most 5%. No difference larger than {study.smallest:g}: two one-sided t tests, "
         "corrected likewise, at most 5% as well. Under "
