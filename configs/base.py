@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
     # which each micro-batch draws anew.
     t.accumulation = 1
     t.log_every = 10
-    t.watch = ()  # measured within: stream_rms, score_max, dead_units, update_rms; see gptjax/watch.py
+    t.watch = ()  # stream_rms | score_max | dead_units | update_rms: see gptjax/watch.py
     t.watch_every = 100  # at the cost of about a forward pass each
     t.eval_every = 250
     t.checkpoint_every = 250

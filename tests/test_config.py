@@ -456,7 +456,9 @@ def test_choose_lists_the_rows_and_suggests_the_nearest():
 @pytest.mark.parametrize("knob", sorted(TABLES))
 def test_a_name_that_is_no_row_is_refused_before_anything_compiles(knob):
     name = next(iter(TABLES[knob]))[:-1] + "_"
-    config = from_dict(changed(model__layers=1, **{knob.replace(".", "__"): name}))
+    many = isinstance(flatten(TREE)[knob], tuple)  # a knob that names several rows
+    value = (name,) if many else name
+    config = from_dict(changed(model__layers=1, **{knob.replace(".", "__"): value}))
     with pytest.raises(ConfigError) as caught:
         setup.check_names(config)
     message, rows = str(caught.value), BESIDES.get(knob, []) + list(TABLES[knob])
