@@ -237,9 +237,11 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
         case "dots":
             activations = sum(p.bytes for p in products if p.part not in ("scores", "unembedding"))
         case _:
-            kept = (p for p in products if p.part != "unembedding")
-            whole = kernel_for(m, m.context) == "plain"
-            activations = 2 * sum(p.bytes for p in kept if whole or p.part != "scores")
+            products_kept = (p for p in products if p.part != "unembedding")
+            stores_scores = kernel_for(m, m.context) == "plain"
+            activations = 2 * sum(
+                p.bytes for p in products_kept if stores_scores or p.part != "scores"
+            )
     logits = sum(p.bytes for p in products if p.part == "unembedding")
     columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)
     parts = {
@@ -256,13 +258,15 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
     """What a run costs, by purpose, for a person: parameters, FLOPs and bytes, a line each."""
     flops = flops_by_part(config.model, causal=True)
-    told = {
+    sections = {
         "parameters": {part: f"{n:,}" for part, n in parameters(config.model).items()},
         "FLOPs of a token, forward and backward, causal": {
             part: f"{n:.4g}" for part, n in {**flops, "total": sum(flops.values())}.items()
         },
     }
-    lines = [f"{title}: {', '.join(map(' '.join, parts.items()))}" for title, parts in told.items()]
+    lines = [
+        f"{title}: {', '.join(map(' '.join, parts.items()))}" for title, parts in sections.items()
+    ]
     memory = f"memory of a device, mesh {' x '.join(f'{a}={n}' for a, n in mesh_shape.items())}: "
     try:
         sharding.check_divisible(config, gpt.abstract_params(config.model), mesh_shape)

@@ -1,4 +1,4 @@
-"""What a config means on the current mesh: names settled, data opened, batches placed."""
+"""From a config to a run on the current mesh: names resolved, data opened, batches placed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def settle(config: Config) -> Config:
 
 
 def check_names(config: Config) -> None:
-    """Refuses names that are no rows of their tables, before anything is compiled or read.
+    """Refuses names that are not rows of their tables, before anything is compiled or read.
 
     Raises:
         ConfigError: naming the knob and the rows that there are.
@@ -77,13 +77,13 @@ def check_names(config: Config) -> None:
 
 def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
     """The run's tokenizer, which must fit the model's vocabulary."""
-    found = tokenizer.load(config.data.tokenizer)
-    if found.vocab_size > config.model.vocab_size:
+    vocabulary = tokenizer.load(config.data.tokenizer)
+    if vocabulary.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"tokenizer {found.name!r} has {found.vocab_size} tokens, more than "
+            f"tokenizer {vocabulary.name!r} has {vocabulary.vocab_size} tokens, more than "
             f"model.vocab_size={config.model.vocab_size}: raise model.vocab_size"
         )
-    return found
+    return vocabulary
 
 
 def make_evaluators(config: Config, vocabulary: tokenizer.Tokenizer) -> dict[str, Evaluator]:
@@ -122,7 +122,7 @@ def read_rows(setup: Setup, step: int, start: int, stop: int) -> Batch[np.ndarra
 
 
 def describe(config: Config) -> str:
-    """Size and cost of a run: a line of what it is, and those of `accounting.costs`."""
+    """Size and cost of a run: one line of its size, then the lines of `accounting.costs`."""
     parameters = accounting.parameters(config.model)["total"]
     mesh = jax.sharding.get_mesh()
     tokens = config.train.steps * config.data.batch_size * config.model.context

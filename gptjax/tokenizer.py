@@ -292,9 +292,9 @@ def byte_alphabet() -> dict[int, str]:
 class _ByteLevel:
     """A tokenizer.json behind tiktoken's methods.
 
-    What would change a text, so that it could not be had back and its bytes not be counted, is left
-    out: Qwen's normaliser, NFC, and that a token swallows the blanks beside it (`lstrip`,
-    `rstrip`). Text that is in NFC already, and has no blanks there, has the same ids.
+    Steps that change a text, so that decoding would not return it and its bytes could not be
+    counted, are left out: Qwen's normaliser, NFC, and tokens that swallow the blanks beside them
+    (`lstrip`, `rstrip`). Text that is in NFC already, and has no blanks there, has the same ids.
     """
 
     def __init__(self, tree: dict[str, Any]) -> None:
@@ -347,12 +347,12 @@ class _ByteLevel:
 
     def encode_ordinary_batch(self, text: list[str]) -> list[list[int]]:
         batch = self._tokenizer.encode_batch_fast(text, add_special_tokens=False)
-        found = [encoded.ids for encoded in batch]
-        for part, ids in zip(text, found, strict=True):
-            # A byte that has no token is passed over in silence: SmolLM2 lacks 21 of them.
+        ids_of_texts = [encoded.ids for encoded in batch]
+        for part, ids in zip(text, ids_of_texts, strict=True):
+            # The library silently skips a byte that has no token: SmolLM2 lacks 21 of them.
             if self._lengths[ids].sum() != len(part.encode()):
                 self._refuse(part)
-        return found
+        return ids_of_texts
 
     def _refuse(self, text: str) -> NoReturn:
         for i, char in enumerate(text):
@@ -397,15 +397,15 @@ def _from_folder(folder: Path) -> Tokenizer:
     try:
         encoding = _ByteLevel(json.loads((folder / TOKENIZER_FILE).read_bytes()))
     except Exception as error:  # the library raises bare Exceptions
-        told = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{folder / TOKENIZER_FILE} cannot be used: {told[0]}") from error
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{folder / TOKENIZER_FILE} cannot be used: {reason[0]}") from error
     settings = _json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # where older folders name their tokens
         settings |= _json(folder / "special_tokens_map.json")
-    said = {key: settings[key] for key in NAMED if settings.get(key)}
-    named = {k: v["content"] if isinstance(v, dict) else v for k, v in said.items()}
-    known = (END_OF_TEXT, "<|end_of_text|>", named.get("eos_token"))
-    ends = [name for name in known if name in encoding.specials]
+    settings_of_tokens = {key: settings[key] for key in NAMED if settings.get(key)}
+    named = {k: v["content"] if isinstance(v, dict) else v for k, v in settings_of_tokens.items()}
+    candidates = (END_OF_TEXT, "<|end_of_text|>", named.get("eos_token"))
+    ends = [name for name in candidates if name in encoding.specials]
     if not ends:
         raise UserError(
             f"{folder} names no token that ends a document: set eos_token in tokenizer_config.json"
@@ -428,7 +428,7 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A folder's optional file; {} where it is not there."""
+    """A folder's optional file; {} where it is missing."""
     try:
         tree = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:

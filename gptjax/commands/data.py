@@ -53,15 +53,15 @@ def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.data import Batches, describe
 
     config = configure.from_file(arguments.config, overrides)
-    found = tokenizer.load(config.data.tokenizer)
-    batches = Batches(config.data, config.model.context, config.seed, arguments.split, found)
+    vocabulary = tokenizer.load(config.data.tokenizer)
+    batches = Batches(config.data, config.model.context, config.seed, arguments.split, vocabulary)
     all_rows = config.data.batch_size
     rows = all_rows if arguments.rows is None else min(arguments.rows, all_rows)
     if not 0 <= arguments.step < 2**31:
         raise ConfigError(f"--step must lie in [0, 2^31), got {arguments.step}")
     if rows < 1:
         raise ConfigError(f"--rows must be above 0, got {rows}")
-    for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), found)):
+    for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), vocabulary)):
         print(f"--- step {arguments.step}, row {row} of {all_rows}\n{text}")
 
 

@@ -56,7 +56,7 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
     return _points(run_all(arguments, ladder))
 
 
-def _points(found: Results) -> Points:
+def _points(results: Results) -> Points:
     """A point for each arm at each scale, its loss the mean over seeds."""
     import numpy as np
 
@@ -64,12 +64,12 @@ def _points(found: Results) -> Points:
     from gptjax.sizes.scaling import Points
     from gptjax.study import equalise
 
-    study, rows = found.study, []
+    study, rows = results.study, []
     if study.metric != "val_loss":
         raise UserError(f"{study.name} decides by {study.metric}: a law of scale is of val_loss")
     for scale in study.scales:
         for arm in study.all_arms:
-            runs = [o for o in found.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
+            runs = [o for o in results.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
             if lost := [o for o in runs if o.status != "finished"]:
                 say(f"left out, {lost[0].status}: {lost[0].cell.label} ({lost[0].reason})")
                 continue
@@ -135,11 +135,11 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sizes(arguments: argparse.Namespace, flag: str) -> list[int]:
     """The numbers of --widths=64,128."""
-    given = getattr(arguments, flag)
+    text = getattr(arguments, flag)
     try:
-        return [int(word) for word in given.split(",")] if given else []
+        return [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"--{flag}={given}: write whole numbers, such as 64,128,256") from None
+        raise UserError(f"--{flag}={text}: write whole numbers, such as 64,128,256") from None
 
 
 def _add_coord_check(parser: argparse.ArgumentParser) -> None:

@@ -214,13 +214,13 @@ class Batches:
         batch: Any = Batch(*(np.empty(shape, np.int32) for _ in Batch._fields))
         batch = batch._replace(weights=np.empty(shape, np.float32))
         for i, source in enumerate(self.sources):
-            here = np.flatnonzero(source_R == i)
-            if not len(here):
+            rows_of_source = np.flatnonzero(source_R == i)
+            if not len(rows_of_source):
                 continue
-            epoch, place = np.divmod(draw_R[here], len(source))
+            epoch, place = np.divmod(draw_R[rows_of_source], len(source))
             index = permute(place, len(source), key(self.seed, i, epoch))
             for array, drawn in zip(batch, source.rows(index), strict=True):
-                array[here] = drawn
+                array[rows_of_source] = drawn
         return batch
 
 

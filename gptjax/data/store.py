@@ -106,19 +106,19 @@ class Store:
         if path.is_file():
             return cls._open_bin(path, tokenizer)
         manifest = _read_manifest(path)
-        made = manifest["tokenizer"]
-        if tokenizer is not None and made["fingerprint"] != tokenizer.fingerprint:
+        recorded = manifest["tokenizer"]
+        if tokenizer is not None and recorded["fingerprint"] != tokenizer.fingerprint:
             raise UserError(
-                f"{path} was tokenised with '{made['name']}', but the tokenizer here is "
+                f"{path} was tokenised with '{recorded['name']}', but the tokenizer here is "
                 f"'{tokenizer.name}' ({tokenizer.fingerprint[:12]}, the store has "
-                f"{made['fingerprint'][:12]}): set data.tokenizer={made['name']}, or prepare "
+                f"{recorded['fingerprint'][:12]}): set data.tokenizer={recorded['name']}, or prepare "
                 "the text anew"
             )
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards, weights = [], []
         for entry in manifest["shards"]:
             shards.append(_map(path / entry["file"], dtype, entry["tokens"]))
-            _check(path / entry["file"], shards[-1], entry["sha256"], made["vocab_size"])
+            _check(path / entry["file"], shards[-1], entry["sha256"], recorded["vocab_size"])
             if "weights" in entry:
                 file = path / entry["weights"]
                 weights.append(_map(file, np.dtype("<f4"), entry["tokens"]))
@@ -224,8 +224,12 @@ class StoreWriter:
             self._flush(SHARD_TOKENS)
 
     def _flush(self, count: int) -> None:
-        held = np.concatenate(self._held)
-        shard, self._held, self._held_tokens = held[:count], [held[count:]], len(held) - count
+        buffered = np.concatenate(self._held)
+        shard, self._held, self._held_tokens = (
+            buffered[:count],
+            [buffered[count:]],
+            len(buffered) - count,
+        )
         number = f"{len(self._shards):05d}.bin"
         name = f"tokens-{number}"
         entry: dict[str, Any] = {"file": name, "tokens": len(shard)}
@@ -270,11 +274,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    wanted = count * dtype.itemsize
+    expected = count * dtype.itemsize
     have = path.stat().st_size if path.is_file() else 0
-    if have != wanted:
+    if have != expected:
         raise UserError(
-            f"{path} holds {have} bytes where {wanted} were written: the file is truncated or "
+            f"{path} holds {have} bytes where {expected} were written: the file is truncated or "
             f"altered; {ANEW}"
         )
     return np.memmap(path, dtype, mode="r")

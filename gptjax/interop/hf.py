@@ -89,12 +89,12 @@ def copy(
     """Writes the tensors of a source as a folder, checked, with one of them in memory at a time.
 
     Raises:
-        UserError: if its tensors are not just those of the model; as `export`.
+        UserError: if its tensors are not exactly those of the model; as `export`.
     """
-    wanted = _check_tensors(source, config, *_rows(family, config))
+    shapes = _check_tensors(source, config, *_rows(family, config))
     tensors: Tensors = {
         name: (shape, functools.partial(source.read, name, (slice(None),) * len(shape)))
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
     }
     _write_folder(out, config, tensors, tokenizer_name, source.dtype)
 
@@ -105,9 +105,12 @@ def _write_folder(
     choose(NUMPY, dtype, "dtype")
     keys = to_theirs(config)[1] | {"torch_dtype": dtype}
     if tokenizer_name is not None:
-        found = tokenizer.load(tokenizer_name)
-        stops = sorted(found.stops)
-        keys |= {"bos_token_id": found.bos, "eos_token_id": stops[0] if len(stops) == 1 else stops}
+        vocabulary = tokenizer.load(tokenizer_name)
+        stops = sorted(vocabulary.stops)
+        keys |= {
+            "bos_token_id": vocabulary.bos,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        }
     with new_folder(out) as folder:
         if jax.process_index() == 0:
             folder.mkdir(parents=True)
@@ -116,12 +119,12 @@ def _write_folder(
                 write_tokenizer(tokenizer_name, folder)
         _write_safetensors(folder / "model.safetensors", tensors, dtype)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"exported {out}")  # now it is there for all
+        multihost_utils.sync_global_devices(f"exported {out}")  # now every process sees it
 
 
 @contextlib.contextmanager
 def about(source: Path) -> Iterator[None]:
-    """Puts the name of what is read before what is wrong with it."""
+    """Prefixes errors with the name of the source."""
     try:
         yield
     except ConfigError as error:
@@ -134,7 +137,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The object in a folder's config.json.
 
     Raises:
-        UserError: with the file's path, if it is not there or no JSON object.
+        UserError: with the file's path, if it is missing or not a JSON object.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -161,8 +164,8 @@ class Safetensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         dtypes = set()
         files = weight_files(folder)
-        if left := _left(folder, files):
-            say(f"{folder}: read {_named(files)}, not {_named(left)}")
+        if unread := _left(folder, files):
+            say(f"{folder}: read {_named(files)}, not {_named(unread)}")
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -170,9 +173,9 @@ class Safetensors:
                     if re.search(family.buffers, full):
                         continue
                     if full in self._files:
-                        other, also = self._files[full]
+                        first, first_name = self._files[full]
                         raise UserError(
-                            f"{full} is there twice, as {also} in {other.name} and as {name} in "
+                            f"{full} is there twice, as {first_name} in {first.name} and as {name} in "
                             f"{path.name}: fetch the weights again"
                         )
                     part = file.get_slice(name)
@@ -182,11 +185,11 @@ class Safetensors:
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        path, theirs = self._files[name]
+        path, file_name = self._files[name]
         # Mapped anew each time, so that no pages of the file stay in memory. (The backend "pread"
         # of safetensors 0.8 reads the whole tensor for a slice of it.)
         with _opened(path) as file:
-            return file.get_slice(theirs)[index]
+            return file.get_slice(file_name)[index]
 
 
 def _prefixed(name: str, prefix: str) -> str:
@@ -225,9 +228,9 @@ def weight_files(folder: Path) -> list[Path]:
             f"its weights are a pickle ({pickles[0]}), which may run any program when it is "
             "opened: name a version with .safetensors files"
         )
-    if others := sorted(folder.glob("*.safetensors")):
+    if unindexed := sorted(folder.glob("*.safetensors")):
         raise UserError(
-            f"it holds {_named(others)}, but neither {WEIGHTS} nor {INDEX}, by which weights are "
+            f"it holds {_named(unindexed)}, but neither {WEIGHTS} nor {INDEX}, by which weights are "
             f"found: fetch the index, or rename a single file to {WEIGHTS}"
         )
     raise UserError("it holds no .safetensors file: fetch the weights")
@@ -238,9 +241,9 @@ def _pickles(folder: Path) -> list[Path]:
 
 
 def _left(folder: Path, files: list[Path]) -> list[Path]:
-    """What else in the folder seems to be weights."""
-    others = {*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *_pickles(folder)}
-    return sorted(others - {*files, *([folder / INDEX] if files != [folder / WEIGHTS] else [])})
+    """Files in the folder that look like weights and are not read."""
+    candidates = {*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *_pickles(folder)}
+    return sorted(candidates - {*files, *([folder / INDEX] if files != [folder / WEIGHTS] else [])})
 
 
 def _named(files: list[Path]) -> str:
@@ -260,7 +263,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
-    """The parameters of a source whose tensors were found to be just those of the model."""
+    """The parameters of a source, whose tensors must be exactly those of the model."""
     specs, rows = _rows(family, config)
     _check_tensors(source, config, specs, rows)
     arrays = {path: _read(source, rows[path], spec) for path, spec in specs.items()}
@@ -268,7 +271,7 @@ def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
 
 
 def _rows(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, Row]]:
-    """What the model has at each path, and how the family writes it."""
+    """The model's parameter at each path, and the family's row for it."""
     specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
     return specs, {row.ours: row for row in family.rows if row.ours in specs}
 
@@ -276,20 +279,20 @@ def _rows(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, Row
 def _check_tensors(
     source: Source, config: Model, specs: dict[str, Spec], rows: dict[str, Row]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor that the model asks for, once the source has just those."""
-    wanted: dict[str, tuple[int, ...]] = {}
+    """Name and shape of each tensor of the model; refuses a source that has any other set."""
+    expected: dict[str, tuple[int, ...]] = {}
     for path, row in rows.items():
         spec = specs[path]
         for layer in range(spec.shape[0] if spec.dims.startswith("L") else 1):
-            wanted[row.theirs.replace("*", str(layer))] = _their_shape(row, spec)
-    lacking = [name for name in wanted if name not in source.shapes]
+            expected[row.theirs.replace("*", str(layer))] = _their_shape(row, spec)
+    lacking = [name for name in expected if name not in source.shapes]
     if lacking:
         raise UserError(f"{len(lacking)} tensors are missing, the first of them {lacking[0]}")
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if source.shapes[name] != shape:
             have = list(source.shapes[name])
             raise UserError(f"{name} is of shape {have}, where the config asks for {list(shape)}")
-    surplus = [name for name in source.shapes if name not in wanted]
+    surplus = [name for name in source.shapes if name not in expected]
     if config.tied and "lm_head.weight" in surplus:
         surplus.remove("lm_head.weight")
         every = (slice(None), slice(None))
@@ -305,7 +308,7 @@ def _check_tensors(
         raise UserError(
             f"{len(surplus)} tensors are no part of the model, the first of them {surplus[0]}"
         )
-    return wanted
+    return expected
 
 
 def _sizes(spec: Spec) -> dict[str, int]:
@@ -328,18 +331,18 @@ def _read(source: Source, row: Row, spec: Spec) -> jax.Array:
     one = dataclasses.replace(
         spec, shape=spec.shape[1:], dims=spec.dims[1:], stacks=spec.stacks[1:]
     )
-    whole = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
+    stacked = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
     for layer in range(layers):
         name = row.theirs.replace("*", str(layer))
         part = _place(one, functools.partial(_shard, source, name, row, one))
         # Waited for, so that no more than one layer is on its way.
-        whole = jax.block_until_ready(_put(whole, part, layer))
-    return whole
+        stacked = jax.block_until_ready(_put(stacked, part, layer))
+    return stacked
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+def _put(stacked: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, part, layer, 0)
 
 
 def _sharding(spec: Spec) -> jax.sharding.Sharding:
@@ -369,20 +372,20 @@ def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None)
     inner = [math.prod(sizes[letter] for letter in group[1:]) for group in groups]
     offset = [0] * (len(groups) - 1) + [row.part[0] * inner[-1] * sizes[groups[-1][0]]]
 
-    def theirs(group: int, start: int, stop: int) -> slice:
+    def their_slice(group: int, start: int, stop: int) -> slice:
         return slice(start * inner[group] + offset[group], stop * inner[group] + offset[group])
 
     letters = "".join(groups)
     shard = np.empty([ranges[dim][1] - ranges[dim][0] for dim in spec.dims], np.float32)
     in_their_order = shard.transpose([spec.dims.index(dim) for dim in letters])
-    rest = [theirs(i, *ranges[group[0]]) for i, group in enumerate(groups)][1:]
+    trailing = [their_slice(i, *ranges[group[0]]) for i, group in enumerate(groups)][1:]
     first, last = ranges[letters[0]]
     # A few rows at a time, so that no second copy of a large tensor is made on the way.
     step = max(1, CHUNK * (last - first) // max(1, shard.size))
     for start in range(first, last, step):
         stop = min(start + step, last)
         part = in_their_order[start - first : stop - first]
-        part[...] = source.read(name, (theirs(0, start, stop), *rest)).reshape(part.shape)
+        part[...] = source.read(name, (their_slice(0, start, stop), *trailing)).reshape(part.shape)
     return shard
 
 
@@ -397,13 +400,13 @@ def _tensors(family: Family, config: Model, params: gpt.Params) -> Tensors:
     for layer in range(config.layers):
         for row in rows.values():
             name = row.theirs.replace("*", str(layer))
-            held = names.setdefault(name, (layer, []))[1]
-            if row not in held:
-                held.append(row)
+            rows_of_tensor = names.setdefault(name, (layer, []))[1]
+            if row not in rows_of_tensor:
+                rows_of_tensor.append(row)
 
     def make(layer: int, parts: list[Row]) -> np.ndarray:
-        made = [_theirs(arrays[r.ours], r, specs[r.ours], layer) for r in parts]
-        return made[0] if len(made) == 1 else np.concatenate(made, axis=-1)
+        blocks = [_theirs(arrays[r.ours], r, specs[r.ours], layer) for r in parts]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1)
 
     return {
         name: (_their_shape(parts[0], specs[parts[0].ours]), functools.partial(make, layer, parts))
@@ -419,9 +422,9 @@ def _theirs(array: jax.Array, row: Row, spec: Spec, layer: int) -> np.ndarray:
     groups, sizes = row.layout.split(), _sizes(spec)
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
-    whole = np.asarray(array)
-    whole = whole.transpose([dims.index(dim) for dim in "".join(groups)])
-    return whole.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
+    values = np.asarray(array)
+    values = values.transpose([dims.index(dim) for dim in "".join(groups)])
+    return values.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
 
 
 def _write_safetensors(
@@ -430,7 +433,7 @@ def _write_safetensors(
     dtype: str,
 ) -> None:
     """One file, a tensor at a time (safetensors' own writer wants all of them in memory)."""
-    kind = next(theirs for theirs, ours in DTYPES.items() if ours == dtype)
+    kind = next(code for code, name in DTYPES.items() if name == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (shape, _) in tensors.items():
@@ -448,7 +451,7 @@ def _write_safetensors(
             # Rows at a time: cast, and laid out, in a copy of them alone.
             step = max(1, CHUNK * len(array) // array.size)
             for start in range(0, len(array), step):
-                with np.errstate(over="ignore"):  # it is told below
+                with np.errstate(over="ignore"):  # refused below
                     rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
                 if not np.isfinite(rows).all():
                     _refuse_not_finite(name, array[start : start + step], dtype)

@@ -38,7 +38,7 @@ article { margin: 0 0 1.1rem; } article p { margin: 0 0 .25rem; }
 
 
 def write(path: Path, page: str) -> None:
-    """Writes a page; its folder must be there."""
+    """Writes a page; its folder must exist."""
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -107,7 +107,7 @@ def run(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "sweeps": sweeps,
-        "passed": not any(found["faults"] for found in sweeps.values()),
+        "passed": not any(one["faults"] for one in sweeps.values()),
     }
 
 
@@ -127,8 +127,8 @@ def sweep(
         for kind in kinds:
             rms = np.array([[one[name][kind] for one in row] for row in sizes]).swapaxes(0, 1)
             places[name][kind] = {"rms": rms, "slopes": slopes(values, rms)}
-    found = list(faults(knob, places))
-    return {"values": list(values), "places": jax.tree.map(_plain, places), "faults": found}
+    failures = list(faults(knob, places))
+    return {"values": list(values), "places": jax.tree.map(_plain, places), "faults": failures}
 
 
 def slopes(values: Sequence[int], rms: np.ndarray) -> np.ndarray:
@@ -165,32 +165,32 @@ def measure(config: Config, vocabulary: Tokenizer, seeds: int) -> list[Sizes]:
     train = state.make_train_step(config)
     look = jax.jit(functools.partial(activations, config.model))
     compare = jax.jit(
-        lambda before, now: {k: (_rms(x), _rms(x - before[k])) for k, x in now.items()}
+        lambda before, after: {k: (_rms(x), _rms(x - before[k])) for k, x in after.items()}
     )
     rows, micro, steps = config.data.batch_size, config.train.accumulation, config.train.steps
-    found: list[Sizes] = []
+    measured: list[Sizes] = []
     for seed in range(config.seed, config.seed + seeds):
         batches = Batches(config.data, config.model.context, seed, "train", vocabulary)
         probe = batch(batches, steps, max(1, min(rows, PROBE_TOKENS // config.model.context)))
-        now = create(np.uint32(seed))
-        first = jax.tree.map(jnp.copy, now.params)  # the state is donated
+        train_state = create(np.uint32(seed))
+        first = jax.tree.map(jnp.copy, train_state.params)  # the state is donated
         before = look(first, first, probe)
-        seen = [compare(before, before)]
+        history = [compare(before, before)]
         for step in range(steps):
-            whole = batch(batches, step, rows)
-            micros = jax.tree.map(lambda x: x.reshape(rows // micro, micro, -1), whole)
-            now, _ = train(now, micros)
-            seen.append(compare(before, look(first, now.params, probe)))
-        found.append(
+            drawn = batch(batches, step, rows)
+            micros = jax.tree.map(lambda x: x.reshape(rows // micro, micro, -1), drawn)
+            train_state, _ = train(train_state, micros)
+            history.append(compare(before, look(first, train_state.params, probe)))
+        measured.append(
             {
                 name: {
-                    "size": [float(one[name][0]) for one in seen],
-                    "change": [float(one[name][1]) for one in seen[1:]],
+                    "size": [float(one[name][0]) for one in history],
+                    "change": [float(one[name][1]) for one in history[1:]],
                 }
-                for name in seen[0]
+                for name in history[0]
             }
         )
-    return found
+    return measured
 
 
 def batch(batches: Batches, step: int, rows: int) -> Batch[jax.Array]:

@@ -123,11 +123,11 @@ def equalise(
     row = choose(EQUAL, equal, "equal")
     if knobs := [knob for knob in row.solved if knob in fixed]:
         raise ConfigError(f"it sets {knobs[0]}, which equal={equal!r} solves for: leave it out")
-    found = row.solve(config, base, fixed)
-    target, got = row.measure(base), row.measure(found)
-    if abs(got - target) > TOLERANCE * target:
+    equal_config = row.solve(config, base, fixed)
+    target, reached = row.measure(base), row.measure(equal_config)
+    if abs(reached - target) > TOLERANCE * target:
         raise ConfigError(
-            f"{equal} cannot be made equal: {got:,.0f} is the nearest to the baseline's "
+            f"{equal} cannot be made equal: {reached:,.0f} is the nearest to the baseline's "
             f"{target:,.0f}; change the arm, or hold something else equal: {', '.join(EQUAL)}"
         )
-    return found, {knob: new for knob, (_, new) in difference(config, found).items()}
+    return equal_config, {knob: new for knob, (_, new) in difference(config, equal_config).items()}

@@ -26,29 +26,29 @@ AXES = {"flops": "training FLOPs", "seconds": "training time, s"}
 def learning(a: Analysis, scale: str) -> str:
     """Each arm's mean held-out curve with a band of one sd; runs that did not finish are thin."""
     axes = new_axes(WIDTH, 3.6, "step", f"held-out {a.study.unit}")
-    seen: list[float] = []
+    shown_losses: list[float] = []
     for arm, style in _styles(a.study).items():
         outcomes = a.outcomes(scale, arm)
         finished = [o for o in outcomes if o.status == "finished"]
         for o in outcomes:
             if o.status != "finished" and len(o.curve[0]):
                 axes.plot(*o.curve, **style, lw=0.7, marker="x", ms=3)
-                seen += o.curve[1].tolist() if o.status == "started" else []
-        steps_E, found_SE = analysis.curves(finished)
-        if len(found_SE):
-            mean_E = found_SE.mean(0)
+                shown_losses += o.curve[1].tolist() if o.status == "started" else []
+        steps_E, metric_SE = analysis.curves(finished)
+        if len(metric_SE):
+            mean_E = metric_SE.mean(0)
             axes.plot(steps_E, mean_E, **style, lw=1.5, label=arm)
-            seen += found_SE.ravel().tolist()
-            if len(found_SE) > 1:
-                sd_E = found_SE.std(0, ddof=1)
+            shown_losses += metric_SE.ravel().tolist()
+            if len(metric_SE) > 1:
+                sd_E = metric_SE.std(0, ddof=1)
                 band = mean_E - sd_E, mean_E + sd_E
                 axes.fill_between(steps_E, *band, color=style["color"], alpha=0.15, lw=0)
         else:
             axes.plot([], [], **style, lw=0.7, label=f"{arm}, none finished")
     # A run that diverged may lie anywhere, and must not flatten the others.
-    if seen:
-        room = 0.05 * (max(seen) - min(seen)) or 0.05
-        axes.set_ylim(min(seen) - room, max(seen) + room)
+    if shown_losses:
+        room = 0.05 * (max(shown_losses) - min(shown_losses)) or 0.05
+        axes.set_ylim(min(shown_losses) - room, max(shown_losses) + room)
     return _with_legend(axes)
 
 
@@ -77,11 +77,11 @@ def forest(a: Analysis) -> str:
     for y, r in enumerate(rows):
         c, colour = r.comparison, styles[r.arm]["color"]
         assert c is not None
-        for found, at, width in ((c.interval, y, 2.4), (c.bootstrap, y + 0.22, 0.9)):
-            axes.plot(found, [at, at], color=colour, lw=width, solid_capstyle="round")
-            ends += [end for end in found if np.isfinite(end)]
-        known = r.verdict not in ("undecided", analysis.DIVERGED, analysis.BASELINE_DIVERGED)
-        axes.plot(r.difference, y, "o", color=colour, mfc=colour if known else "white", ms=6)
+        for ends_of_bar, at, width in ((c.interval, y, 2.4), (c.bootstrap, y + 0.22, 0.9)):
+            axes.plot(ends_of_bar, [at, at], color=colour, lw=width, solid_capstyle="round")
+            ends += [end for end in ends_of_bar if np.isfinite(end)]
+        decided = r.verdict not in ("undecided", analysis.DIVERGED, analysis.BASELINE_DIVERGED)
+        axes.plot(r.difference, y, "o", color=colour, mfc=colour if decided else "white", ms=6)
         ends += [r.difference] if np.isfinite(r.difference) else []
         axes.annotate(
             ("preliminary: " if r.preliminary else "") + r.verdict,
@@ -148,11 +148,11 @@ def _label(r: Row) -> str:
 
 def _styles(study: Study) -> dict[str, dict[str, Any]]:
     """Each arm's look in all pictures; the baseline is the dark one."""
-    found: dict[str, dict[str, Any]] = {study.baseline: {"color": INK, "ls": "-"}}
+    styles: dict[str, dict[str, Any]] = {study.baseline: {"color": INK, "ls": "-"}}
     for i, arm in enumerate(study.arms):
         dashes = DASHES[i // len(COLOURS) % len(DASHES)]
-        found[arm] = {"color": COLOURS[i % len(COLOURS)], "ls": dashes}
-    return found
+        styles[arm] = {"color": COLOURS[i % len(COLOURS)], "ls": dashes}
+    return styles
 
 
 def _with_legend(axes: Axes) -> str:

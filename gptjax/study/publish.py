@@ -110,8 +110,8 @@ def page(a: Analysis) -> str:
             ]
     for cost, title in (("flops", "Loss against FLOPs"), ("seconds", "Loss against time")):
         if picture := plots.pareto(a, cost):
-            told = "Dashed, with filled marks: the front, which no arm beats in both."
-            body += [f"<h2>{title}</h2>", f'<p class="soft">{told}</p>', picture]
+            legend = "Dashed, with filled marks: the front, which no arm beats in both."
+            body += [f"<h2>{title}</h2>", f'<p class="soft">{legend}</p>', picture]
     for title, table in sections(a):
         body += [f"<h2>{title}</h2>", formats.html(table)]
     body += ["<h2>How</h2>", _paragraphs(tables.method(a)), *_samples(a)]
@@ -125,15 +125,15 @@ def _paragraphs(lines: list[str]) -> str:
 
 
 def _samples(a: Analysis) -> Iterator[str]:
-    found = [
+    samples = [
         (r, path)
         for r in a.rows
         for o in a.outcomes(r.scale, r.arm)
         if (path := o.folder / SAMPLE).is_file()
     ]
-    if found:
+    if samples:
         yield "<h2>Samples</h2>"
-    for r, path in found:
+    for r, path in samples:
         name = ", ".join(filter(None, (r.scale, r.arm)))
         text = path.read_text(encoding="utf-8", errors="replace")
         yield (
