@@ -58,10 +58,12 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[
                 return [guarded(item) for item in value]
         return value
 
-    given = [{k: guarded(v) for k, v in message.items() if v is not None} for message in messages]
+    guarded_messages = [
+        {k: guarded(v) for k, v in message.items() if v is not None} for message in messages
+    ]
     try:
         text = _compiled(tokenizer.chat_template).render(
-            messages=given,
+            messages=guarded_messages,
             tools=None,
             documents=None,
             add_generation_prompt=True,

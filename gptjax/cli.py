@@ -97,7 +97,7 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _overview(name: str) -> int:
     """Help without a command; an unknown one is an error."""
-    wanted = name in ("", "-h", "--help", "help")
+    asked_for_help = name in ("", "-h", "--help", "help")
     lines = [f"  {n:<12}{c.summary}" for n, c in COMMANDS.items()]
     text = "\n".join(
         [
@@ -110,7 +110,7 @@ def _overview(name: str) -> int:
             f"{OVERRIDES}{EXITS}",
         ]
     )
-    if wanted:
+    if asked_for_help:
         print(text)
         return 0 if name else EXIT_USER_ERROR
     print(f"gptjax: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)

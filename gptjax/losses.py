@@ -90,8 +90,8 @@ def token_nll(
     width = vocab // shards if chunk is None else min(max(chunk // shards, 1), vocab // shards)
     results: Any = _nll(x_BTD, kernel, targets_BT, dims, width, softcap)
     nll_BT, log_z_BT = results
-    known = (targets_BT >= 0) & (targets_BT < vocab)
-    return nll_BT * jnp.where(known, 1.0, jnp.nan), log_z_BT
+    in_vocab_BT = (targets_BT >= 0) & (targets_BT < vocab)
+    return nll_BT * jnp.where(in_vocab_BT, 1.0, jnp.nan), log_z_BT
 
 
 def _shards() -> int:
@@ -196,20 +196,22 @@ def _nll_forward(
     chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
     count = -(-kernel.shape[dims.index("C")] // width)
     first = chunk(0)
-    seen = _statistics(first)
+    statistics = _statistics(first)
     if count > 1:
-        seen, _ = jax.lax.scan(
-            lambda seen, i: (_merge(seen, _statistics(chunk(i))), None),
-            seen,
+        statistics, _ = jax.lax.scan(
+            lambda statistics, i: (_merge(statistics, _statistics(chunk(i))), None),
+            statistics,
             jnp.arange(1, count),
         )
     # Here the shards meet, over vectors of (B, T).
-    top_BT = jnp.max(seen.top_BTV, axis=-1)
-    total_BT = jnp.sum(seen.total_BTV * jnp.exp(seen.top_BTV - top_BT[..., None]), axis=-1)
+    top_BT = jnp.max(statistics.top_BTV, axis=-1)
+    total_BT = jnp.sum(
+        statistics.total_BTV * jnp.exp(statistics.top_BTV - top_BT[..., None]), axis=-1
+    )
     log_z_BT = top_BT + jnp.log(total_BT)
-    nll_BT = log_z_BT - jnp.sum(seen.target_BTV, axis=-1)
-    kept = first.logits_BTVC if count == 1 else None
-    return (nll_BT, log_z_BT), _Residuals(x_BTD, kernel, targets_BT, log_z_BT, kept)
+    nll_BT = log_z_BT - jnp.sum(statistics.target_BTV, axis=-1)
+    logits_BTVC = first.logits_BTVC if count == 1 else None
+    return (nll_BT, log_z_BT), _Residuals(x_BTD, kernel, targets_BT, log_z_BT, logits_BTVC)
 
 
 def _nll_backward(
@@ -219,7 +221,7 @@ def _nll_backward(
     residuals: _Residuals,
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
-    x_BTD, kernel, targets_BT, log_z_BT, kept = residuals
+    x_BTD, kernel, targets_BT, log_z_BT, saved_logits_BTVC = residuals
     g_nll, g_z = (g[..., None, None] for g in cotangents)
     C = dims.index("C")
     # Each shard keeps its own part of dx; the parts are added once, after the last chunk.
@@ -241,9 +243,9 @@ def _nll_backward(
         )
         # On a CPU the order of the operands that needs no transpose is up to 3 times faster.
         operands = ("BTD", x_BTD), ("BTVC", d_BTVC)
-        (left, a), (right, b) = operands if dims[0] == "D" else operands[::-1]
+        (a_dims, a), (b_dims, b) = operands if dims[0] == "D" else operands[::-1]
         dkernel = jnp.einsum(
-            f"{left},{right}->{dims}",
+            f"{a_dims},{b_dims}->{dims}",
             a,
             b,
             preferred_element_type=jnp.float32,
@@ -261,8 +263,8 @@ def _nll_backward(
         d += jax.lax.dynamic_slice_in_dim(dkernel, c.start, width, C)
         return (dx_sum + dx, jax.lax.dynamic_update_slice_in_dim(dkernel, d, c.start, C)), None
 
-    if kept is not None:
-        dx, dkernel = gradients(chunk(0, kept))
+    if saved_logits_BTVC is not None:
+        dx, dkernel = gradients(chunk(0, saved_logits_BTVC))
     else:
         sizes = dict(zip(dims + "BTD", kernel.shape + x_BTD.shape, strict=True))
         dx_shape = tuple(sizes[dim] for dim in dx_dims)

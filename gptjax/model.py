@@ -416,13 +416,13 @@ def _blocks(
 
     new: Any = None
     if config.scan_layers and caches is None:
-        seen = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
+        window_L = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
         stacked = (jnp.arange(config.layers), params["blocks"], None)
         if uniform:
             carry, (_, heard) = jax.lax.scan(step(windows[0]), carry, stacked)
         else:
             body_of = lambda carry, layer: step(layer[1])(carry, layer[0])  # noqa: E731
-            carry, (_, heard) = jax.lax.scan(body_of, carry, (stacked, seen))
+            carry, (_, heard) = jax.lax.scan(body_of, carry, (stacked, window_L))
     else:
         if not isinstance(params["blocks"], tuple):
             params = split_layers(config, params)
@@ -430,8 +430,8 @@ def _blocks(
         steps, each = {window: step(window) for window in set(windows)}, []
         for i, window in enumerate(windows):
             layer = (i, params["blocks"][i], None if caches is None else caches[i])
-            carry, kept = steps[window](carry, layer)
-            each.append(kept)
+            carry, layer_outputs = steps[window](carry, layer)
+            each.append(layer_outputs)
         new = None if caches is None else tuple(cache for cache, _ in each)
         heard = jax.tree.map(lambda *layers: jnp.stack(layers), *(heard for _, heard in each))
     check_met([name for name in (*listen, *edit) if name in INSIDE], met)

@@ -84,9 +84,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    if (wanted := math.prod(shape.values())) != len(devices):
+    if (expected := math.prod(shape.values())) != len(devices):
         raise ConfigError(
-            f"mesh {' x '.join(f'{axis}={n}' for axis, n in shape.items())} wants {wanted} "
+            f"mesh {' x '.join(f'{axis}={n}' for axis, n in shape.items())} wants {expected} "
             f"devices, but {len(devices)} are here: set mesh.data, mesh.fsdp and mesh.tensor to "
             f"numbers whose product is {len(devices)}"
         )

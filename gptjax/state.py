@@ -126,8 +126,10 @@ def make_train_step(
         def totals(
             params: model.Params, micro: Batch[jax.Array], key: jax.Array, scale: jax.Array
         ) -> tuple[jax.Array, Totals]:
-            whole = realise(params, state.frozen)
-            sums = objective.totals(config, whole, micro, key if config.model.dropout else None)
+            all_params = realise(params, state.frozen)
+            sums = objective.totals(
+                config, all_params, micro, key if config.model.dropout else None
+            )
             return sums.objective * scale, sums
 
         scale = 1 / jnp.maximum(objective.weight(batch), 1)

@@ -54,9 +54,9 @@ def unfrozen(config: Config) -> Trainable:
 
     def split(params: Params) -> tuple[Params, Params | None]:
         leaves = flatten_dict(params, sep="/")
-        kept = {path: leaf for path, leaf in leaves.items() if path in frozen}
-        rest = {path: leaf for path, leaf in leaves.items() if path not in frozen}
-        return unflatten_dict(rest, sep="/"), unflatten_dict(kept, sep="/")
+        frozen_leaves = {path: leaf for path, leaf in leaves.items() if path in frozen}
+        trained_leaves = {path: leaf for path, leaf in leaves.items() if path not in frozen}
+        return unflatten_dict(trained_leaves, sep="/"), unflatten_dict(frozen_leaves, sep="/")
 
     def realise(trained: Params, kept: Params | None) -> Params:
         leaves = flatten_dict(trained, sep="/") | flatten_dict(kept or {}, sep="/")

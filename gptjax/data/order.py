@@ -70,17 +70,17 @@ def mix_sources(
     """
     one = 1 << _SHARE_BITS
     source = np.full(rows.shape, len(weights) - 1, np.int64)
-    draw, rest = rows.copy(), rows
+    draw, remaining = rows.copy(), rows
     for i in range(len(weights) - 1):
         share = min(max(round(weights[i] / sum(weights[i:]) * one), 1), one - 1)
         phase = int(key(seed, i)[0]) % one
-        given = (rest * share + phase) >> _SHARE_BITS
-        taken = ((rest + 1) * share + phase) >> _SHARE_BITS > given
+        draw_of_source = (remaining * share + phase) >> _SHARE_BITS
+        is_of_source = ((remaining + 1) * share + phase) >> _SHARE_BITS > draw_of_source
         free = source == len(weights) - 1
-        source = np.where(free & taken, i, source)
-        draw = np.where(free & taken, given, draw)
-        rest = rest - given
-        draw = np.where(free & ~taken, rest, draw)
+        source = np.where(free & is_of_source, i, source)
+        draw = np.where(free & is_of_source, draw_of_source, draw)
+        remaining = remaining - draw_of_source
+        draw = np.where(free & ~is_of_source, remaining, draw)
     return source, draw
 
 

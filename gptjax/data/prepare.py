@@ -160,32 +160,32 @@ def _clip(parts: Parts, start: int, stop: int) -> Parts:
 
 def _pieces(parts: Parts, tokenizer: Tokenizer) -> Parts:
     """The same documents in pieces that can be encoded apart."""
-    rest = ""
+    pending = ""
     for text, ends in parts:
-        rest += text
+        pending += text
         at = 0
-        while (stop := tokenizer.cut(rest, at)) is not None:
-            yield rest[at:stop], False
+        while (stop := tokenizer.cut(pending, at)) is not None:
+            yield pending[at:stop], False
             at = stop
-        rest = rest[at:]
+        pending = pending[at:]
         if ends:
-            yield rest, True
-            rest = ""
+            yield pending, True
+            pending = ""
 
 
 def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
-    held: list[tuple[str, bool]] = []
+    pieces: list[tuple[str, bool]] = []
     size = 0
 
     def flush() -> None:
-        ids = writer.tokenizer.encode_batch([text for text, _ in held])
-        for tokens, (text, ends) in zip(ids, held, strict=True):
+        ids = writer.tokenizer.encode_batch([text for text, _ in pieces])
+        for tokens, (text, ends) in zip(ids, pieces, strict=True):
             writer.write(tokens, ends)
             advance(len(text))
-        held.clear()
+        pieces.clear()
 
     for text, ends in _pieces(parts, writer.tokenizer):
-        held.append((text, ends))
+        pieces.append((text, ends))
         size += len(text.encode())
         if size >= BATCH_BYTES:
             flush()
@@ -218,12 +218,12 @@ def _decoded(file: Path) -> Iterator[tuple[str, bool]]:
         stream.seek(offset)
         while True:
             chunk = stream.read(CHUNK_BYTES)
-            held = len(decoder.getstate()[0])
+            incomplete = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{file} is not UTF-8: byte {offset - held + error.start} cannot be decoded; "
+                    f"{file} is not UTF-8: byte {offset - incomplete + error.start} cannot be decoded; "
                     "convert it, for example with iconv -t UTF-8"
                 ) from error
             yield text, not chunk

@@ -224,12 +224,8 @@ class StoreWriter:
             self._flush(SHARD_TOKENS)
 
     def _flush(self, count: int) -> None:
-        buffered = np.concatenate(self._held)
-        shard, self._held, self._held_tokens = (
-            buffered[:count],
-            [buffered[count:]],
-            len(buffered) - count,
-        )
+        buffer = np.concatenate(self._held)
+        shard, self._held, self._held_tokens = buffer[:count], [buffer[count:]], len(buffer) - count
         number = f"{len(self._shards):05d}.bin"
         name = f"tokens-{number}"
         entry: dict[str, Any] = {"file": name, "tokens": len(shard)}

@@ -96,22 +96,22 @@ def open_text(name: str, source: str, tokenizer: Tokenizer, folder: Path, how: R
     original: list[tuple[int, int]] = []
 
     def cleaned() -> Parts:
-        held: list[str] = []
+        pieces: list[str] = []
         for text, ends, domain in parts:
             if detokenise is not None:
-                held.append(text)
-                if sum(map(len, held)) > DETOKENIZE_CHARS:
+                pieces.append(text)
+                if sum(map(len, pieces)) > DETOKENIZE_CHARS:
                     raise UserError(
                         f"{source} has a document of more than {DETOKENIZE_CHARS:,} characters, "
                         "too long for a de-tokeniser: split it into documents"
                     )
                 if not ends:
                     continue
-                whole = "".join(held)
-                held.clear()
-                text = detokenise(whole)
+                document = "".join(pieces)
+                pieces.clear()
+                text = detokenise(document)
                 if text:
-                    original.append((count_words([whole]), len(whole.encode())))
+                    original.append((count_words([document]), len(document.encode())))
             if text and ends and domain is not None:
                 domains.append(domain)
             yield text, ends
@@ -197,5 +197,5 @@ def _hub(source: str, how: Reading) -> Iterator[Part]:
     except UserError:
         raise
     except Exception as error:  # whatever the library meets: no network, no such dataset
-        told = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{source} cannot be read: {type(error).__name__}: {told}") from error
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{source} cannot be read: {type(error).__name__}: {reason}") from error

@@ -343,7 +343,7 @@ def _lacking(name: str, config: Model, length: int) -> str:
     lacks = row.lacks(config) | {
         f"{length} tokens, no multiple of {row.multiple}": length % row.multiple != 0
     }
-    return ", ".join(what for what, asked in lacks.items() if asked)
+    return ", ".join(what for what, lacking in lacks.items() if lacking)
 
 
 def _refusal(name: str, lacking: str) -> ConfigError:

@@ -28,9 +28,9 @@ def _forward(
 
 
 def _backward(
-    equation: str, kept: tuple[jax.Array, jax.Array], g: jax.Array
+    equation: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    (x, kernel), (x_dims, kernel_dims, y_dims) = kept, _dims(equation)
+    (x, kernel), (x_dims, kernel_dims, y_dims) = residuals, _dims(equation)
     dx = jnp.einsum(f"{y_dims},{kernel_dims}->{x_dims}", g, kernel, out_sharding=like(x))
     dkernel = jnp.einsum(f"{x_dims},{y_dims}->{kernel_dims}", x, g, out_sharding=like(kernel))
     return dx, dkernel
