@@ -63,7 +63,8 @@ def test_the_store_holds_every_byte_of_a_plain_text(tmp_path, name, content):
     path = tmp_path / "text.txt"
     path.write_bytes(content.encode())
     found = open_text("t", str(path), tokenizer.load(name), tmp_path / "store", Reading())
-    assert found.store.manifest["bytes"] == path.stat().st_size
+    text = content.removeprefix("\ufeff")  # a byte-order mark is no text
+    assert found.store.manifest["bytes"] == len(text.encode())
     assert found.store.manifest["documents"] == 1
 
 
