@@ -176,7 +176,7 @@ def _advance(
         return (carry[0] < count) & ~carry[1].done_B.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        made, (cache, tokens_BS, end_B, done_B) = carry
+        steps, (cache, tokens_BS, end_B, done_B) = carry
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
@@ -188,7 +188,7 @@ def _advance(
         tokens_BS = jnp.where(here_BS, new_B[:, None], tokens_BS)
         done_B |= (new_B[:, None] == stop_ids).any(1) | (length_B + 1 >= end_B)
         new_cache |= {"length": length_B}
-        return made + 1, State(new_cache, tokens_BS, end_B, done_B)
+        return steps + 1, State(new_cache, tokens_BS, end_B, done_B)
 
     _, state = jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), state))
     view = (state.tokens_BS, state.cache["length"], state.done_B)
@@ -303,19 +303,19 @@ def stream(
     length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
     while going:
-        left = chunk
+        remaining = chunk
         while True:
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
                 state = _grow(state, room)
-            count = min(left, room - longest)
+            count = min(remaining, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
             )
             tokens, length_B, done_B = jax.device_get(view)
-            left -= count
-            if not left or done_B.all():
+            remaining -= count
+            if not remaining or done_B.all():
                 break
         new = []
         for row, n in enumerate(n_B[: len(texts)]):

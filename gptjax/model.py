@@ -111,11 +111,11 @@ class Block(nn.Module):
             y = dropout(y, c.dropout, context.dropout_key, number)
             return norm(kind.stream, f"{name}_norm_stream", x + tap(f"{name}_added", y))
 
-        kept: list[Any] = []
+        extras: list[Any] = []  # the value and the cache of `attention`
 
         def attend(y: jax.Array) -> jax.Array:
-            y, *rest = attention(y, context)
-            kept.extend(rest)
+            y, *value_and_cache = attention(y, context)
+            extras.extend(value_and_cache)
             return checkpoint_name(tap("attention_out", y), "attention")
 
         def feed(y: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class Block(nn.Module):
         else:
             x_BTD = tap("stream_middle", add(x_BTD, "attention", attend))
             x_BTD = add(x_BTD, "feedforward", feed)
-        value, cache = kept
+        value, cache = extras
         return tap("stream", x_BTD), value, cache
 
 

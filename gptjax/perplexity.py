@@ -231,15 +231,15 @@ class Evaluator:
             if start >= end:
                 continue
             weights[row, begin - start : end - start] = 1
-            found = self.targets(start, end)
-            targets[row, : len(found)] = found
+            scored = self.targets(start, end)
+            targets[row, : len(scored)] = scored
             if start:
                 inputs[row, 0] = self.targets(start - 1, start)[0]
             elif self._prefix is None:
                 inputs[row, 0] = self._store.tokens(0, 1)[0]
             else:
                 inputs[row, 0] = self._prefix
-            inputs[row, 1 : len(found)] = found[:-1]
+            inputs[row, 1 : len(scored)] = scored[:-1]
         batch = Batch(inputs, targets, weights)
         return mark_documents(batch, self._tokenizer.eot) if self.convention.apart else batch
 

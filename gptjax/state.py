@@ -145,7 +145,7 @@ def make_train_step(
             ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         weight = jnp.maximum(sums.weight, 1)
         metrics = {name: value / weight for name, value in sums.metrics.items()} | {
             "gradient_norm": norm,
@@ -153,7 +153,7 @@ def make_train_step(
             "tokens": sums.weight,
             "skipped": 1.0 - finite,
         }
-        params, opt_state, ema = kept
+        params, opt_state, ema = accepted
         return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -38,12 +38,12 @@ def is_pretrained(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        found = json.loads(path.read_bytes())
+        tree = json.loads(path.read_bytes())
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        tree = None
+    if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged, it is no JSON object: restore it")
-    return "model_type" in found
+    return "model_type" in tree
 
 
 def config_of(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -107,8 +107,10 @@ def _check_fits(config: Model, weights: Model, folder: Path) -> None:
         except ConfigError:  # not without another
             return True
 
-    told = [f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)]
-    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(told)}")
+    differences = [
+        f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)
+    ]
+    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(differences)}")
 
 
 def _shapes(config: Model) -> Any:

@@ -160,8 +160,8 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         from gptjax.evaluation import harness
 
         where = arguments.limit, arguments.harness_path
-        found = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
-        record["harness"] = harness.figures(found)
+        results = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
+        record["harness"] = harness.figures(results)
     if jax.process_index() != 0:
         return
     if arguments.json:
@@ -172,7 +172,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if files:
         show(record)
     if arguments.harness:
-        print(harness.make_table(found))
+        print(harness.make_table(results))
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -203,26 +203,26 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax import accounting, configure, setup, sharding
     from gptjax.layers import attention
 
-    found = configure.from_file(arguments.config, overrides)
-    setup.check_names(found)
+    resolved = configure.from_file(arguments.config, overrides)
+    setup.check_names(resolved)
     if arguments.diff is not None:
         other = configure.from_file(arguments.diff)
-        for knob, (a, b) in configure.difference(found, other).items():
+        for knob, (a, b) in configure.difference(resolved, other).items():
             print(f"{knob}: {a!r} -> {b!r}")
         return
     if arguments.json:
-        print(json.dumps(to_dict(found), indent=1))
+        print(json.dumps(to_dict(resolved), indent=1))
         return
-    for knob, value in flatten(dataclasses.asdict(found)).items():
+    for knob, value in flatten(dataclasses.asdict(resolved)).items():
         print(f"{knob} = {value!r}")
-    tokens = found.train.steps * found.data.batch_size * found.model.context
-    flops = accounting.train_flops_per_token(found.model, causal=True)
+    tokens = resolved.train.steps * resolved.data.batch_size * resolved.model.context
+    flops = accounting.train_flops_per_token(resolved.model, causal=True)
     print(
         f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
     )
-    shape = sharding.mesh_shape(found.mesh, jax.device_count())
-    settled = attention.resolve(found.model, jax.default_backend())
-    for line in accounting.costs(dataclasses.replace(found, model=settled), shape):
+    shape = sharding.mesh_shape(resolved.mesh, jax.device_count())
+    settled = attention.resolve(resolved.model, jax.default_backend())
+    for line in accounting.costs(dataclasses.replace(resolved, model=settled), shape):
         print(f"# {line}")
 
 

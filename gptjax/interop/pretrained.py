@@ -59,14 +59,16 @@ def adopt(config: Config, folder: str | Path) -> Config:
     folder = Path(folder)
     keys = hf.read_config(folder)
     with hf.about(folder):
-        found = to_model(keys)[1]
-    kept = {name: getattr(config.model, name) for name in RUN_FIELDS}
-    if found.position != "learned":
-        kept["context"] = min(found.context, config.model.context)
+        architecture = to_model(keys)[1]
+    run_fields = {name: getattr(config.model, name) for name in RUN_FIELDS}
+    if architecture.position != "learned":
+        run_fields["context"] = min(architecture.context, config.model.context)
     data = config.data
     if (folder / TOKENIZER_FILE).is_file():
         data = dataclasses.replace(data, tokenizer=str(folder))
-    return dataclasses.replace(config, model=dataclasses.replace(found, **kept), data=data)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(architecture, **run_fields), data=data
+    )
 
 
 def import_(source: str | Path, out: str | Path) -> Model:
