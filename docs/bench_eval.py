@@ -12,21 +12,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import transformers
 
 from gptjax import setup, trained
 from gptjax.perplexity import batch_nll
-from gptjax.sharding import make_mesh
 
 CONTEXT, WINDOWS, ROWS, TURNS = 1024, 8, 2, 5
 
 
 def main(folder: str, text: str) -> None:
-    config = trained.config_of(Path(folder), None, [f"--config.model.context={CONTEXT}"])
-    tokenizer = setup.load_tokenizer(config)
+    found = trained.find(Path(folder), None, [f"--config.model.context={CONTEXT}"])
+    tokenizer = setup.load_tokenizer(found.config)
     with open(text, encoding="utf-8") as file:
         ids = tokenizer.encode(file.read(CONTEXT * WINDOWS * 8))[: CONTEXT * WINDOWS]
     batches = np.array(ids, np.int32).reshape(-1, ROWS, CONTEXT)
@@ -40,13 +38,16 @@ def main(folder: str, text: str) -> None:
         ]
         return float(torch.stack(losses).mean())
 
-    with jax.set_mesh(make_mesh(config.mesh)):
-        settled = setup.settle(config)
-        _, params = trained.restore(config, Path(folder))
+    with trained.opened(found) as model:
 
         def ours() -> float:
             nlls = [
-                batch_nll(settled.model, None, params, {"tokens": b, "targets": np.roll(b, -1, 1)})
+                batch_nll(
+                    model.config.model,
+                    None,
+                    model.params,
+                    {"tokens": b, "targets": np.roll(b, -1, 1)},
+                )
                 for b in batches
             ]
             return float(np.mean([np.asarray(nll)[:, :-1].mean(dtype=np.float64) for nll in nlls]))

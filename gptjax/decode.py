@@ -129,14 +129,20 @@ class State(NamedTuple):
     done_B: jax.Array
 
 
+class Weights(NamedTuple):
+    """Parameters as every step of `stream` uses them: matrices cast, layers apart."""
+
+    params: Params
+
+
 @functools.partial(jax.jit, static_argnames="config")
 @sharding.phase("decoding")
-def _ready(config: Model, params: Params) -> Params:
-    """Parameters as every step uses them: matrices cast, layers apart. Done once, not a token."""
+def cast(config: Model, params: Params) -> Weights:
+    """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
     dtype = lambda spec: jnp.float32 if spec.role in ("gain", "bias") else config.dtype  # noqa: E731
     specs = gpt.abstract_params(config)
-    cast = lambda p, s: sharding.store(p.astype(dtype(s)), s.dims)  # noqa: E731
-    return gpt.split_layers(config, jax.tree.map(cast, params, specs))
+    store = lambda p, s: sharding.store(p.astype(dtype(s)), s.dims)  # noqa: E731
+    return Weights(gpt.split_layers(config, jax.tree.map(store, params, specs)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "width"))
@@ -176,7 +182,7 @@ def _advance(
         return (carry[0] < count) & ~carry[1].done_B.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        steps, (cache, tokens_BS, end_B, done_B) = carry
+        made, (cache, tokens_BS, end_B, done_B) = carry
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
@@ -188,7 +194,7 @@ def _advance(
         tokens_BS = jnp.where(here_BS, new_B[:, None], tokens_BS)
         done_B |= (new_B[:, None] == stop_ids).any(1) | (length_B + 1 >= end_B)
         new_cache |= {"length": length_B}
-        return steps + 1, State(new_cache, tokens_BS, end_B, done_B)
+        return made + 1, State(new_cache, tokens_BS, end_B, done_B)
 
     _, state = jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), state))
     view = (state.tokens_BS, state.cache["length"], state.done_B)
@@ -249,7 +255,7 @@ def _draw(
 
 def stream(
     config: Model,
-    params: Params,
+    weights: Weights,
     prompts: Sequence[Sequence[int]],
     sample: Sample,
     *,
@@ -265,7 +271,7 @@ def stream(
 
     Args:
         config: the architecture.
-        params: the tree of `init`. A copy cast to `config.dtype` lives while texts are made.
+        weights: of `cast`.
         prompts: ids of each row; an empty one starts from end-of-text.
         sample: how to draw, and how long; its texts `prompt` and `stop` are the caller's to
             encode, and `batch_size` the caller's to repeat.
@@ -297,25 +303,25 @@ def stream(
         tokens_BS[row, : len(text)] = text
     end_B = np.minimum(n_B + most, config.context)
     end_B[len(texts) :] = 0  # surplus rows have ended before they begin
-    params = _ready(config, params)
+    params = weights.params
     state = _begin(config, params, tokens_BS, n_B, end_B, min(room, _round_up(longest - 1)))
     key, stop_array = jax.random.key(seed), np.array(stops, np.int32)
     length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
     while going:
-        remaining = chunk
+        left = chunk
         while True:
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
                 state = _grow(state, room)
-            count = min(remaining, room - longest)
+            count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
             )
             tokens, length_B, done_B = jax.device_get(view)
-            remaining -= count
-            if not remaining or done_B.all():
+            left -= count
+            if not left or done_B.all():
                 break
         new = []
         for row, n in enumerate(n_B[: len(texts)]):
@@ -338,7 +344,8 @@ def generate(
     **options: Any,
 ) -> list[Text]:
     """Continues each prompt to its end: `stream` with no stop but for a larger cache."""
-    return next(stream(config, params, prompts, sample, chunk=sample.max_new_tokens, **options))
+    weights = cast(config, params)
+    return next(stream(config, weights, prompts, sample, chunk=sample.max_new_tokens, **options))
 
 
 def _sampling(sample: Sample) -> Sampling:

@@ -57,7 +57,7 @@ def key(config: Config) -> str:
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
 
-def check(configs: Sequence[Config]) -> None:
+def check_together(configs: Sequence[Config]) -> None:
     """Refuses runs that cannot train together.
 
     Raises:
@@ -111,7 +111,7 @@ def group_of(workdir: Path) -> tuple[list[Config], int]:
     return configs, told["member"]
 
 
-def train(
+def train_together(
     configs: Sequence[Config],
     workdirs: Sequence[Path],
     devices: Sequence[jax.Device] | None = None,
@@ -124,7 +124,7 @@ def train(
     others go on.
 
     Args:
-        configs: of the members, which `check` lets train together.
+        configs: of the members, which `check_together` lets train together.
         workdirs: their folders.
         devices: to use; None takes all.
         until: an earlier step to end at, as in `loop.train`.
@@ -136,7 +136,7 @@ def train(
         Stopped: on SIGTERM or Ctrl-C, once all members are saved.
         UserError: on whatever the user can mend.
     """
-    check(configs)
+    check_together(configs)
     mesh = sharding.make_mesh(configs[0].mesh, devices)
     steps = configs[0].train.steps
     # Members are saved one after another: with two checkpoints each, one step is common to all.
@@ -164,8 +164,31 @@ def train(
             group = _Group(configs, setups, members, mesh, start)
         # That of the last member to leave, when none is left.
         with contextlib.suppress(loop.Diverged):
-            loop.drive(group, setups[0].config, group.devices, start or 0, until)
+            _go_on(group, setups[0].config, start or 0, until)
     return [diverged(workdir) for workdir in workdirs]
+
+
+def _go_on(group: _Group, config: Config, start: int, until: int | None) -> None:
+    """The loop of `loop.train` for all members, from step `start` on."""
+    steps = config.train.steps
+    with loop.Stop() as stop, Progress(group.title, steps, start) as progress:
+        group.compile(start)
+        meter = loop.Meter(config, group.devices, progress, group.write)
+        for step in range(start + 1, (steps if until is None else until) + 1):
+            meter.add(step, group.step(step - 1))
+            due = loop.due_at(step, config.train, stop.requested(step))
+            if due.evaluate or due.save:
+                meter.catch_up()
+            if due.evaluate:
+                group.evaluate(step, progress)
+            if due.save:
+                group.save(step, wait=due.end)
+            group.check()
+            if due.evaluate or due.save:
+                meter.restart()
+            if due.end and step < steps:
+                raise loop.stopped(step)
+        meter.catch_up()
 
 
 def diverged(workdir: Path) -> dict[str, Any] | None:
@@ -266,15 +289,17 @@ class _Group:
         self._states, metrics = self._step(self._states, self._batch(index), self._knobs)
         return metrics
 
-    def record(
+    def write(
         self, step: int, metrics: state.Metrics, speed: dict[str, float]
     ) -> tuple[dict[str, float], bool]:
-        recorded, losses = False, []
+        """As `loop.Log.write`, for the members that are left; those that diverge leave."""
+        any_recorded, losses = False, []
         for m in list(self._left):
-            values = {name: float(values[m.index]) for name, values in metrics.items()}
-            losses.append(values["loss"])
+            mine = {name: values[m.index] for name, values in metrics.items()}
+            losses.append(float(mine["loss"]))
             try:
-                recorded |= self._logs[m.index].write(step, values | speed)
+                _, recorded = self._logs[m.index].write(step, (mine, {}), speed)
+                any_recorded |= recorded
             except loop.Diverged as error:
                 error.write(m.run.folder)
                 say(f"{m.run.folder}: {error}. The other runs go on")
@@ -282,7 +307,7 @@ class _Group:
                 if not self._left:
                     raise
         whole = {name: value * len(self._setups) for name, value in speed.items()}
-        return {"loss": float(np.mean(losses))} | whole, recorded
+        return {"loss": float(np.mean(losses))} | whole, any_recorded
 
     def evaluate(self, step: int, progress: Progress) -> None:
         total = sum(loop.count(m.setup.evaluators) for m in self._left)

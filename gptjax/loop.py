@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,12 @@ from jax.experimental import multihost_utils
 
 from gptjax import accounting, model, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, UserError, to_dict
+from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
 from gptjax.progress import Progress, readable, say
 from gptjax.records import Run, open_run, read_metrics
-from gptjax.setup import Setup, Start, describe, load_batch, set_up
+from gptjax.setup import Start, describe, load_batch, set_up
 from gptjax.watch import make_watch
 
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
@@ -82,25 +82,57 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(workdir / CHECKPOINTS, config.train.keep_checkpoints)
         )
-        step = checkpoints.latest()
-        run = stack.enter_context(open_run(workdir, record, fingerprints, step))
-        if step == config.train.steps:
-            say(f"{workdir} is done: {step} of {step} steps")
+        saved = checkpoints.latest()
+        run = stack.enter_context(open_run(workdir, record, fingerprints, saved))
+        if saved == config.train.steps:
+            say(f"{workdir} is done: {saved} of {saved} steps")
             for line in [line for line in read_metrics(workdir) if "val_loss" in line][-1:]:
-                _check_end(step, line)
+                _check_end(saved, line)
             return None
-        if step is None:
+        if saved is None:
             train_state = state.create(config, None if begin is None else begin.load())
         else:
-            train_state = checkpoints.restore(step, state.abstract(config))
-        where = "new run" if step is None else f"resumed at step {step}"
+            train_state = checkpoints.restore(saved, state.abstract(config))
+        where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
+        start, steps = saved or 0, config.train.steps
         meta = {"config": record, "fingerprints": fingerprints}
-        one = _One(setup, train_state, run, checkpoints, meta)
-        drive(one, config, jax.sharding.get_mesh().devices.flatten().tolist(), step or 0, until)
+        stop = stack.enter_context(Stop())
+        progress = stack.enter_context(Progress("training", steps, start))
+        train_step, cost = compile_step(
+            state.make_train_step(config), train_state, load_batch(setup, start)
+        )
+        devices = jax.sharding.get_mesh().devices.flatten().tolist()
+        meter = Meter(config, devices, progress, Log(config, run, start, cost).write)
+        watch = make_watch(config) if config.train.watch else None
+        held_out: Mapping[str, float] = {}
+        for step in range(start + 1, (steps if until is None else until) + 1):
+            batch = load_batch(setup, step - 1)
+            watching = watch is not None and step % config.train.watch_every == 0
+            before = jax.tree.map(jnp.copy, train_state.params) if watching else {}
+            train_state, metrics = train_step(train_state, batch)  # donates the state
+            watched = watch(before, train_state, batch) if watch and watching else {}
+            meter.add(step, (metrics, watched))
+            due = due_at(step, config.train, stop.requested(step))
+            if due.evaluate or due.save:
+                meter.catch_up()
+            if due.evaluate:
+                # Records of a step precede its checkpoint, which stands for having written them.
+                params = state.evaluation_params(config, train_state)
+                with progress.task("evaluating", count(setup.evaluators)) as advance:
+                    held_out = log_scores(run, step, score(setup.evaluators, params, advance))
+                del params  # with some optimisers a copy
+            if due.save:
+                checkpoints.save(step, train_state, meta | {"step": step}, wait=due.end)
+            checkpoints.check()
+            if due.evaluate or due.save:
+                meter.restart()
+            if due.end and step < steps:
+                raise stopped(step)
+        meter.catch_up()
         if until is None:
-            _check_end(config.train.steps, one.held_out)
-        return state.evaluation_params(config, one.train_state)
+            _check_end(steps, held_out)
+        return state.evaluation_params(config, train_state)
 
 
 def _check_end(step: int, held_out: Mapping[str, float]) -> None:
@@ -109,116 +141,26 @@ def _check_end(step: int, held_out: Mapping[str, float]) -> None:
         raise Diverged(step, f"the held-out loss after the last step, {step}, is {loss}")
 
 
-class Runs(Protocol):
-    """What `drive` trains: one run, or several that take each step together."""
+class Due(NamedTuple):
+    """What is to be done after a step."""
 
-    title: str  # stands before the bar
-
-    def compile(self, start: int) -> None:
-        """Makes the step ready, for a start after `start` steps."""
-
-    def step(self, index: int) -> Any:
-        """Dispatches the step on the batch `index`, 0-based; returns its metrics."""
-
-    def record(
-        self, step: int, metrics: Any, speed: dict[str, float]
-    ) -> tuple[dict[str, float], bool]:
-        """Records what a step gave; returns what to show, and whether to say it in a line."""
-
-    def evaluate(self, step: int, progress: Progress) -> None:
-        """Scores the held-out text and records the scores."""
-
-    def save(self, step: int, wait: bool) -> None:
-        """Saves the state; returns when that is complete if `wait`."""
-
-    def check(self) -> None:
-        """Raises the failure of a save in the background."""
+    evaluate: bool
+    save: bool
+    end: bool  # it is the last one, or the run was asked to stop: a save must be complete
 
 
-def drive(
-    runs: Runs, config: Config, devices: Sequence[jax.Device], start: int, until: int | None
-) -> None:
-    """Trains `runs` on from step `start`, to `train.steps` or `until`; raises as `train`."""
-    t = config.train
-    with Stop() as stop, Progress(runs.title, t.steps, start) as progress:
-        runs.compile(start)
-        meter = _Meter(runs, config, devices, progress)
-        for done in range(start + 1, (t.steps if until is None else until) + 1):
-            meter.add(done, runs.step(done - 1))
-            last, stopping = done == t.steps, stop.requested(done)
-            evaluate = last or done % t.eval_every == 0
-            save = last or stopping or done % t.checkpoint_every == 0
-            if evaluate or save:
-                meter.catch_up()
-            if evaluate:
-                # Records of a step precede its checkpoint, which stands for having written them.
-                runs.evaluate(done, progress)
-            if save:
-                runs.save(done, wait=last or stopping)
-            runs.check()
-            if evaluate or save:
-                meter.restart()
-            if stopping and not last:
-                say(f"stopped at step {done}, saved: run the same command to go on")
-                raise Stopped
-        meter.catch_up()
+def due_at(step: int, config: Train, stopping: bool) -> Due:
+    last = step == config.steps
+    return Due(
+        evaluate=last or step % config.eval_every == 0,
+        save=last or stopping or step % config.checkpoint_every == 0,
+        end=last or stopping,
+    )
 
 
-class _One:
-    """One run on the current mesh."""
-
-    title = "training"
-
-    def __init__(
-        self,
-        setup: Setup,
-        train_state: state.TrainState,
-        run: Run,
-        checkpoints: Checkpoints,
-        meta: Mapping[str, Any],
-    ) -> None:
-        self.train_state = train_state
-        self._setup, self._run, self._checkpoints, self._meta = setup, run, checkpoints, meta
-        self._watch = make_watch(setup.config) if setup.config.train.watch else None
-        self._watched: dict[int, dict[str, jax.Array]] = {}  # by step, until it is recorded
-
-    def compile(self, start: int) -> None:
-        config = self._setup.config
-        arguments = self.train_state, load_batch(self._setup, start)
-        self._step, cost = compile_step(state.make_train_step(config), *arguments)
-        self._log = Log(config, self._run, start, cost)
-
-    def step(self, index: int) -> state.Metrics:
-        batch = load_batch(self._setup, index)
-        if self._watch is None or (index + 1) % self._setup.config.train.watch_every:
-            self.train_state, metrics = self._step(self.train_state, batch)
-            return metrics
-        before = jax.tree.map(jnp.copy, self.train_state.params)  # the state is donated
-        self.train_state, metrics = self._step(self.train_state, batch)
-        self._watched[index + 1] = self._watch(before, self.train_state, batch)
-        return metrics
-
-    def record(
-        self, step: int, metrics: state.Metrics, speed: dict[str, float]
-    ) -> tuple[dict[str, float], bool]:
-        values = {name: float(value) for name, value in metrics.items()} | speed
-        recorded = self._log.write(step, values)
-        if step in self._watched:
-            self._run.log(step, jax.device_get(self._watched.pop(step)))
-        return values, recorded
-
-    def evaluate(self, step: int, progress: Progress) -> None:
-        evaluators = self._setup.evaluators
-        params = state.evaluation_params(self._setup.config, self.train_state)
-        with progress.task("evaluating", count(evaluators)) as advance:
-            self.held_out = log_scores(self._run, step, score(evaluators, params, advance))
-
-    def save(self, step: int, wait: bool) -> None:
-        meta = {**self._meta, "step": step}
-        self._checkpoints.save(step, self.train_state, meta, wait=wait)
-
-    def check(self) -> None:
-        self._checkpoints.check()
+def stopped(step: int) -> Stopped:
+    say(f"stopped at step {step}, saved: run the same command to go on")
+    return Stopped()
 
 
 def compile_step(
@@ -278,6 +220,10 @@ def log_scores(
     return values
 
 
+# Metrics of a step, and what `watch` saw after it: on the device, or fetched from there.
+Measured = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
 class Log:
     """Writes the steps of one run in their rhythm, and tells when it has diverged.
 
@@ -292,13 +238,16 @@ class Log:
         skipped = {line["step"] for line in lines if line.get("skipped")}
         self._skipped = next(n for n in itertools.count() if start - n not in skipped)
 
-    def write(self, step: int, values: dict[str, float]) -> bool:
-        """Takes the numbers of a step; returns whether it has a record.
+    def write(
+        self, step: int, measured: Measured, speed: Mapping[str, float]
+    ) -> tuple[dict[str, float], bool]:
+        """Takes the numbers of a step; returns the metrics, and whether they have a record.
 
         Raises:
             Diverged: if this is one skipped update too many.
         """
-        t = self._train
+        t, (metrics, watched) = self._train, measured
+        values = {name: float(value) for name, value in metrics.items()} | dict(speed)
         self._skipped = self._skipped + 1 if values["skipped"] else 0
         recorded = step % t.log_every == 0 or step in (1, t.steps) or self._skipped > 0
         if recorded:
@@ -307,20 +256,31 @@ class Log:
         if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
             updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
             raise Diverged(step, f"{updates}, the last at step {step}, had no finite gradient")
-        return recorded
+        if watched:
+            self._run.log(step, watched)
+        return values, recorded
 
 
-class _Meter:
+class Meter:
     """Turns the metrics of each step, one step late, into records and what the bar shows.
 
     Rates are those of one run, and count the time of training alone: not compilation, evaluation
     or saving.
+
+    Args:
+        devices: that take the step; their peak is what MFU is a share of.
+        write: takes a step, what it gave, on the host, and its speed, and records them; returns
+            what to show, and whether to say it in a line. Such as `Log.write`.
     """
 
     def __init__(
-        self, runs: Runs, config: Config, devices: Sequence[jax.Device], progress: Progress
+        self,
+        config: Config,
+        devices: Sequence[jax.Device],
+        progress: Progress,
+        write: Callable[[int, Any, dict[str, float]], tuple[dict[str, float], bool]],
     ) -> None:
-        self._runs, self._config, self._progress = runs, config, progress
+        self._config, self._progress, self._write = config, progress, write
         self._pending: tuple[int, Any] | None = None
         peak, source = accounting.peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
@@ -334,19 +294,19 @@ class _Meter:
         self._steps = 0
         self._rate = math.nan
 
-    def add(self, step: int, metrics: Any) -> None:
-        """Takes a step's metrics, still being computed; records those of the step before."""
+    def add(self, step: int, measured: Any) -> None:
+        """Takes what a step gave, still being computed; records that of the step before."""
         self.catch_up()
-        self._pending = (step, metrics)
+        self._pending = (step, measured)
 
     def catch_up(self) -> None:
         """Waits for the step that was added last, and records it."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
+        (step, measured), self._pending = self._pending, None
+        measured = jax.device_get(measured)
         self._measure()
-        shown, recorded = self._runs.record(step, metrics, self._speed())
+        shown, recorded = self._write(step, measured, self._speed())
         if recorded:
             steps = self._config.train.steps
             self._progress.line(f"step {step:>{len(str(steps))}}  {readable(shown)}")

@@ -343,7 +343,7 @@ def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start
     folders = [folder / str(member) for member in range(len(group))]
     try:
         if past.group:
-            ensemble.train(group, folders, mesh.devices.flatten().tolist(), past.last)
+            ensemble.train_together(group, folders, mesh.devices.flatten().tolist(), past.last)
         else:
             with jax.set_mesh(mesh):
                 loop.train(group[0], folders[0], begin, past.last)

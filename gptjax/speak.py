@@ -26,44 +26,52 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
         The continuations, without the prompt.
 
     Raises:
-        ConfigError: as `check`.
+        ConfigError: as `check_sample`.
     """
-    ids = check(config, tokenizer)
+    ids = check_sample(config, tokenizer)
     sample, one = config.sample, config.sample.batch_size == 1
     stops = {*tokenizer.stops}
     if sample.stop is not None:
         stops.add(_one_token(sample.stop, tokenizer))
+    weights = decode.cast(config.model, params)
     if one:
         show(sample.prompt, end="")
-    texts = _write(config, params, tokenizer, [ids] * sample.batch_size, stops, live=one)
+    texts = _write(config, weights, tokenizer, [ids] * sample.batch_size, stops, live=one)
     for row, text in enumerate(texts) if not one else ():
         show(f"--- text {row}\n{sample.prompt}{text}")
     return texts
 
 
 def answer(
-    config: Config, params: model.Params, tokenizer: Tokenizer, dialogue: list[dict[str, str]]
+    config: Config, weights: decode.Weights, tokenizer: Tokenizer, dialogue: list[dict[str, str]]
 ) -> str:
     """Prints and returns the model's answer to a dialogue, in its own chat template.
 
     Args:
+        weights: of `decode.cast`, which one cast makes for any number of answers.
         dialogue: [{"role": "user", "content": "What is the capital of France?"}, ...].
 
     Raises:
         UserError: if the model has no chat template, or the dialogue fills the context.
     """
-    ids = encode_dialogue(tokenizer, dialogue)
-    if len(ids) >= config.model.context:
+    return _answer(config, weights, tokenizer, encode_dialogue(tokenizer, dialogue))
+
+
+def _answer(
+    config: Config, weights: decode.Weights, tokenizer: Tokenizer, dialogue_ids: list[int]
+) -> str:
+    if len(dialogue_ids) >= config.model.context:
         raise UserError(
-            f"the dialogue has {len(ids)} tokens, which leaves no room for an answer in "
+            f"the dialogue has {len(dialogue_ids)} tokens, which leaves no room for an answer in "
             f"model.context={config.model.context}: shorten it"
         )
     # A turn ends with a token of its own, which `stops` has beside end-of-text.
-    return _write(config, params, tokenizer, [ids], set(tokenizer.stops), live=True)[0].strip()
+    stops = set(tokenizer.stops)
+    return _write(config, weights, tokenizer, [dialogue_ids], stops, live=True)[0].strip()
 
 
 def chat(
-    config: Config, params: model.Params, tokenizer: Tokenizer, system: str | None = None
+    config: Config, weights: decode.Weights, tokenizer: Tokenizer, system: str | None = None
 ) -> None:
     """A dialogue with whoever types into standard input, until an empty line or its end.
 
@@ -73,12 +81,12 @@ def chat(
     turns: list[dict[str, str]] = []
     room = config.model.context - min(config.sample.max_new_tokens, config.model.context // 2)
     encode_dialogue(tokenizer, [*first, {"role": "user", "content": "?"}])  # has it a template?
-    while message := _hear():
-        turns.append({"role": "user", "content": message})
-        while len(turns) > 1 and len(encode_dialogue(tokenizer, first + turns)) > room:
+    while said := _hear():
+        turns.append({"role": "user", "content": said})
+        while len(ids := encode_dialogue(tokenizer, first + turns)) > room and len(turns) > 1:
             del turns[:2]
             say("(the context is full: the oldest turns are forgotten)")
-        reply = answer(config, params, tokenizer, first + turns)
+        reply = _answer(config, weights, tokenizer, ids)
         turns.append({"role": "assistant", "content": reply})
 
 
@@ -91,7 +99,7 @@ def _hear() -> str:
 
 def _write(
     config: Config,
-    params: model.Params,
+    weights: decode.Weights,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     stops: set[int],
@@ -102,7 +110,7 @@ def _write(
     ended: list[str | None] = [None] * len(prompts)
     for news in decode.stream(
         config.model,
-        params,
+        weights,
         prompts,
         config.sample,
         seed=config.seed,
@@ -130,7 +138,7 @@ def show(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-def check(config: Config, tokenizer: Tokenizer) -> list[int]:
+def check_sample(config: Config, tokenizer: Tokenizer) -> list[int]:
     """The ids of `sample.prompt`; refuses what cannot be generated before a model is trained.
 
     Raises:

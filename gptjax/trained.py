@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,26 +27,21 @@ SETTINGS = str(configure.RECIPES / "base.py")
 LONGEST = 2048  # of a pretrained model's context so much is used unless an override says else
 
 
-def is_pretrained(folder: Path) -> bool:
-    """Whether `folder` is a Hugging Face folder, not a run of ours.
+class Trained(NamedTuple):
+    """A trained model in a folder, and the config to use it by.
 
-    Raises:
-        UserError: if its config.json is damaged.
+    Attributes:
+        config: not yet settled for a mesh.
+        source: what a Hugging Face folder says of itself; None of a run of ours.
     """
-    path = folder / hf.CONFIG
-    if not path.is_file():
-        return False
-    try:
-        tree = json.loads(path.read_bytes())
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged, it is no JSON object: restore it")
-    return "model_type" in tree
+
+    folder: Path
+    config: Config
+    source: pretrained.Folder | None = None
 
 
-def config_of(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -> Config:
-    """The config to use a model by.
+def find(folder: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Trained:
+    """The model in a folder; no weights are read.
 
     Args:
         folder: a run or a pretrained model.
@@ -57,35 +51,15 @@ def config_of(folder: Path, recipe: str | None, overrides: Sequence[str] = ()) -
     Raises:
         UserError: if it is neither, or the config cannot be read.
     """
-    if is_pretrained(folder):
+    source = pretrained.find(folder)
+    if source is not None:
         settings = configure.from_file(recipe or SETTINGS)
         wide = dataclasses.replace(settings.model, context=LONGEST)
-        config = pretrained.adopt(dataclasses.replace(settings, model=wide), folder)
-        return configure.override(config, overrides)
+        config = pretrained.adopt(dataclasses.replace(settings, model=wide), source)
+        return Trained(folder, configure.override(config, overrides), source)
     if recipe is not None:
-        return configure.from_file(recipe, overrides)
-    return configure.of_run(folder, overrides)
-
-
-def restore(config: Config, folder: Path) -> tuple[int, Params]:
-    """The step of a model (0 of a pretrained one) and its parameters, on the current mesh.
-
-    Raises:
-        UserError: if there is no complete checkpoint, or it is damaged or of another model.
-    """
-    setup.check_names(config)
-    config = setup.settle(config)
-    sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
-    if is_pretrained(folder):
-        _check_fits(config.model, pretrained.adopt(config, folder).model, folder)
-        return 0, pretrained.load(folder).params
-    _check_fits(config.model, configure.of_run(folder).model, folder)
-    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"{folder} holds no complete checkpoint: train it first")
-        saved = checkpoints.restore(step, state.abstract(config))
-        return step, state.evaluation_params(config, saved)
+        return Trained(folder, configure.from_file(recipe, overrides))
+    return Trained(folder, configure.of_run(folder, overrides))
 
 
 def _check_fits(config: Model, weights: Model, folder: Path) -> None:
@@ -107,10 +81,8 @@ def _check_fits(config: Model, weights: Model, folder: Path) -> None:
         except ConfigError:  # not without another
             return True
 
-    differences = [
-        f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)
-    ]
-    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(differences)}")
+    told = [f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)]
+    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(told)}")
 
 
 def _shapes(config: Model) -> Any:
@@ -127,15 +99,35 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(config: Config, folder: Path) -> Iterator[Opened]:
-    """A model and its tokenizer, on the mesh of `config`, which is set while the context lasts.
+def opened(model: Trained) -> Iterator[Opened]:
+    """A model and its tokenizer, on the mesh of its config, which is set while the context lasts.
 
     Raises:
-        UserError: as `restore`, or if the tokenizer does not fit the model.
+        UserError: if there is no complete checkpoint, or it is damaged or of another model; if
+            the tokenizer does not fit the model.
     """
-    with jax.set_mesh(make_mesh(config.mesh)):
-        step, params = restore(config, folder)
-        yield Opened(setup.settle(config), step, params, setup.load_tokenizer(config))
+    with jax.set_mesh(make_mesh(model.config.mesh)):
+        setup.check_names(model.config)
+        config = setup.settle(model.config)
+        sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
+        tokenizer = setup.load_tokenizer(config)
+        if model.source is not None:
+            weights = pretrained.adopt(config, model.source).model
+            _check_fits(config.model, weights, model.folder)
+            yield Opened(config, 0, pretrained.load(model.source).params, tokenizer)
+        else:
+            _check_fits(config.model, configure.of_run(model.folder).model, model.folder)
+            yield Opened(config, *_latest(config, model.folder), tokenizer)
+
+
+def _latest(config: Config, folder: Path) -> tuple[int, Params]:
+    """Step and parameters of a run's latest checkpoint."""
+    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{folder} holds no complete checkpoint: train it first")
+        saved = checkpoints.restore(step, state.abstract(config))
+        return step, state.evaluation_params(config, saved)
 
 
 def start_from(
@@ -149,10 +141,10 @@ def start_from(
         UserError: if `folder` is no pretrained model, or has other parameters than `overrides` ask
             for.
     """
-    start = start_of(folder)
-    config = configure.override(pretrained.adopt(config, folder), overrides)
-    _check_fits(config.model, pretrained.adopt(config, folder).model, folder)
-    return config, start
+    source = _source(folder)
+    config = configure.override(pretrained.adopt(config, source), overrides)
+    _check_fits(config.model, pretrained.adopt(config, source).model, folder)
+    return config, _start(source)
 
 
 def start_of(folder: Path) -> setup.Start:
@@ -161,14 +153,23 @@ def start_of(folder: Path) -> setup.Start:
     Raises:
         UserError: if `folder` is no pretrained model.
     """
-    if not is_pretrained(folder):
+    return _start(_source(folder))
+
+
+def _source(folder: Path) -> pretrained.Folder:
+    source = pretrained.find(folder)
+    if source is None:
         raise UserError(
             f"{folder} is no pretrained model: make one with `import`, or `export` a run"
         )
+    return source
+
+
+def _start(source: pretrained.Folder) -> setup.Start:
     digest = hashlib.sha256()
-    with hf.about(folder):
-        files = hf.weight_files(folder)
+    with hf.about(source.path):
+        files = hf.weight_files(source.path)
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return setup.Start(lambda: pretrained.load(folder).params, digest.hexdigest())
+    return setup.Start(lambda: pretrained.load(source).params, digest.hexdigest())

@@ -17,7 +17,7 @@ from scipy import stats
 from gptjax import decode, sharding
 from gptjax import model as gpt
 from gptjax.config import Model, Sample, UserError
-from gptjax.decode import Sampling, Text, generate, keep_largest, stream, transform
+from gptjax.decode import Sampling, Text, cast, generate, keep_largest, stream, transform
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from tests import tiny
 
@@ -135,7 +135,7 @@ def test_cached_logits_after_a_padded_prompt_are_those_of_the_full_forward(chang
         last_BT = tokens_BS[np.arange(3), n_B - 1][:, None]
         return gpt.logits(config, params, gpt.hidden(config, params, last_BT, cache=cache)[0])[:, 0]
 
-    ready = decode._ready(config, params)
+    ready = decode.cast(config, params).params
     got = last_logits(ready, decode._begin(config, ready, tokens_BS, n_B, n_B, CONTEXT).cache)
     want = full_logits(config, params, list(PROMPTS))[np.arange(3), n_B - 1]
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
@@ -268,7 +268,9 @@ def test_a_text_does_not_depend_on_the_rows_around_it():
 def test_streamed_pieces_join_to_the_text(chunk):
     options = OPTIONS | {"end_of_text": texts()[1].ids[6]}
     whole = generate(MODEL, parameters(MODEL), PROMPTS, DRAWN, **options)
-    pieces = list(stream(MODEL, parameters(MODEL), PROMPTS, DRAWN, chunk=chunk, **options))
+    pieces = list(
+        stream(MODEL, cast(MODEL, parameters(MODEL)), PROMPTS, DRAWN, chunk=chunk, **options)
+    )
     assert {t.ended for t in whole} == {"stop", "length"}
     assert all(len(t.ids) <= chunk for piece in pieces for t in piece)
     assert len(pieces) == -(-12 // chunk)
@@ -301,7 +303,11 @@ def test_knobs_and_pieces_share_a_program():
         prompt="x", batch_size=3, max_new_tokens=11, temperature=0.5, top_k=20, top_p=0.5,
         repetition_penalty=1.1, stop="y",
     )  # fmt: skip
-    list(stream(MODEL, parameters(MODEL), PROMPTS, sample, chunk=2, **OPTIONS | {"seed": 9}))
+    list(
+        stream(
+            MODEL, cast(MODEL, parameters(MODEL)), PROMPTS, sample, chunk=2, **OPTIONS | {"seed": 9}
+        )
+    )
     assert decode._advance._cache_size() == compiled
 
 
@@ -325,7 +331,7 @@ def test_a_text_ends_at_its_length_or_the_context():
     got = generate(MODEL, parameters(MODEL), prompts, GREEDY, **OPTIONS)
     assert [len(t.ids) for t in got] == [12, 12, 3, 0]
     assert [t.ended for t in got] == ["length", "length", "context", "context"]
-    pieces = list(stream(MODEL, parameters(MODEL), prompts[2:], GREEDY, **OPTIONS))
+    pieces = list(stream(MODEL, cast(MODEL, parameters(MODEL)), prompts[2:], GREEDY, **OPTIONS))
     assert [[len(t.ids) for t in piece] for piece in pieces] == [[1, 0]] * 3
 
 
@@ -383,7 +389,7 @@ def test_a_mesh_does_not_change_the_text(sizes, rows):
 def test_weights_are_gathered_once_and_not_for_each_token():
     """The rules of decoding: what a compiled step moves is what the host reads, all integers."""
     with jax.set_mesh(tiny.mesh(fsdp=8)):
-        weights = decode._ready(MODEL, jax.jit(lambda: gpt.init(MODEL, 0))())
+        weights = decode.cast(MODEL, jax.jit(lambda: gpt.init(MODEL, 0))()).params
         lengths = np.full(8, 2, np.int32)
         state = decode._begin(MODEL, weights, np.zeros((8, 8), np.int32), lengths, lengths + 2, 1)
         arguments = (decode._sampling(GREEDY), np.array([EOT]), jax.random.key(0), 2)
@@ -414,6 +420,6 @@ def test_casting_once_changes_nothing():
     def cached(params: Any) -> jax.Array:
         return gpt.hidden(config, params, tokens_BT, cache=gpt.init_cache(config, 1, 8))[0]
 
-    ready = decode._ready(config, params)
+    ready = decode.cast(config, params).params
     assert ready["embed"]["tokens"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(cached(ready), cached(params))

@@ -135,15 +135,10 @@ def test_make_has_its_targets() -> None:
             assert done.returncode == 0, done.stderr
 
 
-def test_the_map_names_every_module() -> None:
+def test_the_map_names_only_what_is_there() -> None:
+    """That it names every module, on its floor, is held in test_floors.py."""
     tree = re.search(r"```text\n(.*?)```", README, re.DOTALL)
     assert tree is not None
-    missing = [
-        path.name
-        for path in (REPO / "gptjax").rglob("*.py")
-        if path.name != "__init__.py" and path.name not in tree[1]
-    ]
-    assert not missing, f"the map in README.md lacks {missing}"
     there = {path.name for top in ("gptjax", "configs") for path in (REPO / top).rglob("*")}
     there |= {path.name for path in REPO.iterdir()}
     for name in re.findall(r"(\w+\.py|\w+/)", tree[1]):

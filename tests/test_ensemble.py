@@ -179,7 +179,11 @@ def folders(parent: Path) -> list[Path]:
 def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A group of three healthy members that nothing interrupts."""
     found = folders(tmp_path_factory.mktemp("whole"))
-    assert ensemble.train(members(store, optim__peak_lr=2e-3), found, ONE) == [None, None, None]
+    assert ensemble.train_together(members(store, optim__peak_lr=2e-3), found, ONE) == [
+        None,
+        None,
+        None,
+    ]
     return found
 
 
@@ -221,7 +225,7 @@ def test_a_member_that_diverges_harms_no_other(
 ) -> None:
     """Its folder says so; the others are bit for bit what they are beside a healthy one."""
     configs, found = members(store, optim__peak_lr=1e30), folders(tmp_path)
-    outcomes = ensemble.train(configs, found, ONE)
+    outcomes = ensemble.train_together(configs, found, ONE)
     told = json.loads((found[1] / "diverged.json").read_text())
     assert outcomes == [None, told, None]
     assert "20 updates in a row" in told["reason"]
@@ -230,12 +234,12 @@ def test_a_member_that_diverges_harms_no_other(
     for r in (0, 2):
         assert timeless(found[r]) == timeless(whole[r])
         assert bits(found[r], configs[r], STEPS) == bits(whole[r], configs[r], STEPS)
-    assert ensemble.train(configs, found, ONE) == outcomes  # and again
+    assert ensemble.train_together(configs, found, ONE) == outcomes  # and again
 
 
 def test_a_group_of_which_none_is_left_ends(store: Path, tmp_path: Path) -> None:
     config = members(store, optim__peak_lr=1e30)[1]
-    (told,) = ensemble.train([config], [tmp_path], ONE)
+    (told,) = ensemble.train_together([config], [tmp_path], ONE)
     assert told is not None
     with jax.set_mesh(make_mesh(config.mesh, ONE)), pytest.raises(loop.Diverged) as error:
         loop.train(config, tmp_path / "alone")
@@ -257,7 +261,7 @@ def planted(self, step, *rest, **knobs):
     if step == 20:
         t.SAVED_FIRST = self
 checkpoint.Checkpoints.save = planted
-ensemble.train(t.members(Path(sys.argv[1]), optim__peak_lr=2e-3), t.folders(Path(sys.argv[2])), t.ONE)
+ensemble.train_together(t.members(Path(sys.argv[1]), optim__peak_lr=2e-3), t.folders(Path(sys.argv[2])), t.ONE)
 """
 SAVED_FIRST: Any = None
 
@@ -276,7 +280,7 @@ def test_a_killed_group_resumes_bitwise(store: Path, whole: list[Path], tmp_path
     configs, found = members(store, optim__peak_lr=2e-3), folders(tmp_path)
     latest = [Checkpoints(f / "checkpoints").latest() for f in found]
     assert latest == [20, 15, 15]
-    assert ensemble.train(configs, found, ONE) == [None, None, None]
+    assert ensemble.train_together(configs, found, ONE) == [None, None, None]
     for r, config in enumerate(configs):
         assert records.read_environment(found[r])[-1]["resume_step"] == 15
         assert timeless(found[r]) == timeless(whole[r])
@@ -297,11 +301,11 @@ def test_stopped_a_group_saves_all_and_goes_on(
 
     monkeypatch.setattr(ensemble, "read_rows", planted)
     with pytest.raises(loop.Stopped):
-        ensemble.train(configs, found, ONE)
+        ensemble.train_together(configs, found, ONE)
     monkeypatch.undo()
     assert [Checkpoints(f / "checkpoints").latest() for f in found] == [12, 12, 12]
     skipped = [line["step"] for line in read_metrics(found[1]) if line.get("skipped")]
-    told = ensemble.train(configs, found, ONE)[1]
+    told = ensemble.train_together(configs, found, ONE)[1]
     assert told is not None and told["step"] == skipped[0] + loop.MAX_SKIPPED - 1
     assert timeless(found[0]) == timeless(whole[0])
 
@@ -314,7 +318,7 @@ def test_keys_are_equal_where_runs_go_together(store: Path) -> None:
     for name in ensemble.VARIED:
         other = tiny.config(store, **{name.replace(".", "__"): 1 if name == "seed" else 0.5})
         assert other != base and ensemble.key(other) == ensemble.key(base)
-        ensemble.check([base, other])
+        ensemble.check_together([base, other])
     split = [tiny.config(store, mesh__tensor=2, seed=seed) for seed in range(2)]
     wider = tiny.config(store, model__width=32)
     assert len({ensemble.key(c) for c in (base, wider, *split)}) == 4
@@ -333,17 +337,17 @@ def test_runs_of_other_shapes_are_refused(
 ) -> None:
     configs = [tiny.config(store, **first), tiny.config(store, seed=1, **second)]
     with pytest.raises(UserError, match=message):
-        ensemble.train(configs, [tmp_path / "a", tmp_path / "b"])
+        ensemble.train_together(configs, [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
 
 
 def test_folders_of_other_runs_are_refused(store: Path, whole: list[Path], tmp_path: Path) -> None:
     configs = members(store, optim__peak_lr=2e-3)
     with pytest.raises(UserError, match="a run of another group, member 0 of 3"):
-        ensemble.train(configs[:2], [whole[0], tmp_path], ONE)
+        ensemble.train_together(configs[:2], [whole[0], tmp_path], ONE)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(configs[0])))
     with pytest.raises(UserError, match="holds a run begun alone"):
-        ensemble.train(configs[:1], [tmp_path], ONE)
+        ensemble.train_together(configs[:1], [tmp_path], ONE)
 
 
 def test_members_draw_by_all_32_bits_of_their_seeds() -> None:

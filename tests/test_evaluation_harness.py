@@ -24,7 +24,7 @@ import yaml
 
 from gptjax import decode, model, trained
 from gptjax.cli import EXIT_USER_ERROR, main
-from gptjax.config import Config, UserError
+from gptjax.config import UserError
 from gptjax.evaluation import tasks
 from gptjax.evaluation.tasks import Request
 from gptjax.interop import hf
@@ -119,8 +119,7 @@ only_one = pytest.mark.parametrize("made", ["gpt2"], indirect=True)
 
 
 class Made(NamedTuple):
-    folder: Path
-    config: Config
+    model: trained.Trained
     params: model.Params
 
 
@@ -139,20 +138,19 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, model.init(config, 0))
     hf.export(out / "model", config, params, name)
     overrides = [f"--config.model.context={CONTEXT}", "--config.eval.batch_size=4"]
-    settings = trained.config_of(out / "model", None, overrides)
-    return Made(out / "model", settings, params)
+    return Made(trained.find(out / "model", None, overrides), params)
 
 
 @contextmanager
 def adapter(made: Made) -> Iterator[Any]:
     with jax.set_mesh(tiny.mesh(data=8)):
-        settled = settle(made.config)
+        settled = settle(made.model.config)
         yield harness.Harness(settled, made.params, load_tokenizer(settled))
 
 
 def ask(made: Made, requests: list[Request]) -> list[tasks.Likelihood]:
     with jax.set_mesh(tiny.mesh(data=8)):
-        return tasks.loglikelihoods(settle(made.config).model, made.params, requests)
+        return tasks.loglikelihoods(settle(made.model.config).model, made.params, requests)
 
 
 def write(made: Made, texts: list[str], **settings: Any) -> list[str]:
@@ -208,9 +206,11 @@ def told(made: Made, local: Path) -> Told:
         patch.setattr(
             harness, "TaskManager", functools.partial(TaskManager, include_defaults=False)
         )
-        ours = harness.evaluate(made.config, made.folder, names, include_path=local)
+        ours = harness.evaluate(made.model, names, include_path=local)
     theirs = lm_eval.simple_evaluate(
-        HFLM(str(made.folder), device="cpu", dtype="float32", batch_size=4, max_length=CONTEXT),
+        HFLM(
+            str(made.model.folder), device="cpu", dtype="float32", batch_size=4, max_length=CONTEXT
+        ),
         tasks=names,
         task_manager=TaskManager(include_path=local, include_defaults=False),
     )
@@ -243,9 +243,9 @@ def test_choices_are_as_likely_document_by_document(told):
 
 def test_texts_have_the_same_perplexity(told, made):
     ours, theirs = (np.array([float(r[0][0]) for r in side]) for side in told.answers("pages"))
-    if (begin := load_tokenizer(made.config).bos) is not None:
+    if (begin := load_tokenizer(made.model.config).bos) is not None:
         # Theirs has the begin token twice and scores the second, here where all fits a window.
-        ids = [[begin, begin, *load_tokenizer(made.config).encode(page)] for page in PAGES]
+        ids = [[begin, begin, *load_tokenizer(made.model.config).encode(page)] for page in PAGES]
         short = np.array([len(i) <= CONTEXT for i in ids])
         twice = ask(made, [Request(i[:1], i[1:]) for i in ids if len(i) <= CONTEXT])
         np.testing.assert_allclose(theirs[short], [t.nats for t in twice], **NATS)
@@ -268,7 +268,7 @@ def test_greedy_texts_are_the_same(told):
 
 def test_our_own_figures_are_the_harness_s(told, made, local):
     files = {"lambada": local / "words.jsonl", "choices": local / "choices.jsonl"}
-    own = tasks.run(made.config, made.folder, files)["tasks"]
+    own = tasks.run(made.model, files)["tasks"]
     words, choices = told.results("words")[0], told.results("choices")[0]
     assert own["lambada"]["accuracy"] == pytest.approx(words["acc"])
     assert own["lambada"]["perplexity"] == pytest.approx(words["perplexity"], rel=1e-6)
@@ -331,7 +331,7 @@ def test_figures_that_are_no_numbers_are_none():
 def test_the_command_prints_the_harness_s_table(made, local, monkeypatch, capsys):
     quick = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", quick)
-    words = ["tasks", f"--workdir={made.folder}", f"--harness_path={local}", "--limit=2"]
+    words = ["tasks", f"--workdir={made.model.folder}", f"--harness_path={local}", "--limit=2"]
     context = f"--config.model.context={CONTEXT}"
     assert main([*words, context, "--harness", "local_choices"]) == 0
     out = capsys.readouterr().out
@@ -341,7 +341,13 @@ def test_the_command_prints_the_harness_s_table(made, local, monkeypatch, capsys
 def test_an_unknown_task_is_one_line(made, local, monkeypatch, capsys):
     quick = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", quick)
-    words = ["tasks", f"--workdir={made.folder}", f"--harness_path={local}", "--harness", "none"]
+    words = [
+        "tasks",
+        f"--workdir={made.model.folder}",
+        f"--harness_path={local}",
+        "--harness",
+        "none",
+    ]
     assert main(words) == EXIT_USER_ERROR
     assert "gptjax: the harness knows no task 'none': " in capsys.readouterr().err
 
@@ -350,7 +356,7 @@ def test_without_the_harness_the_extra_is_named(made, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "gptjax.evaluation.harness")
     monkeypatch.delattr("gptjax.evaluation.harness")
-    words = ["tasks", f"--workdir={made.folder}", "--harness", "arc_easy"]
+    words = ["tasks", f"--workdir={made.model.folder}", "--harness", "arc_easy"]
     assert main(words) == EXIT_USER_ERROR
     assert "pip install 'gptjax[harness]'" in capsys.readouterr().err
 
@@ -374,7 +380,13 @@ sys.exit(status)
 @only_one
 def test_the_command_needs_no_torch(made, told, local):
     names = [f"local_{name}" for name in TASKS]
-    words = ["tasks", f"--workdir={made.folder}", f"--harness_path={local}", "--harness", *names]
+    words = [
+        "tasks",
+        f"--workdir={made.model.folder}",
+        f"--harness_path={local}",
+        "--harness",
+        *names,
+    ]
     knobs = [f"--config.model.context={CONTEXT}", "--config.eval.batch_size=4", "--json"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *words, *knobs], capture_output=True, text=True, check=False

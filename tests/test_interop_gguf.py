@@ -15,7 +15,7 @@ import pytest
 
 from gptjax import chat, model, tokenizer
 from gptjax.config import UserError
-from gptjax.interop.pretrained import import_, load
+from gptjax.interop.pretrained import import_, load, read
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
@@ -133,7 +133,7 @@ def test_a_file_has_the_logits_of_its_original(which, tmp_path):
     if which.get("llama3"):
         assert (found.rope_scaling, found.rope_original_context) == ("llama3", 8192)
         assert found.rope_factor == pytest.approx(8.0, rel=1e-6)
-    got = load(tmp_path / "out")
+    got = load(read(tmp_path / "out"))
     assert got.model == found and got.tokenizer == str(tmp_path / "out")
     config = dataclasses.replace(found, scan_layers=True)
     ours = jax.jit(functools.partial(model.apply, config))(got.params, IDS)
@@ -146,7 +146,7 @@ def test_a_file_has_the_logits_of_its_original(which, tmp_path):
 @pytest.mark.parametrize("kind", [Q8, F16], ids=["Q8_0", "F16"])
 def test_tensors_are_dequantised_exactly(kind, tmp_path):
     import_(write(tmp_path / "x.gguf", kind), tmp_path / "out")
-    params, original = load(tmp_path / "out").params, theirs().state_dict()
+    params, original = load(read(tmp_path / "out")).params, theirs().state_dict()
     name = "model.layers.1.self_attn.{}_proj.weight"
 
     def dequantised(name: str) -> np.ndarray:
@@ -245,7 +245,7 @@ def test_keys_that_change_nothing_are_passed_over(tmp_path):
         "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_eos_token": False,
     }  # fmt: skip
     write(tmp_path / "x.gguf", keys=keys)
-    assert import_(tmp_path / "x.gguf", tmp_path / "out") == load(tmp_path / "out").model
+    assert import_(tmp_path / "x.gguf", tmp_path / "out") == load(read(tmp_path / "out")).model
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
@@ -305,7 +305,7 @@ SMOLLM2 = os.environ.get("GPTJAX_SMOLLM2_GGUF")
 @pytest.mark.skipif(SMOLLM2 is None, reason="GPTJAX_SMOLLM2_GGUF names no SmolLM2-135M-Instruct")
 def test_smollm2_knows_the_capital_of_france(tmp_path):
     import_(str(SMOLLM2), tmp_path / "out")
-    found, own = load(tmp_path / "out"), tokenizer.load(str(tmp_path / "out"))
+    found, own = load(read(tmp_path / "out")), tokenizer.load(str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 49152
     config = dataclasses.replace(found.model, scan_layers=True)
 

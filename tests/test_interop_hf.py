@@ -21,7 +21,7 @@ from gptjax.config import Config, UserError
 from gptjax.configure import from_file
 from gptjax.data.batches import Batch
 from gptjax.interop import families, hf, pretrained
-from gptjax.interop.pretrained import adopt, import_, load
+from gptjax.interop.pretrained import adopt, import_, load, read
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -128,7 +128,7 @@ def stored(path: Path) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_in_and_out_with_the_same_logits_and_bits(case, folder, tmp_path):
-    found = load(folder(case))
+    found = load(read(folder(case)))
     expected = their_logits(theirs(case))
     assert expected.std() > 0.3  # or 1e-4 would say little
     np.testing.assert_allclose(our_logits(found), expected, atol=1e-4)
@@ -143,7 +143,7 @@ def test_in_and_out_with_the_same_logits_and_bits(case, folder, tmp_path):
 
     sent, back = stored(folder(case)), stored(tmp_path / "out")
     assert sent.keys() == back.keys() and all(torch.equal(sent[k], back[k]) for k in sent)
-    returned = load(tmp_path / "out")
+    returned = load(read(tmp_path / "out"))
     assert returned.model == found.model and equal(returned.params, found.params)
 
 
@@ -223,7 +223,7 @@ def test_a_config_means_what_transformers_makes_of_it(case, folder, tmp_path):
         source, attn_implementation="eager", dtype=torch.float32
     )
     expected = their_logits(again.eval())
-    np.testing.assert_allclose(our_logits(load(source)), expected, atol=1e-4)
+    np.testing.assert_allclose(our_logits(load(read(source))), expected, atol=1e-4)
     # What is imported says the same.
     import_(source, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(
@@ -252,13 +252,13 @@ def test_sixteen_bits_come_back_as_they_were(dtype, tmp_path):
     sent, back = stored(tmp_path / "in"), stored(tmp_path / "out")
     assert all(v.dtype == getattr(torch, dtype) for v in sent.values())
     assert sent.keys() == back.keys() and all(torch.equal(sent[k], back[k]) for k in sent)
-    assert load(tmp_path / "out").dtype == dtype
+    assert load(read(tmp_path / "out")).dtype == dtype
 
 
 def test_several_files_under_an_index(folder, tmp_path):
     theirs("llama").save_pretrained(tmp_path / "in", max_shard_size="10KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
-    assert equal(load(tmp_path / "in").params, load(folder("llama")).params)
+    assert equal(load(read(tmp_path / "in")).params, load(read(folder("llama"))).params)
 
 
 def candidates(folder: Path, source: Path) -> None:
@@ -273,7 +273,7 @@ def test_weights_are_those_that_transformers_reads(folder, tmp_path, capsys):
     capsys.readouterr()
     old = tmp_path / "in"
     candidates(old, folder("llama"))
-    assert equal(load(old).params, load(folder("llama")).params)
+    assert equal(load(read(old)).params, load(read(folder("llama"))).params)
     told = capsys.readouterr().err
     assert "read model-00001-of-0" in told
     assert "not consolidated.safetensors and 1 more" in told
@@ -281,15 +281,15 @@ def test_weights_are_those_that_transformers_reads(folder, tmp_path, capsys):
 
     new = {name: value + 1 for name, value in stored(folder("llama")).items()}
     safetensors.save_file(new, old / "model.safetensors", metadata={"format": "pt"})
-    read = transformers.AutoModelForCausalLM.from_pretrained(old).state_dict()
-    assert all(torch.equal(read[name], value) for name, value in new.items())
-    found = load(old).params
-    assert not equal(found, load(folder("llama")).params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(old).state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in new.items())
+    found = load(read(old)).params
+    assert not equal(found, load(read(folder("llama"))).params)
     np.testing.assert_array_equal(found["final_norm"]["scale"], new["model.norm.weight"].numpy())
     assert (
         "in: read model.safetensors, not consolidated.safetensors and " in capsys.readouterr().err
     )
-    load(folder("llama"))
+    load(read(folder("llama")))
     assert capsys.readouterr().err == ""  # where there is no choice
 
     # A run is begun with these weights: the others do not matter to its resuming.
@@ -305,7 +305,7 @@ def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.ones(())}
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     changed(folder("gpt2"), tmp_path / "in", tensors)
-    assert equal(load(tmp_path / "in").params, load(folder("gpt2")).params)
+    assert equal(load(read(tmp_path / "in")).params, load(read(folder("gpt2"))).params)
 
 
 # --- meshes ---------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
 
 @pytest.mark.parametrize("case", ["gpt2", "llama-attention-bias"])
 def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, folder, tmp_path):
-    plain = load(folder(case))
+    plain = load(read(folder(case)))
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        split = load(folder(case))
+        split = load(read(folder(case)))
         specs = model.abstract_params(split.model)
         for spec, leaf in zip(jax.tree.leaves(specs), jax.tree.leaves(split.params), strict=True):
             assert leaf.sharding == NamedSharding(mesh, sharding.parameter_spec(spec.dims))
@@ -333,23 +333,23 @@ def test_a_mesh_that_does_not_divide_is_refused(folder):
         jax.set_mesh(mesh),
         pytest.raises(UserError, match=r"=\d+ does not divide over mesh axes tensor = 4"),
     ):
-        load(folder("llama"))
+        load(read(folder("llama")))
 
 
 MEMORY = """
 import re, sys
 from pathlib import Path
-from gptjax.interop.pretrained import import_, load
+from gptjax.interop.pretrained import import_, load, read
 from tests import tiny
 # Not ru_maxrss, which a process has from its parent on Linux.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 small, big, out = sys.argv[1:]
 import_(small, out + "-small")  # the code itself is loaded and compiled
-load(small)
+load(read(small))
 before = peak()
 import_(big, out)
 imported = peak() - before
-params = load(big).params
+params = load(read(big)).params
 print(imported, peak() - before)
 """
 
@@ -376,9 +376,9 @@ def test_importing_takes_little_more_memory_than_the_weights(folder, tmp_path):
 
 def test_training_goes_on_from_the_imported_loss(folder):
     words = ["--config.model.scan_layers=True", f"--config.model.context={T}"]
-    config = adopt(from_file(str(ROOT / "configs" / "base.py"), words), folder("llama"))
+    config = adopt(from_file(str(ROOT / "configs" / "base.py"), words), read(folder("llama")))
     assert (config.model.context, config.model.scan_layers) == (T, True)  # of the run
-    start = state.create(config).replace(params=load(folder("llama")).params)
+    start = state.create(config).replace(params=load(read(folder("llama"))).params)
     rows = Batch(
         TOKENS[:, :-1],
         TOKENS[:, 1:],
@@ -396,8 +396,8 @@ def test_training_goes_on_from_the_imported_loss(folder):
 def test_learned_positions_keep_their_number(folder):
     config: Config = from_file(str(ROOT / "configs" / "base.py"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, context=8))
-    assert adopt(config, folder("gpt2")).model.context == 32
-    assert adopt(config, folder("llama")).model.context == 8
+    assert adopt(config, read(folder("gpt2"))).model.context == 32
+    assert adopt(config, read(folder("llama"))).model.context == 8
 
 
 # --- refusals -------------------------------------------------------------------------------
@@ -516,12 +516,12 @@ def test_weights_that_are_not_finite_are_refused(value, folder, tmp_path):
     told = refusal(source, tmp_path / "out")
     assert told.startswith(f"{source}: {name} has values that are no finite float32: fetch")
     with pytest.raises(UserError, match=f"{name} has values that are no finite float32"):
-        hf.export(tmp_path / "out", load(source).model, load(source).params, None)
+        hf.export(tmp_path / "out", load(read(source)).model, load(read(source)).params, None)
     assert not (tmp_path / "out").exists()
 
 
 def test_values_beyond_a_dtype_are_refused(folder, tmp_path):
-    found = load(folder("llama"))
+    found = load(read(folder("llama")))
     found.params["final_norm"]["scale"] *= 1e6
     with pytest.raises(
         UserError, match=r"model\.norm\.weight has values that are no finite float16: choose"
@@ -578,7 +578,7 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
 def test_a_model_that_no_family_can_say_is_not_exported(change, lacking, folder, tmp_path):
     config = dataclasses.replace(to_model("llama"), **change)
     with pytest.raises(UserError) as caught:
-        hf.export(tmp_path / "out", config, load(folder("llama")).params, None)
+        hf.export(tmp_path / "out", config, load(read(folder("llama"))).params, None)
     assert lacking in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

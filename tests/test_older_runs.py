@@ -68,8 +68,8 @@ def test_a_run_is_read_by_its_folder_alone(version: str, folder: Path) -> None:
     config = configure.of_run(folder)
     wanted = dataclasses.replace(recipe(version), mesh=config.mesh)
     assert config == wanted
-    with one_device():
-        step, params = trained.restore(config, folder)
+    with one_device(), trained.opened(trained.Trained(folder, config)) as model:
+        step, params = model.step, model.params
     assert step == 4 and params["embed"]["tokens"].shape == (264, 8)
 
 

@@ -152,7 +152,7 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
         for seed in (0, 1, 2)
     ]
     folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
-    ensemble.train(group, folders, DEVICES[:1])
+    ensemble.train_together(group, folders, DEVICES[:1])
     past = replay.verify(folders[1])
     assert (past.group, past.member, past.config) == (group, 1, group[1])
     record = replay.run(folders[1])

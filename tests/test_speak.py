@@ -109,9 +109,9 @@ def test_no_prompt_at_all_is_refused(prompts: Any) -> None:
 
 def test_a_begin_token_takes_its_place_in_the_context() -> None:
     own = dataclasses.replace(BYTES, bos=256)
-    speak.check(configure(prompt="x" * 63), own)
+    speak.check_sample(configure(prompt="x" * 63), own)
     with pytest.raises(ConfigError, match=r"prompt has 65 tokens, more than model.context=64"):
-        speak.check(configure(prompt="x" * 64), own)
+        speak.check_sample(configure(prompt="x" * 64), own)
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -141,11 +141,11 @@ def test_a_full_context_is_told() -> None:
 
 def test_the_token_that_begins_a_text_counts() -> None:
     begun = dataclasses.replace(BYTES, bos=BYTES.eot)
-    assert speak.check(configure(prompt="x" * 63), begun) == [BYTES.eot, *b"x" * 63]
+    assert speak.check_sample(configure(prompt="x" * 63), begun) == [BYTES.eot, *b"x" * 63]
     with pytest.raises(
         ConfigError, match="sample.prompt has 65 tokens, more than model.context=64"
     ):
-        speak.check(configure(prompt="x" * 64), begun)
+        speak.check_sample(configure(prompt="x" * 64), begun)
 
 
 @pytest.mark.parametrize("prompt, longest", [("", 7), ("x", 7), ("xxx", 5)])
@@ -163,10 +163,10 @@ def test_a_text_that_cannot_be_cached_is_refused_before_a_training(
             config.model, PARAMS, [text], config.sample, seed=0, vocab_size=257, end_of_text=256
         )
         if most == longest:
-            assert speak.check(config, BYTES) == text
+            assert speak.check_sample(config, BYTES) == text
             continue
         with pytest.raises(ConfigError, match=message):
-            speak.check(config, BYTES)
+            speak.check_sample(config, BYTES)
         with pytest.raises(ConfigError, match=message):
             next(drawn)
 
@@ -177,14 +177,14 @@ def test_more_tokens_than_32_bits_count_are_as_many_as_the_context_takes() -> No
 
 
 def test_what_cannot_be_generated() -> None:
-    speak.check(configure(stop="\n", prompt="x" * 64), BYTES)
+    speak.check_sample(configure(stop="\n", prompt="x" * 64), BYTES)
     for sample, message in (
         ({"stop": "é"}, "sample.stop='é' is 2 tokens of 'bytes': give a text of one"),
         ({"stop": ""}, "sample.stop='' is 0 tokens of 'bytes'"),
         ({"prompt": "x" * 65}, "sample.prompt has 65 tokens, more than model.context=64"),
     ):
         with pytest.raises(ConfigError, match=message):
-            speak.check(configure(**sample), BYTES)
+            speak.check_sample(configure(**sample), BYTES)
         out = io.StringIO()
         with pytest.raises(ConfigError, match=message), redirect_stdout(out):
             speak.generate(configure(**sample), PARAMS, BYTES)

@@ -17,6 +17,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from gptjax.config import UserError
 from gptjax.study.statistics import (
+    ALPHA,
     BETTER,
     GROWS,
     HOLDS,
@@ -24,7 +25,6 @@ from gptjax.study.statistics import (
     POWER,
     SAME,
     SHRINKS,
-    SIGNIFICANCE,
     UNDECIDED,
     WORSE,
     bootstrap_interval,
@@ -107,27 +107,25 @@ def test_a_study_of_identical_arms_has_a_false_winner_in_five_percent(seeds, sha
     # So small a `smallest` that no arm is called SAME, which would only hide false winners.
     differences = draw(seeds, (0,) * ARMS, shape=shape)
     false = np.isin(judged(differences, 1e-5), WINNERS).any(1)
-    assert share_within(false, 0.01, SIGNIFICANCE)
+    assert share_within(false, 0.01, ALPHA)
     # Were it not for Holm, it would be far more.
-    uncorrected = (p_values(differences, 1e-5)[0] <= SIGNIFICANCE).any(1)
-    assert not share_within(uncorrected, 0, SIGNIFICANCE)
+    uncorrected = (p_values(differences, 1e-5)[0] <= ALPHA).any(1)
+    assert not share_within(uncorrected, 0, ALPHA)
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 @pytest.mark.parametrize("smallest", [0.003, 0.01])
 def test_an_effect_that_matters_is_called_none_in_five_percent(seeds, smallest):
     differences = draw(seeds, (smallest, -smallest) * 2)
-    assert share_within((judged(differences, smallest) == SAME).any(1), 0.01, SIGNIFICANCE)
-    assert not share_within(
-        (p_values(differences, smallest)[1] <= SIGNIFICANCE).any(1), 0, SIGNIFICANCE
-    )
+    assert share_within((judged(differences, smallest) == SAME).any(1), 0.01, ALPHA)
+    assert not share_within((p_values(differences, smallest)[1] <= ALPHA).any(1), 0, ALPHA)
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_false_claims_of_both_kinds_together(seeds):
     found = judged(draw(seeds, (0, 0, 0.003, 0.003)), 0.003)
     false = np.isin(found[:, :2], WINNERS).any(1) | np.isin(found[:, 2:], (SAME, BETTER)).any(1)
-    assert share_within(false, 0.02, 2 * SIGNIFICANCE)
+    assert share_within(false, 0.02, 2 * ALPHA)
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
@@ -152,7 +150,7 @@ def test_coverage_of_the_bootstrap_interval(seeds, covered, percentile):
 
 def test_the_bootstrap_is_expanded_as_hesterberg_says():
     d_S = draw(10, (0,), studies=1)[0, 0]
-    level = stats.norm.cdf(stats.t.ppf(1 - SIGNIFICANCE / 2, 9) * math.sqrt(10 / 9))
+    level = stats.norm.cdf(stats.t.ppf(1 - ALPHA / 2, 9) * math.sqrt(10 / 9))
     means = d_S[np.random.default_rng(5).integers(10, size=(100_000, 10))].mean(1)
     low, high = np.quantile(means, [1 - level, level])
     found = bootstrap_interval(d_S)
@@ -180,13 +178,13 @@ def test_as_many_more_seeds_as_promised_decide(seeds, arms, truth):
     sd = 2
     first = rng.normal(truth, sd, size=(400, seeds))
     p, p_same = p_values(first, 1)
-    open_ = first[np.minimum(p, p_same) > SIGNIFICANCE / arms]
+    open_ = first[np.minimum(p, p_same) > ALPHA / arms]
     decided = []
     for d_S in open_:
         promised = seeds_to_decide(float(d_S.std(ddof=1)), seeds, 1, arms)
         more = rng.normal(truth, sd, size=max(1, promised - seeds))
         p, p_same = p_values(np.append(d_S, more), 1)
-        decided.append(min(p, p_same) <= SIGNIFICANCE / arms)
+        decided.append(min(p, p_same) <= ALPHA / arms)
     assert share_within(np.array(decided), POWER, 1)
 
 
@@ -196,9 +194,9 @@ def test_a_plan_by_the_estimate_alone_would_promise_too_much():
     plans = np.unique(np.geomspace(3, 3000, 100).astype(int))
     decided = []
     for d_S in rng.normal(0, 2, size=(200, 3)):
-        powers = TTestPower().power(1 / d_S.std(ddof=1), plans, SIGNIFICANCE, alternative="larger")
+        powers = TTestPower().power(1 / d_S.std(ddof=1), plans, ALPHA, alternative="larger")
         more = rng.normal(0, 2, size=max(1, plans[np.argmax(powers >= 0.9)] - 3))
-        decided.append(min(p_values(np.append(d_S, more), 1)) <= SIGNIFICANCE)
+        decided.append(min(p_values(np.append(d_S, more), 1)) <= ALPHA)
     assert not share_within(np.array(decided), POWER, 1)
 
 
@@ -342,7 +340,7 @@ def test_noise():
 def test_plans_agree_with_statsmodels_and_with_each_other():
     for seeds in (3, 5, 20, 1000):
         effect = smallest_effect(seeds, 0.004)
-        solved = TTestPower().solve_power(nobs=seeds, alpha=SIGNIFICANCE, power=POWER) * 0.004
+        solved = TTestPower().solve_power(nobs=seeds, alpha=ALPHA, power=POWER) * 0.004
         # Two-sided power counts calls by the wrong sign, too.
         assert effect == pytest.approx(solved, rel=1e-4)
         assert seeds_to_see(effect * 1.0001, 0.004) == seeds
@@ -365,7 +363,7 @@ def test_a_gain_at_two_scales(small, large, expected):
     assert found.change == pytest.approx(large - small)
     other = CompareMeans(DescrStatsW(large - b), DescrStatsW(small - a))
     assert found.interval == pytest.approx(other.tconfint_diff(usevar="unequal"), rel=1e-6)
-    inner = other.ttost_ind(-0.005, 0.005, usevar="unequal")[0] < SIGNIFICANCE
+    inner = other.ttost_ind(-0.005, 0.005, usevar="unequal")[0] < ALPHA
     assert inner == (expected == HOLDS)
 
 
@@ -385,5 +383,5 @@ def _changes(small: float, large: float) -> np.ndarray:
 
 
 def test_a_gain_that_holds_rarely_seems_not_to_and_the_other_way_round():
-    assert share_within(np.isin(_changes(0.01, 0.01), (SHRINKS, GROWS)), 0.005, SIGNIFICANCE)
-    assert share_within(_changes(0.01, 0.006) == HOLDS, 0.005, SIGNIFICANCE)
+    assert share_within(np.isin(_changes(0.01, 0.01), (SHRINKS, GROWS)), 0.005, ALPHA)
+    assert share_within(_changes(0.01, 0.006) == HOLDS, 0.005, ALPHA)

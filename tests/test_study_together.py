@@ -73,7 +73,7 @@ def test_a_group_is_no_larger_than_asked(
     def train(group: dict[str, object], store: Path) -> None:
         trained.append(len(group))
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "train_group", train)
     monkeypatch.setattr(run, "_sample", lambda cells, store: None)
     run.run(spec.load(file), tmp_path, together=3)
     assert trained == [3, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from gptjax import decode, setup, trained
 from gptjax.cli import main
 from gptjax.config import UserError
+from gptjax.interop import pretrained
 from gptjax.model import apply
 from gptjax.records import read_metrics
-from gptjax.sharding import make_mesh
 from gptjax.tokenizer import load as load_tokenizer
 from tests import tiny
 
@@ -97,11 +98,10 @@ def test_fine_tuning_begins_at_the_models_loss(
     assert fine_tune(None, store, tmp_path / "fresh", seed=1) == 0
     first, fresh = (read_metrics(tmp_path / name)[0]["loss"] for name in ("tuned", "fresh"))
     config = tiny.config(store, **(KNOBS | {"seed": 1}))
-    with jax.set_mesh(make_mesh(config.mesh)):
-        _, params = trained.restore(config, run)
+    with trained.opened(trained.Trained(run, config)) as model:
         settled = setup.set_up(config)
         batch = jax.tree.map(lambda x: x[:, 0], setup.load_batch(settled, 0))
-        logp = jax.nn.log_softmax(apply(settled.config.model, params, batch.tokens))
+        logp = jax.nn.log_softmax(apply(settled.config.model, model.params, batch.tokens))
         picked = np.take_along_axis(np.asarray(logp), np.asarray(batch.targets)[..., None], -1)
     weights = np.asarray(batch.weights)
     expected = -(picked[..., 0] * weights).sum() / weights.sum()
@@ -219,14 +219,15 @@ FREE = ("model.windows=(8,)", "model.norm_eps=1e-3", "model.logit_softcap=30.0")
 
 
 def restored(folder: Path, *words: str) -> Any:
-    config = trained.config_of(folder, None, [f"--config.{word}" for word in words])
-    with jax.set_mesh(make_mesh(config.mesh)):
-        return trained.restore(config, folder)
+    """Step and parameters."""
+    found = trained.find(folder, None, [f"--config.{word}" for word in words])
+    with trained.opened(found) as model:
+        return model.step, model.params
 
 
 def test_a_knob_that_shapes_parameters_is_held_against_them(run: Path, exported: Path) -> None:
     for folder, knobs in ((exported, [*SHAPING]), (run, ["model.layers", "model.context"])):
-        weights = trained.config_of(folder, None).model
+        weights = trained.find(folder).config.model
         for knob, value in ((knob, SHAPING[knob]) for knob in knobs):
             with pytest.raises(UserError) as error:
                 restored(folder, f"{knob}={value}")
@@ -354,12 +355,12 @@ def test_a_run_whose_last_update_breaks_it_has_not_ended_well(
 def test_a_pretrained_model_needs_no_local_recipe(
     exported: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = trained.config_of(exported, None)
+    config = trained.find(exported).config
     monkeypatch.chdir(tmp_path)
-    assert trained.config_of(exported, None) == config
+    assert trained.find(exported).config == config
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "base.py").write_text("raise ValueError('another')")
-    assert trained.config_of(exported, None) == config
+    assert trained.find(exported).config == config
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff{}", b""])
@@ -369,6 +370,28 @@ def test_a_damaged_config_is_told_with_its_path(
     folder = shutil.copytree(exported, tmp_path / "model")
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UserError) as error:
-        trained.config_of(folder, None)
+        trained.find(folder)
     told = str(error.value)
     assert told == f"{folder / 'config.json'} is damaged, it is no JSON object: restore it"
+
+
+def test_a_model_is_read_settled_and_cast_once_however_many_turns(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(pretrained, "find")
+    count(pretrained, "read")
+    count(setup, "settle")
+    count(decode, "cast")
+    assert chat(exported, "Who?\nWhere?\nWhy?\n", monkeypatch) == 0
+    assert calls == {"find": 1, "settle": 1, "cast": 1}

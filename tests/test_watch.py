@@ -128,5 +128,5 @@ def test_runs_that_train_together_are_not_watched(tmp_path):
     store = tiny.make_store(tmp_path)
     pair = [tiny.config(store, seed=seed, train__watch=EVERY) for seed in (0, 1)]
     with pytest.raises(UserError, match="not watched: set train.watch=()"):
-        ensemble.check(pair)
+        ensemble.check_together(pair)
     assert ensemble.key(pair[0]) != ensemble.key(pair[1])

@@ -6,10 +6,13 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from gptjax.config import Config, UserError
+from gptjax.config import UserError
 from gptjax.places import cache, expand
+
+if TYPE_CHECKING:
+    from gptjax.trained import Trained
 
 EXIT_FAILED = 1  # the command did its work, and what it checks does not hold
 DEFAULT_RECIPE = "configs/shakespeare.py"
@@ -63,10 +66,10 @@ def prepare_jax(distributed: str | None) -> None:
     except UserError:
         raise
     except Exception as error:  # ValueError, RuntimeError and a bare AssertionError
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        told = str(error).strip().splitlines() or [type(error).__name__]
         settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("JAX_")]
         raise UserError(
-            f"jax cannot start: {reason[0]}; it was told {' '.join(settings) or 'nothing'}"
+            f"jax cannot start: {told[0]}; it was told {' '.join(settings) or 'nothing'}"
             f"{'' if distributed is None else f' --distributed={distributed}'}"
         ) from error
 
@@ -98,11 +101,21 @@ def _meet(distributed: str) -> None:
         ) from error
 
 
-def config_of(arguments: argparse.Namespace, overrides: list[str]) -> Config:
-    """The config of --config, or of the model in --workdir."""
+def model_of(arguments: argparse.Namespace, overrides: list[str]) -> Trained:
+    """The model in --workdir, by its own config or by --config."""
     from gptjax import trained
 
-    return trained.config_of(arguments.workdir, arguments.config, overrides)
+    return trained.find(arguments.workdir, arguments.config, overrides)
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses, before any work is done, a picture or page that could not be written."""
+    for flag, suffixes in (("png", (".png", ".svg", ".pdf")), ("html", (".html",))):
+        path = getattr(arguments, flag, None)
+        if path is not None and path.suffix not in suffixes:
+            raise UserError(f"--{flag}={path} must end in {' or '.join(suffixes)}")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{flag}={path}: no folder {path.parent}, make it first")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

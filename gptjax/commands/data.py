@@ -48,7 +48,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def show(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax import configure, tokenizer
     from gptjax.data import Batches, describe
 
@@ -88,7 +88,7 @@ Use the store by --config.data.sources="('OUT',)". `data show` prints batches.
 """,
     ),
     "data show": Command(
-        show,
+        data_show,
         _add_show,
         "Print the exact text of a batch.",
         f"""\

@@ -9,7 +9,7 @@ from gptjax.commands.command import (
     OVERRIDES,
     Command,
     add_run,
-    config_of,
+    model_of,
     no_more,
     prepare_jax,
 )
@@ -18,15 +18,16 @@ from gptjax.places import expand
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    config = config_of(arguments, overrides)
+    found = model_of(arguments, overrides)
     from gptjax import speak, trained
 
+    config = found.config
     if arguments.prompt is not None:
         sample = dataclasses.replace(config.sample, prompt=arguments.prompt)
         config = dataclasses.replace(config, sample=sample)
     if arguments.seed is not None:
         config = dataclasses.replace(config, seed=arguments.seed)
-    with trained.opened(config, arguments.workdir) as model:
+    with trained.opened(found._replace(config=config)) as model:
         speak.generate(model.config, model.params, model.tokenizer)
 
 
@@ -38,15 +39,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    config = config_of(arguments, overrides)
-    from gptjax import speak, trained
+    found = model_of(arguments, overrides)
+    from gptjax import decode, speak, trained
 
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    with trained.opened(config, arguments.workdir) as model:
+    with trained.opened(found) as model:
+        weights = decode.cast(model.config.model, model.params)
         for question in arguments.questions:
             speak.show(f"> {question}")
             dialogue = [*system, {"role": "user", "content": question}]
-            speak.answer(model.config, model.params, model.tokenizer, dialogue)
+            speak.answer(model.config, weights, model.tokenizer, dialogue)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +63,12 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 
 def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    config = config_of(arguments, overrides)
-    from gptjax import speak, trained
+    found = model_of(arguments, overrides)
+    from gptjax import decode, speak, trained
 
-    with trained.opened(config, arguments.workdir) as model:
-        speak.chat(model.config, model.params, model.tokenizer, arguments.system)
+    with trained.opened(found) as model:
+        weights = decode.cast(model.config.model, model.params)
+        speak.chat(model.config, weights, model.tokenizer, arguments.system)
 
 
 def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -89,11 +92,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    config = config_of(arguments, overrides)
+    found = model_of(arguments, overrides)
     from gptjax import trained
     from gptjax.interop import hf
 
-    with trained.opened(config, arguments.workdir) as model:
+    with trained.opened(found) as model:
         name = model.tokenizer.name
         hf.export(arguments.out, model.config.model, model.params, name, arguments.dtype)
     print(f"{arguments.out}: step {model.step} of {arguments.workdir}, as {arguments.dtype}")

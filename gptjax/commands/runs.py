@@ -18,7 +18,8 @@ from gptjax.commands.command import (
     Command,
     add_distributed,
     add_run,
-    config_of,
+    check_outputs,
+    model_of,
     no_more,
     prepare_jax,
 )
@@ -38,7 +39,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config, begin = trained.start_from(config, arguments.start, overrides)
     workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
     with jax.set_mesh(make_mesh(config.mesh)):
-        speak.check(config, setup.load_tokenizer(config))
+        speak.check_sample(config, setup.load_tokenizer(config))
         params = loop.train(config, workdir, begin)
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
@@ -68,10 +69,7 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
     if arguments.compare and arguments.config:
         raise UserError("--compare evaluates each run by its own config: leave --config out")
-    if arguments.html is not None and not arguments.html.absolute().parent.is_dir():
-        raise UserError(
-            f"--html={arguments.html}: no folder {arguments.html.parent}, make it first"
-        )
+    check_outputs(arguments)
     prepare_jax(arguments.distributed)
     import jax
 
@@ -80,17 +78,14 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.report.page import write
 
     workdirs = arguments.compare or [arguments.workdir]
-    configs = [trained.config_of(w, arguments.config, overrides) for w in workdirs]
+    models = [trained.find(w, arguments.config, overrides) for w in workdirs]
     sets = texts.parse_sets(arguments.set)
     how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
     if not sets and how != texts.Reading():
         raise UserError(
             "--text_key, --domain_key and --detokenizer tell how the files of --set are read"
         )
-    audits = [
-        audit.audit(config, workdir, sets, how)
-        for config, workdir in zip(configs, workdirs, strict=True)
-    ]
+    audits = [audit.audit(model, sets, how) for model in models]
     page: Callable[..., str]
     if arguments.compare:
         record = compare.compare(*audits)
@@ -147,7 +142,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     from gptjax.evaluation.tasks import TASKS, run, show
 
-    config = config_of(arguments, overrides)
+    model = model_of(arguments, overrides)
 
     files = {name: getattr(arguments, name) for name in TASKS}
     files = {name: file for name, file in files.items() if file is not None}
@@ -155,13 +150,13 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit} is no positive number")
-    record = run(config, arguments.workdir, files, arguments.limit) if files else {}
+    record = run(model, files, arguments.limit) if files else {}
     if arguments.harness:
         from gptjax.evaluation import harness
 
         where = arguments.limit, arguments.harness_path
-        results = harness.evaluate(config, arguments.workdir, arguments.harness, *where)
-        record["harness"] = harness.figures(results)
+        found = harness.evaluate(model, arguments.harness, *where)
+        record["harness"] = harness.figures(found)
     if jax.process_index() != 0:
         return
     if arguments.json:
@@ -172,7 +167,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if files:
         show(record)
     if arguments.harness:
-        print(harness.make_table(results))
+        print(harness.make_table(found))
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -203,26 +198,26 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax import accounting, configure, setup, sharding
     from gptjax.layers import attention
 
-    resolved = configure.from_file(arguments.config, overrides)
-    setup.check_names(resolved)
+    found = configure.from_file(arguments.config, overrides)
+    setup.check_names(found)
     if arguments.diff is not None:
         other = configure.from_file(arguments.diff)
-        for knob, (a, b) in configure.difference(resolved, other).items():
+        for knob, (a, b) in configure.difference(found, other).items():
             print(f"{knob}: {a!r} -> {b!r}")
         return
     if arguments.json:
-        print(json.dumps(to_dict(resolved), indent=1))
+        print(json.dumps(to_dict(found), indent=1))
         return
-    for knob, value in flatten(dataclasses.asdict(resolved)).items():
+    for knob, value in flatten(dataclasses.asdict(found)).items():
         print(f"{knob} = {value!r}")
-    tokens = resolved.train.steps * resolved.data.batch_size * resolved.model.context
-    flops = accounting.train_flops_per_token(resolved.model, causal=True)
+    tokens = found.train.steps * found.data.batch_size * found.model.context
+    flops = accounting.train_flops_per_token(found.model, causal=True)
     print(
         f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
     )
-    shape = sharding.mesh_shape(resolved.mesh, jax.device_count())
-    settled = attention.resolve(resolved.model, jax.default_backend())
-    for line in accounting.costs(dataclasses.replace(resolved, model=settled), shape):
+    shape = sharding.mesh_shape(found.mesh, jax.device_count())
+    settled = attention.resolve(found.model, jax.default_backend())
+    for line in accounting.costs(dataclasses.replace(found, model=settled), shape):
         print(f"# {line}")
 
 

@@ -12,6 +12,7 @@ from gptjax.commands.command import (
     EXITS,
     OVERRIDES,
     Command,
+    check_outputs,
     prepare_jax,
 )
 from gptjax.commands.studies import add_study, add_together, run_all, study_of
@@ -20,11 +21,10 @@ from gptjax.places import expand
 
 if TYPE_CHECKING:
     from gptjax.sizes.scaling import Points
-    from gptjax.study.results import Results
 
 
 def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    _check_files(arguments)
+    check_outputs(arguments)
     points = _read(arguments, overrides)
     from gptjax.sizes import scaling, scaling_report
 
@@ -53,40 +53,9 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
     ladder = study_of(arguments, overrides)
     if arguments.file is None:
         ladder = dataclasses.replace(ladder, equal="nothing")  # train.steps may be an axis
-    return _points(run_all(arguments, ladder))
+    from gptjax.sizes.ladder import points_of
 
-
-def _points(results: Results) -> Points:
-    """A point for each arm at each scale, its loss the mean over seeds."""
-    import numpy as np
-
-    from gptjax.progress import say
-    from gptjax.sizes.scaling import Points
-    from gptjax.study import equalise
-
-    study, rows = results.study, []
-    if study.metric != "val_loss":
-        raise UserError(f"{study.name} decides by {study.metric}: a law of scale is of val_loss")
-    for scale in study.scales:
-        for arm in study.all_arms:
-            runs = [o for o in results.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
-            if lost := [o for o in runs if o.status != "finished"]:
-                say(f"left out, {lost[0].status}: {lost[0].cell.label} ({lost[0].reason})")
-                continue
-            config = runs[0].cell.config
-            loss = float(np.mean([o.metric for o in runs]))
-            rows.append((equalise.parameters(config), equalise.tokens(config), loss))
-    return Points(*np.array(rows, np.float64).reshape(-1, 3).T)
-
-
-def _check_files(arguments: argparse.Namespace) -> None:
-    """Refuses, before any work is done, a picture or page that could not be written."""
-    for flag, suffixes in (("png", (".png", ".svg", ".pdf")), ("html", (".html",))):
-        path = getattr(arguments, flag, None)
-        if path is not None and path.suffix not in suffixes:
-            raise UserError(f"--{flag}={path} must end in {' or '.join(suffixes)}")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"--{flag}={path}: no folder {path.parent}, make it first")
+    return points_of(run_all(arguments, ladder))
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +79,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
 
 
 def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    _check_files(arguments)
+    check_outputs(arguments)
     widths, depths = (_sizes(arguments, flag) for flag in ("widths", "depths"))
     prepare_jax(None)
     from gptjax import configure
@@ -135,11 +104,11 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sizes(arguments: argparse.Namespace, flag: str) -> list[int]:
     """The numbers of --widths=64,128."""
-    text = getattr(arguments, flag)
+    given = getattr(arguments, flag)
     try:
-        return [int(word) for word in text.split(",")] if text else []
+        return [int(word) for word in given.split(",")] if given else []
     except ValueError:
-        raise UserError(f"--{flag}={text}: write whole numbers, such as 64,128,256") from None
+        raise UserError(f"--{flag}={given}: write whole numbers, such as 64,128,256") from None
 
 
 def _add_coord_check(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,10 @@
-"""Commands that run studies and print their results."""
+"""Commands that run studies and say what they found."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,52 +23,53 @@ if TYPE_CHECKING:
     from gptjax.study.spec import Study
 
 STORE, OUT = Path("runs/cells"), Path("runs/studies")
-SEEDS_SHOWN = (3, 5, 10, 20)  # of `noise`
 
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    plan = study_of(arguments, overrides)
-    from gptjax.study import results, run
+    asked = study_of(arguments, overrides)
+    from gptjax.study import plan, results, run
 
     if arguments.dry_run:
-        tell(results.read(plan, arguments.store, now=True), arguments.store, print)
+        for line in plan.lines(results.read(asked, arguments.store, now=True), arguments.store):
+            print(line)
         return
     try:
-        complete = run_all(arguments, plan)
+        found = run_all(arguments, asked)
     except run.Failed:
-        _report(results.read(plan, arguments.store), arguments.out)
+        _report(results.read(asked, arguments.store), arguments.out)
         raise
-    _report(complete, arguments.out)
+    _report(found, arguments.out)
 
 
-def run_all(arguments: argparse.Namespace, plan: Study) -> Results:
-    """Prints the plan, runs the cells that are missing, and reads all results."""
+def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
+    """Says what is planned, runs what is not there, and reads all."""
     if arguments.together < 1:
         raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
     from gptjax.progress import say
-    from gptjax.study import results, run
+    from gptjax.study import plan, results, run
 
-    tell(results.read(plan, arguments.store, now=True), arguments.store, say)
-    return run.run(plan, arguments.store, arguments.together)
+    for line in plan.lines(results.read(asked, arguments.store, now=True), arguments.store):
+        say(line)
+    return run.run(asked, arguments.store, arguments.together)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    plan = study_of(arguments, overrides)
+    asked = study_of(arguments, overrides)
     from gptjax.study import results
 
-    _report(results.read(plan, arguments.store), arguments.out)
+    _report(results.read(asked, arguments.store), arguments.out)
 
 
-def _report(results: Results, out: Path | None) -> None:
+def _report(found: Results, out: Path | None) -> None:
     from gptjax.study import analysis, publish, tables
 
-    analysed = analysis.analyse(results)
-    folder = out or OUT / results.study.name
-    publish.write(analysed, folder)
-    tables.show(analysed)
+    made = analysis.analyse(found)
+    folder = out or OUT / found.study.name
+    publish.write(made, folder)
+    tables.show(made)
     print(f"the report: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
 
 
@@ -80,13 +80,13 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
     if (arguments.file is None) == (not arguments.axis):
         raise UserError("name either a study's FILE or, with --config=RECIPE, one --axis or more")
     if arguments.file is None:
-        plan = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
+        found = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
     elif arguments.config is None:
-        plan = spec.load(arguments.file)
+        found = spec.load(arguments.file)
     else:
         raise UserError(f"{arguments.file} names its own base: leave --config out")
-    seeds = plan.seeds if arguments.seeds is None else arguments.seeds
-    return dataclasses.replace(plan, seeds=seeds, overrides=(*plan.overrides, *overrides))
+    seeds = found.seeds if arguments.seeds is None else arguments.seeds
+    return dataclasses.replace(found, seeds=seeds, overrides=(*found.overrides, *overrides))
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -143,57 +143,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
 
 
-def tell(results: Results, store: Path, say: Callable[[str], None]) -> None:
-    """Says what a study asks, what its arms are, and how many of its runs have ended."""
-    from gptjax.study.equalise import EQUAL
-    from gptjax.study.tables import settings, stated
-
-    plan, measure = results.study, EQUAL[results.study.equal].measure
-    shared = filter(None, (plan.base, settings(plan.settings), *plan.overrides))
-    for line in (f"{plan.name}: {plan.hypothesis}", *stated(plan), f"Base: {' '.join(shared)}"):
-        say(line)
-    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
-    # Before tuning has chosen, a tuning run shows what was solved for.
-    cell_of = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(outcomes)}
-    cells = {(scale, arm): cell_of[scale, arm] for scale in plan.scales for arm in plan.all_arms}
-    names = [", ".join(filter(None, place)) for place in cells]
-    for name, (scale, arm) in zip(names, cells, strict=True):
-        cell = cells[scale, arm]
-        parts = [settings({**plan.scales[scale], **plan.all_arms[arm]})]
-        if cell.solved:
-            parts.append(f"solved for: {settings(cell.solved)}")
-        if plan.equal != "nothing":
-            parts.append(f"{measure(cell.config):,.0f} {plan.equal}")
-        say(f"  {name:<{max(map(len, names))}}  {'; '.join(filter(None, parts))}")
-    say(f"{counted(results)}, in {store}")
-
-
-def counted(results: Results) -> str:
-    """How many runs there are, and of what status."""
-    from gptjax.study.results import ENDED
-
-    plan = results.study
-    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
-    status = {o.cell.address: o.status for o in outcomes}  # arms may share runs
-    # What tuning has not chosen yet has no address.
-    chosen = {(o.cell.scale, o.cell.arm) for o in results.outcomes}
-    arms = len(plan.scales) * len(plan.all_arms)
-    unknown = (arms - len(chosen)) * plan.seeds
-    ended = sum(s in ENDED for s in status.values())
-    lost = [f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))]
-    note = f" ({', '.join(lost)})" if lost else ""
-    count = len(status) + unknown
-    return f"{count} runs: {ended} there, {count - ended} to run{note}"
-
-
 def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.study import noise
     from gptjax.study.spec import Study
 
     if arguments.seeds < 2:
         raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
     if not 0 < arguments.effect < math.inf:
         raise UserError(f"--effect={arguments.effect:g} must be above 0 and finite")
-    plan = Study(
+    asked = Study(
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,
         arms={},
@@ -202,42 +160,8 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
-    for line in _noise(run_all(arguments, plan)):
+    for line in noise.lines(run_all(arguments, asked)):
         print(line)
-
-
-def _noise(results: Results) -> Iterator[str]:
-    """The noise floor and what can be seen above it, for a person."""
-    import numpy as np
-
-    from gptjax.study import statistics
-
-    plan = results.study
-    finished = [o for o in results.outcomes if o.status == "finished"]
-    for o in results.outcomes:
-        if o.status != "finished":
-            yield f"left out, {o.status}: {o.cell.label} ({o.reason})"
-    measured = statistics.noise(np.array([o.metric for o in finished]))
-    low, high = measured.interval
-    yield f"{plan.base}: {plan.metric} {measured.mean:.4f} {plan.unit}, {measured.seeds} seeds"
-    yield f"sd between seeds: {measured.sd:.2g} (95%: {low:.2g} to {high:.2g})"
-    # As if pairs were independent: only a study with arms can show how far they are not.
-    one, most = (statistics.difference_sd(sd, 0.0) for sd in (measured.sd, high))
-    yield (
-        "A study of one arm sees a difference with 80% power at the sd above (at the interval's "
-        "upper end), if pairing gains nothing:"
-    )
-    for seeds in SEEDS_SHOWN:
-        smallest, largest = (statistics.smallest_effect(seeds, sd) for sd in (one, most))
-        yield f"  {seeds:>3} seeds: from {smallest:.2g} ({largest:.2g})"
-    needed, at_most = (statistics.seeds_to_see(plan.smallest, sd) for sd in (one, most))
-    yield f"  a difference of {plan.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
-
-
-def _seeds(count: int | None) -> str:
-    from gptjax.study.statistics import MOST_SEEDS
-
-    return f"more than {MOST_SEEDS:,}" if count is None else f"{count:,}"
 
 
 def _add_noise(parser: argparse.ArgumentParser) -> None:

@@ -16,13 +16,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import model, setup, trained
-from gptjax.config import Config
 from gptjax.data.sources import open_source
 from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
 from gptjax.evaluation.texts import Reading, Text, open_text
 from gptjax.progress import Progress
-from gptjax.sharding import make_mesh
 from gptjax.tokenizer import Tokenizer
+from gptjax.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,18 @@ class Audit:
     scored: dict[str, Scored]  # by the texts' names
 
 
-def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) -> Audit:
-    """Scores a run's latest checkpoint.
+def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
+    """Scores a model.
 
     Args:
-        config: as the run's; the section eval is the convention. A mesh is made of it.
+        model: of its config the section eval is the convention; a mesh is made of it.
         sets: {name: source} of `texts.open_text`; empty: the held-out text of data.sources.
 
     Raises:
-        UserError: on whatever `texts`, `measure.score` or `trained.restore` refuse.
+        UserError: on whatever `texts`, `measure.score` or `trained.opened` refuse.
     """
-    setup.check_names(config)
-    tokenizer = setup.load_tokenizer(config)
+    setup.check_names(model.config)
+    tokenizer = setup.load_tokenizer(model.config)
     with ExitStack() as stack:
         # Then texts: a mistake in them shows before a model is loaded.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptjax-eval-")))
@@ -56,21 +55,20 @@ def audit(config: Config, workdir: Path, sets: Mapping[str, str], how: Reading) 
             open_text(name, source, tokenizer, folder / str(number), how)
             for number, (name, source) in enumerate(sets.items())
         ]
-        for source in config.data.sources if not sets else ():
+        for source in model.config.data.sources if not sets else ():
             texts.append(
                 Text(source, f"{source} (held out)", open_source(source, tokenizer, "val"))
             )
-        stack.enter_context(jax.set_mesh(make_mesh(config.mesh)))
-        step, params = trained.restore(config, workdir)
-        settled, total = setup.settle(config), sum(text.store.num_tokens for text in texts)
-        with Progress(f"evaluating {workdir}", total, transient=True) as progress:
+        config, step, params, _ = stack.enter_context(trained.opened(model))
+        total = sum(text.store.num_tokens for text in texts)
+        with Progress(f"evaluating {model.folder}", total, transient=True) as progress:
             scored = {
-                text.name: score(settled, params, text, tokenizer, progress.advance)
+                text.name: score(config, params, text, tokenizer, progress.advance)
                 for text in texts
             }
         leaves = jax.tree.leaves(params)
         return Audit(
-            str(workdir),
+            str(model.folder),
             step,
             sum(leaf.size for leaf in leaves),
             fingerprint(params),
@@ -100,24 +98,24 @@ def fingerprint(params: model.Params) -> str:
     return digest.hexdigest()
 
 
-def identity(audit: Audit) -> dict[str, Any]:
+def identity(found: Audit) -> dict[str, Any]:
     """Model, tokenizer and convention."""
-    convention = next(iter(audit.scored.values())).convention
+    convention = next(iter(found.scored.values())).convention
     return {
-        "workdir": audit.workdir,
-        "step": audit.step,
-        "parameters": audit.parameters,
-        "model_sha256": audit.model_sha256,
-        "tokenizer": audit.tokenizer.name,
-        "tokenizer_sha256": audit.tokenizer.fingerprint,
+        "workdir": found.workdir,
+        "step": found.step,
+        "parameters": found.parameters,
+        "model_sha256": found.model_sha256,
+        "tokenizer": found.tokenizer.name,
+        "tokenizer_sha256": found.tokenizer.fingerprint,
         "convention": asdict(convention),
     }
 
 
-def record(audit: Audit) -> dict[str, Any]:
+def record(found: Audit) -> dict[str, Any]:
     """All of it as JSON holds it; "all" sums the texts where there are several."""
     scores: dict[str, Any] = {}
-    for name, scored in audit.scored.items():
+    for name, scored in found.scored.items():
         documents, text = scored.documents, scored.text
         scores[name] = {
             "source": text.source,
@@ -132,5 +130,5 @@ def record(audit: Audit) -> dict[str, Any]:
             },
         }
     if len(scores) > 1:
-        scores["all"] = summary(joined([s.documents for s in audit.scored.values()]), None)
-    return {**identity(audit), "scores": scores}
+        scores["all"] = summary(joined([s.documents for s in found.scored.values()]), None)
+    return {**identity(found), "scores": scores}

@@ -17,13 +17,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from gptjax import decode, model, setup, sharding, trained
+from gptjax import decode, model, trained
 from gptjax.config import Config, Sample, UserError
 from gptjax.evaluation.tasks import Likelihood, Request, encode, loglikelihoods
 from gptjax.progress import Progress
 from gptjax.tokenizer import Tokenizer
+from gptjax.trained import Trained
 
 try:
     import lm_eval
@@ -62,10 +61,7 @@ class Harness(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): nats, never above 0, and whether it is greedy."""
         encoded = [encode(self._tokenizer, *request.args) for request in requests]
-        return [
-            (likelihood.nats, likelihood.greedy)
-            for likelihood in self._score("loglikelihood", encoded)
-        ]
+        return [(found.nats, found.greedy) for found in self._score("loglikelihood", encoded)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of each (text,) all tokens, each scored once: nats, never above 0.
@@ -73,14 +69,8 @@ class Harness(LM):
         Windows of `model.context` do not overlap, but for the last, which is as long as they.
         """
         windows = [self._windows(*request.args) for request in requests]
-        scores = iter(
-            self._score(
-                "loglikelihood_rolling", [w for windows_of_text in windows for w in windows_of_text]
-            )
-        )
-        return [
-            sum((next(scores).nats for _ in windows_of_text), 0.0) for windows_of_text in windows
-        ]
+        scores = iter(self._score("loglikelihood_rolling", [w for found in windows for w in found]))
+        return [sum((next(scores).nats for _ in found), 0.0) for found in windows]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continues each (text, settings) up to the first of its stop texts.
@@ -93,14 +83,15 @@ class Harness(LM):
         prompts = [self._begin + self._tokenizer.encode(request.args[0]) for request in requests]
         key = lambda i: (repr(requests[i].args[1]), -len(prompts[i]))  # noqa: E731
         order = sorted(range(len(requests)), key=key)
+        weights = decode.cast(self._config.model, self._params)
         with Progress("generate_until", len(requests), transient=True) as progress:
             for _, group in itertools.groupby(order, key=lambda i: key(i)[0]):
                 for batch in _cut(list(group), self._config.eval.batch_size):
                     settings = requests[batch[0]].args[1]
                     # A prompt asked twice is drawn twice.
                     seed = (self._config.seed + batch[0]) % 2**32
-                    continuations = self._write([prompts[i] for i in batch], settings, seed)
-                    for i, text in zip(batch, continuations, strict=True):
+                    made = self._write(weights, [prompts[i] for i in batch], settings, seed)
+                    for i, text in zip(batch, made, strict=True):
                         texts[i] = text
                     progress.advance(len(batch))
         return texts
@@ -115,7 +106,13 @@ class Harness(LM):
         windows = get_rolling_token_windows(ids, prefix, max_seq_len=context, context_len=1)
         return [Request(*make_disjoint_window(window)) for window in windows]
 
-    def _write(self, prompts: list[list[int]], settings: dict[str, Any], seed: int) -> list[str]:
+    def _write(
+        self,
+        weights: decode.Weights,
+        prompts: list[list[int]],
+        settings: dict[str, Any],
+        seed: int,
+    ) -> list[str]:
         """What follows each prompt, of which the last tokens that fit the context are read."""
         until, sample = _sample(settings, len(prompts))
         room = self._config.model.context - sample.max_new_tokens
@@ -129,7 +126,7 @@ class Harness(LM):
         specials = set(tokenizer.specials.values())
         for news in decode.stream(
             self._config.model,
-            self._params,
+            weights,
             [prompt[-room:] for prompt in prompts],
             sample,
             seed=seed,
@@ -148,21 +145,21 @@ class Harness(LM):
 
 def _sample(settings: dict[str, Any], rows: int) -> tuple[list[str], Sample]:
     """The stop texts and the way to draw that a task's settings mean."""
-    knobs_of_task: dict[str, Any] = {**normalize_gen_kwargs(settings)}
-    until, most, draw = (knobs_of_task.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
-    if unknown := knobs_of_task.keys() - SAMPLING.keys():
+    given: dict[str, Any] = {**normalize_gen_kwargs(settings)}
+    until, most, draw = (given.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+    if unknown := given.keys() - SAMPLING.keys():
         raise UserError(
             f"generation setting {sorted(unknown)[0]!r} is not ours: until, max_gen_toks, "
             f"do_sample, {', '.join(SAMPLING)} are"
         )
-    knobs = SAMPLING | knobs_of_task if draw else SAMPLING
+    knobs = SAMPLING | given if draw else SAMPLING
     return until, Sample(prompt="", batch_size=rows, max_new_tokens=most, stop=None, **knobs)
 
 
 def _before(text: str, until: Sequence[str]) -> str:
     """`text` up to the first of the stop texts."""
-    stop_places = [text.find(stop) for stop in until if stop]
-    return text[: min((at for at in stop_places if at >= 0), default=len(text))]
+    found = [text.find(stop) for stop in until if stop]
+    return text[: min((at for at in found if at >= 0), default=len(text))]
 
 
 def _cut(numbers: list[int], size: int) -> Iterator[list[int]]:
@@ -171,13 +168,12 @@ def _cut(numbers: list[int], size: int) -> Iterator[list[int]]:
 
 
 def evaluate(
-    config: Config,
-    workdir: Path,
+    model: Trained,
     names: Sequence[str],
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` says of a model; a mesh is made of `config`.
+    """What `lm_eval.simple_evaluate` says of a model, on a mesh of its config.
 
     Args:
         names: tasks, groups or tags of the harness.
@@ -185,18 +181,16 @@ def evaluate(
         include_path: a folder with further tasks.
 
     Raises:
-        UserError: on an unknown task, or whatever `trained.restore` refuses.
+        UserError: on an unknown task, or whatever `trained.opened` refuses.
     """
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"the harness knows no task {unknown[0]!r}: see `lm_eval ls tasks`")
-    tokenizer = setup.load_tokenizer(config)
     # Its bootstrap would fork, which the threads of jax may not survive.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    with jax.set_mesh(sharding.make_mesh(config.mesh)), redirect_stdout(sys.stderr):
-        _, params = trained.restore(config, workdir)
+    with trained.opened(model) as (config, _, params, tokenizer), redirect_stdout(sys.stderr):
         return lm_eval.simple_evaluate(
-            Harness(setup.settle(config), params, tokenizer),
+            Harness(config, params, tokenizer),
             tasks=list(names),
             limit=limit,
             task_manager=manager,
@@ -204,13 +198,13 @@ def evaluate(
         )
 
 
-def figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of each task in the results of `evaluate`, for JSON: None for NaN."""
+def figures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of each task in what `evaluate` returns, as JSON holds them: None for NaN."""
 
-    def finite(value: Any) -> Any:
+    def known(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {
-        name: {key: finite(value) for key, value in values.items()}
-        for name, values in results["results"].items()
+        name: {key: known(value) for key, value in values.items()}
+        for name, values in found["results"].items()
     }

@@ -11,9 +11,9 @@ from gptjax.evaluation import charts
 from gptjax.evaluation.audit import Audit
 from gptjax.evaluation.compare import PASSAGES, Pieces, align, passages, text_of
 from gptjax.evaluation.measure import Scored
-from gptjax.evaluation.summary import HEADINGS, convention, interval, notes, rows
+from gptjax.evaluation.summary import convention, differences, notes, rows, scores
+from gptjax.report.formats import html
 from gptjax.report.page import definitions, document
-from gptjax.report.terminal import number
 
 SHOWN_TOKENS = 2000  # of each text, coloured
 LEVELS = 10  # shades; a shade is a nat
@@ -27,31 +27,31 @@ SHADES = "".join(
 )
 
 
-def page(record: dict[str, Any], audit: Audit) -> str:
+def page(record: dict[str, Any], found: Audit) -> str:
     """The page of an evaluation: `run.record`, with plots and the texts coloured by surprise."""
     lines = rows(record)
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
     body = [
-        f"<h1>Perplexity of {escape(audit.workdir)}, step {audit.step:,}</h1>",
+        f"<h1>Perplexity of {escape(found.workdir)}, step {found.step:,}</h1>",
         f'<p class="soft">{escape(convention(record))}</p>',
-        _table(lines),
+        html(scores(record)),
         *(f'<p class="soft">{escape(note)}.</p>' for note in notes(record)),
     ]
     if len(lines) > 1:
         body += ["<h2>Bits per byte</h2>", charts.intervals(lines)]
     body += ["<h2>Loss by position</h2>", charts.by_position(texts)]
-    for name, scored in audit.scored.items():
+    for name, scored in found.scored.items():
         shown = min(SHOWN_TOKENS, len(scored.nats_I))
-        extent = f"The first {shown:,} of {len(scored.nats_I):,} tokens"
+        rest = f"The first {shown:,} of {len(scored.nats_I):,} tokens"
         body += [
             f"<h2>What surprised it in {escape(name)}</h2>",
-            f'<p class="soft">{extent if shown < len(scored.nats_I) else "The whole text"}. '
+            f'<p class="soft">{rest if shown < len(scored.nats_I) else "The whole text"}. '
             "The darker, the less expected; the pointer shows a token's nats.</p>",
             _key([(f"s{i}", f"{i}{'+' * (i == LEVELS - 1)}") for i in range(LEVELS)], "nats"),
             f'<div class="text">{"".join(_surprise(scored, shown))}</div>',
         ]
     body += ["<h2>What was measured</h2>", definitions(_model(record) + _texts(record["scores"]))]
-    return document(f"Perplexity of {audit.workdir}", body, SHADES)
+    return document(f"Perplexity of {found.workdir}", body, SHADES)
 
 
 def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
@@ -60,7 +60,7 @@ def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
         "<h1>Two models on the same text</h1>",
         f"<p>A is {escape(a.workdir)}, step {a.step:,}; B is {escape(b.workdir)}, step "
         f"{b.step:,}. A difference below 0 says that B is better.</p>",
-        _differences(record["texts"]),
+        html(differences(record)),
     ]
     for name, t in record["texts"].items():
         d = t["bits_per_byte"]
@@ -94,34 +94,34 @@ def _surprise(scored: Scored, shown: int) -> Iterator[str]:
     """Spans of whole characters: tokens that share a character share a span."""
     ids, nats = scored.targets_I[:shown].tolist(), scored.nats_I[:shown].tolist()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text, pending = "", []
+    text, held = "", []
     for i, (token, cost) in enumerate(zip(ids, nats, strict=True)):
         if token == scored.tokenizer.eot:
             yield f'<span class="end {_shade(cost)}" title="{cost:.2f} nats">end of text</span>\n'
             continue
-        pending.append(cost)
+        held.append(cost)
         text += decoder.decode(scored.tokenizer.decode_bytes([token]), final=i == shown - 1)
         if decoder.getstate()[0]:
             continue  # within a character
-        nats_text = " + ".join(f"{c:.2f}" for c in pending)
-        yield _span(_shade(sum(pending)), f"{text!r}: {nats_text} nats", text)
-        text, pending = "", []
+        told = " + ".join(f"{c:.2f}" for c in held)
+        yield _span(_shade(sum(held)), f"{text!r}: {told} nats", text)
+        text, held = "", []
 
 
 def _passages(a: Scored, pieces: Pieces) -> Iterator[str]:
-    largest = passages(pieces)
-    total = sum(abs(p.nats) for p in largest) or 1.0
-    for p in largest[:PASSAGES]:
+    found = passages(pieces)
+    every = sum(abs(p.nats) for p in found) or 1.0
+    for p in found[:PASSAGES]:
         spans = []
         for i in range(p.start, p.stop):
             nats = float(pieces.difference[i])
             side, text = "ab"[nats < 0], text_of(a, pieces, i, i + 1)
-            tooltip = f"A {pieces.nats_a[i]:.2f}, B {pieces.nats_b[i]:.2f} nats"
-            spans.append(_span(f"{side}{_level(abs(nats) + 0.5)}", tooltip, text or "⏹"))
+            told = f"A {pieces.nats_a[i]:.2f}, B {pieces.nats_b[i]:.2f} nats"
+            spans.append(_span(f"{side}{_level(abs(nats) + 0.5)}", told, text or "⏹"))
         better = "B" if p.nats < 0 else "A"
         yield (
             f"<article><p><b>{better} better by {abs(p.nats):.2f} nats</b> "
-            f'<span class="soft">({abs(p.nats) / total:.1%}), document {pieces.document[p.start]}, '
+            f'<span class="soft">({abs(p.nats) / every:.1%}), document {pieces.document[p.start]}, '
             f"byte {pieces.offset[p.start]:,}</span></p>"
             f'<div class="text">{"".join(spans)}</div></article>'
         )
@@ -142,39 +142,6 @@ def _level(nats: float) -> int:
 def _key(shades: list[tuple[str, str]], unit: str) -> str:
     spans = "".join(f'<span class="{name}">{label}</span>' for name, label in shades)
     return f'<p class="key">{spans} <span class="soft">{unit}</span></p>'
-
-
-def _table(lines: list[tuple[str, dict[str, Any]]]) -> str:
-    counts = ("documents", "tokens", "words", "bytes")
-    head = "".join(f"<th>{h}</th>" for h in ("text", *counts, *HEADINGS.values()))
-    body = []
-    for name, s in lines:
-        cells = [f"<td>{s[c]:,}</td>" for c in counts]
-        cells += [
-            f"<td>{number(s[f])}<small>{interval(s['interval'][f])}</small></td>" for f in HEADINGS
-        ]
-        indent = ' class="in"' if name.startswith("  ") else ""
-        body.append(f"<tr><td{indent}>{escape(name.strip())}</td>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-
-
-def _differences(texts: dict[str, Any]) -> str:
-    headings = ("text", "figure", "A", "B", "B − A", "95% interval")
-    body = []
-    for name, t in texts.items():
-        lines = [(name, HEADINGS[f], t[f]) for f in ("bits_per_byte", "loss") if f in t]
-        lines += [(f"  {n}", HEADINGS["bits_per_byte"], d) for n, d in t["by_domain"].items()]
-        for label, figure, d in lines:
-            indent = ' class="in"' if label.startswith("  ") else ""
-            values = "".join(
-                f"<td>{number(d.get(k)) if k in d else ''}</td>" for k in ("a", "b", "difference")
-            )
-            body.append(
-                f"<tr><td{indent}>{escape(label.strip())}</td><td>{figure}</td>{values}"
-                f"<td>{interval(d['interval'])}</td></tr>"
-            )
-    head = "".join(f"<th>{h}</th>" for h in headings)
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
 def _model(identity: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from gptjax.perplexity import Convention
+from gptjax.report.formats import Table, terminal
 from gptjax.report.terminal import MISSING, new_console, number
 
 # Figure -> its heading.
@@ -31,11 +29,11 @@ def convention(identity: dict[str, Any]) -> str:
 
 def rows(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The texts, each followed by its domains."""
-    lines = []
+    found = []
     for name, score in record["scores"].items():
-        lines.append((name, score))
-        lines += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
-    return lines
+        found.append((name, score))
+        found += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
+    return found
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -46,46 +44,62 @@ def notes(record: dict[str, Any]) -> list[str]:
     return [f"{', '.join(names)}: interval {way}" for way, names in ways.items()]
 
 
-def show(record: dict[str, Any]) -> None:
-    """Prints what `run.record` returns."""
-    table = Table()
-    for heading in ("text", "tokens\ndocuments", "words\nbytes", *HEADINGS.values()):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    for name, s in rows(record):
-        table.add_row(
+def scores(record: dict[str, Any]) -> Table:
+    """Counts and figures of the texts and their domains, of what `audit.record` returns."""
+    headings = ("text", "tokens\ndocuments", "words\nbytes", *HEADINGS.values())
+    lines = [
+        (
             name,
             f"{s['tokens']:,}\n{s['documents']:,}",
             f"{s['words']:,}\n{s['bytes']:,}",
-            *(
-                Text.assemble(f"{number(s[f])}\n", (interval(s["interval"][f]), "dim"))
-                for f in HEADINGS
-            ),
+            *(f"{number(s[f])}\n{interval(s['interval'][f])}" for f in HEADINGS),
         )
-    positions = Table()
+        for name, s in rows(record)
+    ]
+    return Table(headings, lines, {"text"})
+
+
+def positions(record: dict[str, Any]) -> Table:
+    """Each text's loss by the tokens that a prediction could see."""
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
-    spans = {(p["from"], p["to"]): None for bins in texts.values() for p in bins}
-    positions.add_column("tokens seen before", justify="right")
-    for name in texts:
-        positions.add_column(f"{name}\nnats/token", justify="right")
-    for first, last in sorted(spans):
-        cells = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
-        positions.add_row(
-            f"{first}" if first == last else f"{first}–{last}",
-            *(MISSING if p is None else number(p["loss"]) for p in cells),
-        )
+    spans = sorted({(p["from"], p["to"]) for by_position in texts.values() for p in by_position})
+    lines = []
+    for first, last in spans:
+        seen = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
+        losses = [MISSING if p is None else number(p["loss"]) for p in seen]
+        lines.append((f"{first}" if first == last else f"{first}–{last}", *losses))
+    headings = ("tokens seen before", *(f"{name}\nnats/token" for name in texts))
+    return Table(headings, lines, ())
+
+
+def differences(record: dict[str, Any]) -> Table:
+    """What two models differ by on the texts and their domains, of what `compare` returns."""
+    lines = []
+    for name, t in record["texts"].items():
+        told = [(name, f, t[f]) for f in ("bits_per_byte", "loss") if f in t]
+        told += [(f"  {domain}", "bits_per_byte", d) for domain, d in t["by_domain"].items()]
+        for label, figure, d in told:
+            values = [number(d[k]) if k in d else "" for k in ("a", "b", "difference")]
+            lines.append((label, HEADINGS[figure], *values, interval(d["interval"])))
+    headings = ("text", "figure", "A", "B", "B − A", "95% interval")
+    return Table(headings, lines, {"text", "figure"})
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints what `audit.record` returns."""
     console = new_console()
     console.print(_identified("model", record))
     console.print(f"convention: {convention(record)}")
-    console.print(table)
+    console.print(terminal(scores(record)))
     for note in notes(record):
         console.print(note)
-    console.print(positions)
+    console.print(terminal(positions(record)))
     for name, s in record["scores"].items():
         if "text_sha256" in s:
-            sentence = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
+            told = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
             if s["detokenizer"] != "none":
-                sentence += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
-            console.print(sentence)
+                told += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
+            console.print(told)
 
 
 def show_comparison(record: dict[str, Any]) -> None:
@@ -94,24 +108,7 @@ def show_comparison(record: dict[str, Any]) -> None:
     for side in ("a", "b"):
         console.print(_identified(side.upper(), record[side]))
         console.print(f"   convention: {convention(record[side])}")
-    table = Table()
-    for heading in ("text", "figure", "A", "B", "B - A", "interval"):
-        table.add_column(heading, justify="left" if heading in ("text", "figure") else "right")
-    for name, t in record["texts"].items():
-        for figure in ("bits_per_byte", "loss"):
-            if figure in t:
-                d = t[figure]
-                ends = interval(d["interval"])
-                table.add_row(
-                    name,
-                    HEADINGS[figure],
-                    *map(number, (d["a"], d["b"], d["difference"])),
-                    ends,
-                )
-        for domain, d in t["by_domain"].items():
-            cells = number(d["difference"]), interval(d["interval"])
-            table.add_row(f"  {domain}", "bits/byte", "", "", *cells)
-    console.print(table)
+    console.print(terminal(differences(record)))
     for name, t in record["texts"].items():
         better = t["documents_better"]
         console.print(

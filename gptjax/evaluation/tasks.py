@@ -21,8 +21,8 @@ import numpy as np
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
-from gptjax import model, setup, sharding, trained
-from gptjax.config import Config, Model, UserError
+from gptjax import model, sharding, trained
+from gptjax.config import Model, UserError
 from gptjax.evaluation import audit, summary
 from gptjax.evaluation.bootstrap import interval
 from gptjax.layers.attention import ATTENTION, kernel_for
@@ -30,6 +30,7 @@ from gptjax.progress import Progress, say
 from gptjax.report.interval import CONFIDENCE
 from gptjax.report.terminal import number
 from gptjax.tokenizer import Tokenizer
+from gptjax.trained import Trained
 
 AT_ONCE = 4096  # tokens of a batch on each of the devices that share its rows
 
@@ -59,14 +60,14 @@ def encode(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
         UserError: on a continuation that is left with no token of its own.
     """
     ids = tokenizer.encode(context.rstrip())
-    joint = tokenizer.encode(context + continuation)
-    if len(joint) <= len(ids):
+    whole = tokenizer.encode(context + continuation)
+    if len(whole) <= len(ids):
         raise UserError(
             f"continuation {continuation!r} has no token of its own after {context[-40:]!r}: let "
             "it begin with a space"
         )
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    return Request((begin + ids) or [tokenizer.eot], joint[len(ids) :])
+    return Request((begin + ids) or [tokenizer.eot], whole[len(ids) :])
 
 
 def loglikelihoods(
@@ -126,14 +127,14 @@ def _batches(lengths: np.ndarray, config: Model) -> Iterator[tuple[np.ndarray, i
     Widths are few, four from one power of two to the next, because each is a program to compile.
     """
     multiple = math.lcm(16, ATTENTION[kernel_for(config, config.context)].multiple)
-    remaining = np.argsort(-lengths, kind="stable")
-    while len(remaining):
-        units = max(1, -(-int(lengths[remaining[0]]) // multiple))
+    left = np.argsort(-lengths, kind="stable")
+    while len(left):
+        units = max(1, -(-int(lengths[left[0]]) // multiple))
         width = min(_round_up(units) * multiple, config.context)
-        rows = min(max(1, AT_ONCE // width), _round_up(len(remaining)))
+        rows = min(max(1, AT_ONCE // width), _round_up(len(left)))
         rows = sharding.round_up(1, "B") * rows
-        yield remaining[:rows], rows, width
-        remaining = remaining[rows:]
+        yield left[:rows], rows, width
+        left = left[rows:]
 
 
 def _round_up(count: int) -> int:
@@ -186,8 +187,8 @@ def _score(
     logp_BS = target_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
     likeliest_BS = jnp.argmax(logits_BSV, axis=-1) == batch["targets"]
     # Whole on every device, so that every process of a cluster can read it.
-    scores = logp_BS, likeliest_BS
-    return scores if sharding.out("B") is None else jax.reshard(scores, P())
+    found = logp_BS, likeliest_BS
+    return found if sharding.out("B") is None else jax.reshard(found, P())
 
 
 class Figure(NamedTuple):
@@ -222,11 +223,11 @@ def last_word(line: Any) -> list[tuple[str, str]]:
     return [(context, f" {word}")]
 
 
-def last_word_figures(lines: list[Any], likelihoods: list[list[Likelihood]]) -> dict[str, Figure]:
-    nats_U = -np.array([word.nats for (word,) in likelihoods])
+def last_word_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str, Figure]:
+    nats_U = -np.array([word.nats for (word,) in found])
     ends = (nats_U.mean(), *interval(nats_U, np.ones(len(nats_U))))
     return {
-        "accuracy": share(word.greedy for (word,) in likelihoods),
+        "accuracy": share(word.greedy for (word,) in found),
         "perplexity": Figure(*(math.exp(x) if not x > 700 else math.inf for x in ends)),
     }
 
@@ -235,22 +236,22 @@ def choices(line: Any) -> list[tuple[str, str]]:
     return [(line["query"], f" {choice}") for choice in line["choices"]]
 
 
-def choices_figures(lines: list[Any], likelihoods: list[list[Likelihood]]) -> dict[str, Figure]:
-    def is_correct(line: Any, answers: list[Likelihood], by_bytes: bool) -> bool:
+def choices_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str, Figure]:
+    def right(line: Any, answers: list[Likelihood], by_bytes: bool) -> bool:
         sizes = [len(choice.encode()) if by_bytes else 1 for choice in line["choices"]]
         nats = [answer.nats / size for answer, size in zip(answers, sizes, strict=True)]
         # Of NaN argmax takes the first, which is no choice.
         return not np.isnan(nats).any() and int(np.argmax(nats)) == line["gold"]
 
     return {
-        name: share(is_correct(*pair, by_bytes) for pair in zip(lines, likelihoods, strict=True))
+        name: share(right(*pair, by_bytes) for pair in zip(lines, found, strict=True))
         for name, by_bytes in (("accuracy", False), ("accuracy_bytes", True))
     }
 
 
-def share(correct: Iterable[bool]) -> Figure:
+def share(right: Iterable[bool]) -> Figure:
     """How many of them, with Wilson's interval (1927)."""
-    answers = list(correct)
+    answers = list(right)
     ends = scipy.stats.binomtest(sum(answers), len(answers)).proportion_ci(CONFIDENCE, "wilson")
     return Figure(sum(answers) / len(answers), float(ends.low), float(ends.high))
 
@@ -312,10 +313,8 @@ def read_lines(task: Task, file: Path, limit: int | None) -> list[Any]:
     return lines
 
 
-def run(
-    config: Config, workdir: Path, files: Mapping[str, Path], limit: int | None = None
-) -> dict[str, Any]:
-    """Measures a model by tasks; a mesh is made of `config`.
+def run(model: Trained, files: Mapping[str, Path], limit: int | None = None) -> dict[str, Any]:
+    """Measures a model by tasks, on a mesh of its config.
 
     Args:
         files: {row of TASKS: its jsonl file}.
@@ -326,23 +325,20 @@ def run(
         them.
 
     Raises:
-        UserError: on a malformed file, or whatever `trained.restore` refuses.
+        UserError: on a malformed file, or whatever `trained.opened` refuses.
     """
     lines = {name: read_lines(TASKS[name], file, limit) for name, file in files.items()}
-    tokenizer = setup.load_tokenizer(config)
-    with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        step, params = trained.restore(config, workdir)
-        settled = setup.settle(config).model
+    with trained.opened(model) as (config, step, params, tokenizer):
         return {
-            "workdir": str(workdir),
+            "workdir": str(model.folder),
             "step": step,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "model_sha256": audit.fingerprint(params),
             "tokenizer": tokenizer.name,
             "tokenizer_sha256": tokenizer.fingerprint,
-            "context": settled.context,
+            "context": config.model.context,
             "tasks": {
-                name: _measure(name, files[name], lines[name], settled, params, tokenizer)
+                name: _measure(name, files[name], lines[name], config.model, params, tokenizer)
                 for name in files
             },
         }
@@ -357,19 +353,15 @@ def _measure(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     task = TASKS[name]
-    requests_of_lines = [
-        [encode(tokenizer, *pair) for pair in task.requests(line)] for line in lines
-    ]
-    flat = [request for requests in requests_of_lines for request in requests]
+    asked = [[encode(tokenizer, *pair) for pair in task.requests(line)] for line in lines]
+    flat = [request for requests in asked for request in requests]
     tokens, began = sum(len(r.context) + len(r.continuation) for r in flat), time.perf_counter()
     with Progress(name, len(flat), transient=True) as progress:
-        likelihoods = iter(loglikelihoods(config, params, flat, progress.advance))
+        found = iter(loglikelihoods(config, params, flat, progress.advance))
     seconds = time.perf_counter() - began
     say(f"{name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
-    figures = task.figures(
-        lines, [[next(likelihoods) for _ in requests] for requests in requests_of_lines]
-    )
-    finite = lambda x: x if math.isfinite(x) else None  # noqa: E731
+    figures = task.figures(lines, [[next(found) for _ in requests] for requests in asked])
+    known = lambda x: x if math.isfinite(x) else None  # noqa: E731
     return {
         "file": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -377,8 +369,8 @@ def _measure(
         "requests": len(flat),
         "tokens": tokens,
         "scored_tokens": sum(len(r.continuation) for r in flat),
-        **{figure: finite(f.value) for figure, f in figures.items()},
-        "interval": {figure: [finite(f.low), finite(f.high)] for figure, f in figures.items()},
+        **{figure: known(f.value) for figure, f in figures.items()},
+        "interval": {figure: [known(f.low), known(f.high)] for figure, f in figures.items()},
         "convention": task.convention,
     }
 

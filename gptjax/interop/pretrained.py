@@ -13,17 +13,30 @@ from typing import NamedTuple
 from gptjax import model as gpt
 from gptjax.config import Config, Model
 from gptjax.interop import gguf, hf
-from gptjax.interop.families import RUN_FIELDS, to_model
+from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.tokenizer import TOKENIZER_FILE
+
+
+class Folder(NamedTuple):
+    """A Hugging Face folder of a family that is ours, its config.json read.
+
+    Attributes:
+        model: its architecture; the fields of `RUN_FIELDS` have plain values.
+        tokenizer: its name as `data.tokenizer`; None where the folder holds none.
+    """
+
+    path: Path
+    family: Family
+    model: Model
+    tokenizer: str | None
 
 
 class Pretrained(NamedTuple):
     """A model that was read.
 
     Attributes:
-        model: its architecture; the fields of `RUN_FIELDS` have plain values.
+        model: as in `Folder`, and so is `tokenizer`.
         params: the tree of `model.init`, float32, sharded where a mesh is set.
-        tokenizer: its name as `data.tokenizer`; None where the folder holds none.
         dtype: of the stored tensors: "float32", "bfloat16" or "float16".
     """
 
@@ -33,42 +46,59 @@ class Pretrained(NamedTuple):
     dtype: str
 
 
-def load(folder: str | Path) -> Pretrained:
-    """Reads a Hugging Face folder.
+def find(path: Path) -> Folder | None:
+    """As `read`; None where config.json is not theirs, or is not there: a run of ours.
 
     Raises:
-        UserError: if it is no such folder, or of an architecture that is not ours; if a tensor
-            is missing, truncated, misshapen or left over; or if the weights are pickles.
+        UserError: as `read`; if config.json is damaged.
     """
-    folder = Path(folder)
-    keys = hf.read_config(folder)
-    with hf.about(folder):
-        family, config = to_model(keys)
-        source = hf.Safetensors(folder, family)
-        params = hf.read_params(source, family, config)
-    named = str(folder) if (folder / TOKENIZER_FILE).is_file() else None
-    return Pretrained(config, params, named, source.dtype)
+    if not (path / hf.CONFIG).is_file():
+        return None
+    keys = hf.read_config(path)
+    return _folder(path, keys) if "model_type" in keys else None
 
 
-def adopt(config: Config, folder: str | Path) -> Config:
+def read(path: str | Path) -> Folder:
+    """What a Hugging Face folder says of itself; no weights are read.
+
+    Raises:
+        UserError: if it is no such folder, or of an architecture that is not ours.
+    """
+    return _folder(Path(path), hf.read_config(Path(path)))
+
+
+def _folder(path: Path, keys: Keys) -> Folder:
+    tokenizer = str(path) if (path / TOKENIZER_FILE).is_file() else None
+    with hf.about(path):
+        return Folder(path, *to_model(keys), tokenizer)
+
+
+def load(folder: Folder) -> Pretrained:
+    """Reads the weights.
+
+    Raises:
+        UserError: if a tensor is missing, truncated, misshapen or left over; or if the weights
+            are pickles.
+    """
+    with hf.about(folder.path):
+        source = hf.Safetensors(folder.path, folder.family)
+        params = hf.read_params(source, folder.family, folder.model)
+    return Pretrained(folder.model, params, folder.tokenizer, source.dtype)
+
+
+def adopt(config: Config, folder: Folder) -> Config:
     """`config` for training on from the model in `folder`: its architecture and tokenizer.
 
     `RUN_FIELDS` stay the run's; so does a shorter context, but for learned positions, whose
     number is that of the table.
     """
-    folder = Path(folder)
-    keys = hf.read_config(folder)
-    with hf.about(folder):
-        architecture = to_model(keys)[1]
-    run_fields = {name: getattr(config.model, name) for name in RUN_FIELDS}
-    if architecture.position != "learned":
-        run_fields["context"] = min(architecture.context, config.model.context)
+    kept = {name: getattr(config.model, name) for name in RUN_FIELDS}
+    if folder.model.position != "learned":
+        kept["context"] = min(folder.model.context, config.model.context)
     data = config.data
-    if (folder / TOKENIZER_FILE).is_file():
-        data = dataclasses.replace(data, tokenizer=str(folder))
-    return dataclasses.replace(
-        config, model=dataclasses.replace(architecture, **run_fields), data=data
-    )
+    if folder.tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=folder.tokenizer)
+    return dataclasses.replace(config, model=dataclasses.replace(folder.model, **kept), data=data)
 
 
 def import_(source: str | Path, out: str | Path) -> Model:
@@ -85,10 +115,8 @@ def import_(source: str | Path, out: str | Path) -> Model:
     """
     if Path(source).suffix == ".gguf":
         return gguf.import_(Path(source), Path(out))
-    folder = Path(source)
-    keys = hf.read_config(folder)
-    with hf.about(folder):
-        family, config = to_model(keys)
-        named = str(folder) if (folder / TOKENIZER_FILE).is_file() else None
-        hf.copy(hf.Safetensors(folder, family), family, config, Path(out), named)
-    return config
+    folder = read(source)
+    with hf.about(folder.path):
+        tensors = hf.Safetensors(folder.path, folder.family)
+        hf.copy(tensors, folder.family, folder.model, Path(out), folder.tokenizer)
+    return folder.model

@@ -15,7 +15,8 @@ from rich.text import Text
 
 
 class Table(NamedTuple):
-    """Texts in rows. What follows a line break in a cell is of less weight.
+    """Texts in rows. What follows a line break in a cell is of less weight; a cell that begins
+    with a space belongs to the row above.
 
     Attributes:
         told: headings of the columns that hold words rather than numbers.
@@ -31,15 +32,13 @@ def below(text: str) -> str:
 
 
 def terminal(table: Table) -> rich.table.Table:
-    rich_table = rich.table.Table()
+    found = rich.table.Table()
     for heading in table.headings:
-        rich_table.add_column(Text(heading), justify="left" if heading in table.told else "right")
+        found.add_column(Text(heading), justify="left" if heading in table.told else "right")
     for row in table.rows:
         cells = (cell.partition("\n") for cell in row)
-        rich_table.add_row(
-            *(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells)
-        )
-    return rich_table
+        found.add_row(*(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells))
+    return found
 
 
 def markdown(table: Table) -> str:
@@ -58,13 +57,14 @@ def _flat(cell: str) -> str:
 
 def html(table: Table) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        markup = ""
+        found = ""
         for heading, cell in zip(table.headings, cells, strict=True):
             first, _, rest = cell.partition("\n")
             small = f"<small>{escape(rest)}</small>" if rest else ""
-            css_class = ' class="told"' if heading in table.told else ""
-            markup += f"<{tag}{css_class}>{escape(first)}{small}</{tag}>"
-        return f"<tr>{markup}</tr>"
+            kinds = ["told"] * (heading in table.told) + ["in"] * first.startswith(" ")
+            kind = f' class="{" ".join(kinds)}"' if kinds else ""
+            found += f"<{tag}{kind}>{escape(first.strip())}{small}</{tag}>"
+        return f"<tr>{found}</tr>"
 
     body = "".join(line("td", row) for row in table.rows)
     return f'<div class="wide dense"><table>{line("th", table.headings)}{body}</table></div>'
@@ -119,6 +119,6 @@ def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        finite = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
-        writer.writerow(finite)
+        known = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
+        writer.writerow(known)
     return out.getvalue()

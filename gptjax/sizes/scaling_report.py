@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
 
 from gptjax.report.figures import COLOURS, new_axes
+from gptjax.report.formats import Table, terminal
 from gptjax.report.terminal import MISSING, new_console, number
 from gptjax.sizes.scaling import Bootstrap, Law, Points, levels
 
@@ -26,48 +26,47 @@ def show(record: dict[str, Any]) -> None:
         f"points, error {number(record['rms_error'])} (rms), at most "
         f"{number(record['largest_error'])}",
     )
-    constants = Table()
-    for heading in ("constant", "value", "95% interval"):
-        constants.add_column(heading, justify="left" if heading == "constant" else "right")
-    for name, constant in record["constants"].items():
-        constants.add_row(name, *_cells(constant))
-    console.print(constants)
+    constants = [(name, *_cells(found)) for name, found in record["constants"].items()]
+    console.print(terminal(Table(("constant", "value", "95% interval"), constants, {"constant"})))
     for note in (record["interval_by"], *record["notes"]):
         console.print(note)
     _show_left_out(console, record["largest_left_out"])
     if record["optimum"]:
-        console.print(_optima(record["optimum"]))
+        console.print(terminal(_optima(record["optimum"])))
 
 
-def _show_left_out(console: Any, held_out: dict[str, Any]) -> None:
-    if "refused" in held_out:
-        console.print(f"the largest cannot be foretold: {held_out['refused']}")
+def _show_left_out(console: Any, found: dict[str, Any]) -> None:
+    if "refused" in found:
+        console.print(f"the largest cannot be foretold: {found['refused']}")
         return
-    table = Table()
-    for heading in ("parameters", "tokens", "loss", "foretold", "error", "relative"):
-        table.add_column(heading, justify="right")
-    for p in held_out["points"]:
-        sizes = (f"{p['parameters']:.4g}", f"{p['tokens']:.4g}")
-        losses = (number(p["loss"]), number(p["foretold"]))
-        table.add_row(*sizes, *losses, f"{p['error']:+.4f}", f"{p['relative']:+.2%}")
+    rows = [
+        (
+            f"{p['parameters']:.4g}",
+            f"{p['tokens']:.4g}",
+            number(p["loss"]),
+            number(p["foretold"]),
+            f"{p['error']:+.4f}",
+            f"{p['relative']:+.2%}",
+        )
+        for p in found["points"]
+    ]
+    headings = ("parameters", "tokens", "loss", "foretold", "error", "relative")
     console.print("the largest, foretold by a fit without it:")
-    console.print(table)
+    console.print(terminal(Table(headings, rows, ())))
 
 
-def _optima(optima: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for heading in ("FLOPs", "parameters", "tokens", "loss", "beyond the ladder"):
-        table.add_column(heading, justify="right")
-    for optimum in optima:
-        cells = ["\n".join(_cells(optimum[name])) for name in Points._fields]
-        beyond = f"{optimum['beyond']:.3g} times" if optimum["beyond"] > 1 else "no"
-        table.add_row(f"{optimum['flops']:.4g}", *cells, beyond)
-    return table
+def _optima(found: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for o in found:
+        cells = ["\n".join(_cells(o[name])) for name in Points._fields]
+        beyond = f"{o['beyond']:.3g} times" if o["beyond"] > 1 else "no"
+        rows.append((f"{o['flops']:.4g}", *cells, beyond))
+    return Table(("FLOPs", "parameters", "tokens", "loss", "beyond the ladder"), rows, ())
 
 
-def _cells(estimate: dict[str, Any]) -> tuple[str, str]:
+def _cells(found: dict[str, Any]) -> tuple[str, str]:
     value, low, high = (
-        MISSING if v is None else f"{v:.4g}" for v in (estimate["value"], *estimate["interval"])
+        MISSING if v is None else f"{v:.4g}" for v in (found["value"], *found["interval"])
     )
     return value, f"{low} – {high}"
 
@@ -108,9 +107,9 @@ def figure(points: Points, law: Law, drawn: Bootstrap) -> Figure:
         axes.legend(
             title="tokens", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    picture = axes.get_figure(root=True)
-    assert picture is not None
-    return picture
+    found = axes.get_figure(root=True)
+    assert found is not None
+    return found
 
 
 def _groups(points: Points, law: Law) -> Iterator[tuple[float, np.ndarray]]:

@@ -92,7 +92,7 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
                         for other, names in cells_store.others(o.cell.config, store).items():
                             say(f"{other} stays: it differs in {', '.join(names)}")
                     try:
-                        train(group)
+                        train_group(group)
                     except Busy as error:  # by a `train` in that folder
                         say(str(error))
                         continue
@@ -137,7 +137,7 @@ def _groups(todo: Sequence[Outcome], store: Path, together: int) -> Iterator[dic
             yield dict(left[i : i + together])
 
 
-def train(group: Mapping[Path, Config]) -> None:
+def train_group(group: Mapping[Path, Config]) -> None:
     """Runs or goes on with the cells of a group, by folder; what ends one is in its folder.
 
     Raises:
@@ -149,13 +149,13 @@ def train(group: Mapping[Path, Config]) -> None:
         (folder / FAILED).unlink(missing_ok=True)
     try:
         for config in configs:  # else found out after the training
-            speak.check(config, setup.load_tokenizer(config))
+            speak.check_sample(config, setup.load_tokenizer(config))
         mesh = make_mesh(configs[0].mesh)
         for member, folder in enumerate(folders):
             if not read_environment(folder):
                 cells_store.write(folder, configs, member, mesh)
         if len(group) > 1:
-            ensemble.train(configs, folders)
+            ensemble.train_together(configs, folders)
             return
         (config,), (folder,) = configs, folders
         with jax.set_mesh(mesh):
@@ -196,7 +196,7 @@ def _sample(outcomes: Sequence[Outcome]) -> None:
         if o.cell.seed or any((o.folder / file).exists() for file in ended):
             continue
         try:
-            opened = trained.opened(o.cell.config, o.folder)
+            opened = trained.opened(trained.Trained(o.folder, o.cell.config))
             # Shown with the progress: what a command prints is its answer alone.
             with opened as m, contextlib.redirect_stdout(sys.stderr):
                 texts = speak.generate(m.config, m.params, m.tokenizer)

@@ -24,7 +24,7 @@ from gptjax.report.interval import Interval
 
 Arm = TypeVar("Arm", bound=Hashable)  # what an arm is called
 
-SIGNIFICANCE: Final = 0.05  # of false claims of one kind in a whole study
+ALPHA: Final = 0.05  # of false claims of one kind in a whole study
 POWER: Final = 0.8
 FEWEST_SEEDS: Final = 3  # under which nothing is ever claimed
 # In nats. Differences that vary by less do so by rounding alone: they show no noise to judge by.
@@ -62,8 +62,8 @@ class Comparison:
         p_same_holm: that, by Holm's correction over the arms of the study.
         verdict: BETTER, WORSE, SAME or UNDECIDED; see `compare`.
         more_seeds: how many more would decide, see `seeds_to_decide`; None where the arm is
-            decided, or where the number cannot be estimated.
-        why: the reason where it is undecided and noise is not the reason, or "".
+            decided, or where no number can be told.
+        why: a reason where it is undecided for another one than noise, or "".
     """
 
     seeds: int
@@ -99,7 +99,7 @@ def compare(differences: Mapping[Arm, np.ndarray], smallest: float) -> dict[Arm,
             then there is no noise to judge by, and most likely no seed changed anything.
         SAME ("no difference larger than `smallest`") where every difference is 0, or where
             p_same_holm <= 0.05. It goes before BETTER and WORSE: a gain that is surely there and
-            surely too small to matter is reported as such.
+            surely too small to matter is told as such.
         BETTER, WORSE where p_holm <= 0.05, by the sign of the mean.
         UNDECIDED otherwise.
 
@@ -126,7 +126,7 @@ def compare(differences: Mapping[Arm, np.ndarray], smallest: float) -> dict[Arm,
     Raises:
         UserError: if `smallest` is not above 0.
         ValueError: for a difference that is not finite. A run that diverged has no loss to
-            average, and must be reported as diverged rather than dropped.
+            average, and must be told as such rather than dropped.
     """
     if not (math.isfinite(smallest) and smallest > 0):
         raise UserError(f"the smallest difference that matters must be above 0, not {smallest:g}")
@@ -156,13 +156,13 @@ def _comparison(
     seeds = len(d_S)
     mean = _mean(d_S)
     sd = float(d_S.std(ddof=1)) if seeds > 1 else math.nan
-    conclusion = verdict(mean, p_holm, p_same_holm)
+    found = verdict(mean, p_holm, p_same_holm)
     more, why = None, ""
-    if conclusion == UNDECIDED and seeds < FEWEST_SEEDS:
+    if found == UNDECIDED and seeds < FEWEST_SEEDS:
         more, why = FEWEST_SEEDS - seeds, f"{_count(seeds, 'seed')} of at least {FEWEST_SEEDS}"
-    elif conclusion == UNDECIDED and _no_spread(d_S):
+    elif found == UNDECIDED and _no_spread(d_S):
         why = "every seed differs by the same amount, so there is no noise to judge by"
-    elif conclusion == UNDECIDED:
+    elif found == UNDECIDED:
         more = max(1, seeds_to_decide(sd, seeds, smallest, arms) - seeds)
     return Comparison(
         seeds=seeds,
@@ -175,7 +175,7 @@ def _comparison(
         p_holm=p_holm,
         p_same=p_same,
         p_same_holm=p_same_holm,
-        verdict=conclusion,
+        verdict=found,
         more_seeds=more,
         why=why,
     )
@@ -183,9 +183,9 @@ def _comparison(
 
 def verdict(mean: float, p_holm: float, p_same_holm: float) -> str:
     """What two corrected p-values and the sign of the mean difference say."""
-    if p_same_holm <= SIGNIFICANCE:
+    if p_same_holm <= ALPHA:
         return SAME
-    if p_holm <= SIGNIFICANCE:
+    if p_holm <= ALPHA:
         return BETTER if mean < 0 else WORSE
     return UNDECIDED
 
@@ -231,7 +231,7 @@ def t_interval(d_S: np.ndarray) -> Interval:
         return NO_INTERVAL
     if _no_spread(d_S):
         return Interval(0.0, 0.0) if _tie(d_S) else NO_INTERVAL
-    ends = stats.ttest_1samp(d_S, 0).confidence_interval(1 - SIGNIFICANCE)
+    ends = stats.ttest_1samp(d_S, 0).confidence_interval(1 - ALPHA)
     return Interval(float(ends.low), float(ends.high))
 
 
@@ -256,7 +256,7 @@ def bootstrap_interval(d_S: np.ndarray) -> Interval:
     if any(map(math.isnan, t_interval(d_S))) or _no_spread(d_S):
         return t_interval(d_S)
     seeds = len(d_S)
-    student = stats.t.isf(SIGNIFICANCE / 2, seeds - 1) * math.sqrt(seeds / (seeds - 1))
+    student = stats.t.isf(ALPHA / 2, seeds - 1) * math.sqrt(seeds / (seeds - 1))
     ends = stats.bootstrap(
         (d_S,),
         np.mean,
@@ -281,7 +281,7 @@ def seeds_to_decide(sd: float, seeds: int, smallest: float, arms: int) -> int:
     undecided arms with 3 to 8 seeds, whose true sd was one or two times `smallest`, that plan
     decided 60 to 89%, this one 82 to 96%. Its price is many seeds where few were run.
     """
-    level = SIGNIFICANCE / arms
+    level = ALPHA / arms
     degrees = seeds - 1
     differs = stats.t.isf(level / 2, degrees) + stats.t.ppf(POWER, degrees)
     # Both one-sided tests must succeed: each fails in half of the cases that may fail.
@@ -325,7 +325,7 @@ def noise(losses_S: np.ndarray) -> Noise:
     if seeds < 2:
         raise UserError(f"noise is measured between seeds: give at least 2 seeds, not {seeds}")
     sd = float(np.std(losses_S, ddof=1))
-    ends = stats.chi2.ppf([1 - SIGNIFICANCE / 2, SIGNIFICANCE / 2], seeds - 1)
+    ends = stats.chi2.ppf([1 - ALPHA / 2, ALPHA / 2], seeds - 1)
     low, high = sd * np.sqrt((seeds - 1) / ends)
     return Noise(seeds, float(np.mean(losses_S)), sd, Interval(float(low), float(high)))
 
@@ -339,7 +339,7 @@ def difference_sd(sd: float, correlation: float) -> float:
 def power(effect: float, sd: float, seeds: int) -> float:
     """Probability that a true difference of `effect` is called by its right sign in a study of
     one arm, where `sd` is the true one of the differences. More arms have less (Holm)."""
-    return float(TTestPower().power(effect / sd, seeds, SIGNIFICANCE / 2, alternative="larger"))
+    return float(TTestPower().power(effect / sd, seeds, ALPHA / 2, alternative="larger"))
 
 
 def seeds_to_see(effect: float, sd: float) -> int | None:
@@ -394,20 +394,18 @@ def change_of_gain(small_S: np.ndarray, large_S: np.ndarray, smallest: float) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         test = stats.ttest_ind(np.negative(large_S), np.negative(small_S), equal_var=False)
-    ends = test.confidence_interval(1 - SIGNIFICANCE)
-    inner = test.confidence_interval(
-        1 - 2 * SIGNIFICANCE
-    )  # within +-smallest just where TOST says so
+    ends = test.confidence_interval(1 - ALPHA)
+    inner = test.confidence_interval(1 - 2 * ALPHA)  # within +-smallest just where TOST says so
     if -smallest < inner.low and inner.high < smallest:
-        conclusion = HOLDS
+        found = HOLDS
     elif ends.high < 0:
-        conclusion = SHRINKS
+        found = SHRINKS
     elif ends.low > 0:
-        conclusion = GROWS
+        found = GROWS
     else:
-        conclusion = UNDECIDED
+        found = UNDECIDED
     interval = Interval(float(ends.low), float(ends.high))
-    return Change(gain_small, gain_large, change, interval, conclusion)
+    return Change(gain_small, gain_large, change, interval, found)
 
 
 def _count(number: int, thing: str) -> str:
