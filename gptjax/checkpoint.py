@@ -216,8 +216,8 @@ class Checkpoints:
                 nothing is read by orbax before all of that is checked.
         """
         self.wait()
-        wanted = _by_path(abstract_state)
-        _same_tree(self._read_meta(step)["tree"], _describe(wanted), self._final(step))
+        leaves = _by_path(abstract_state)
+        _same_tree(self._read_meta(step)["tree"], _describe(leaves), self._final(step))
         # One process reads the folder to hash it; the others take its word.
         damage = _damage(self._final(step)) if jax.process_index() == 0 else ""
         if damage := _from_process_0(damage):
@@ -226,13 +226,13 @@ class Checkpoints:
             path: ocp.ArrayRestoreArgs(
                 sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
             )
-            for path, leaf in wanted.items()
+            for path, leaf in leaves.items()
         }
-        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
+        restore = ocp.args.PyTreeRestore(item=leaves, restore_args=restore_args)
         with _neutral(self._final(step)) as folder, contextlib.closing(_orbax()) as orbax:
             arrays = orbax.restore(folder / STATE, args=restore)
         treedef = jax.tree.structure(abstract_state)
-        return jax.tree.unflatten(treedef, [arrays[path] for path in wanted])
+        return jax.tree.unflatten(treedef, [arrays[path] for path in leaves])
 
     @property
     def _lock_path(self) -> Path:
@@ -323,10 +323,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         # Tensorstore words a failed system call as a ValueError "...: REASON [os_error_code=..".
-        told = re.search(r"([^:]+) \[os_error_code", str(error))
-        if told is None and not isinstance(error, OSError):
+        system_error = re.search(r"([^:]+) \[os_error_code", str(error))
+        if system_error is None and not isinstance(error, OSError):
             return error
-        reason = told[1].strip() if told else error.strerror or str(error)  # type: ignore[attr-defined]
+        reason = system_error[1].strip() if system_error else error.strerror or str(error)  # type: ignore[attr-defined]
         return UserError(
             f"could not write the checkpoint of step {step} to {self._folder}: {reason}. Free some "
             f"space or repair the disk, then start the run again: it resumes from "
@@ -341,9 +341,9 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         folder = self._final(step)
         if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise UserError(
-                f"no complete checkpoint of step {step} in {self._folder}; steps: {there}"
+                f"no complete checkpoint of step {step} in {self._folder}; steps: {steps}"
             )
         try:
             text = (folder / META).read_bytes()
@@ -440,14 +440,14 @@ def _describe(leaves: Mapping[str, Any]) -> dict[str, str]:
     return {k: f"{v.dtype.name}[{','.join(map(str, v.shape))}]" for k, v in leaves.items()}
 
 
-def _same_tree(saved: dict[str, str], wanted: dict[str, str], folder: Path) -> None:
-    paths = [*wanted, *(path for path in saved if path not in wanted)]
-    differ = [path for path in paths if saved.get(path) != wanted.get(path)]
+def _same_tree(saved: dict[str, str], expected: dict[str, str], folder: Path) -> None:
+    paths = [*expected, *(path for path in saved if path not in expected)]
+    differ = [path for path in paths if saved.get(path) != expected.get(path)]
     if differ:
         path, others = differ[0], len(differ) - 1
         raise UserError(
             f"checkpoint of another architecture: {path} is {saved.get(path, 'absent')} in "
-            f"{folder} but {wanted.get(path, 'absent')} in this run, and {others} other "
+            f"{folder} but {expected.get(path, 'absent')} in this run, and {others} other "
             f"{'array differs' if others == 1 else 'arrays differ'}: run with the config it was "
             "saved with, or use another --workdir"
         )
@@ -494,14 +494,14 @@ def _damage(folder: Path) -> str:
         listed = dict(json.loads(stored))
     except (ValueError, TypeError):
         return f"{MANIFEST} was altered"
-    found = json.loads(actual)
-    for name in sorted(listed.keys() | found.keys()):
-        if name not in found:
+    current = json.loads(actual)
+    for name in sorted(listed.keys() | current.keys()):
+        if name not in current:
             return f"{name} is missing"
         if name not in listed:
             return f"{name} is not in the manifest"
-        if listed[name] != found[name]:
-            return f"{name} was altered or cut short (it holds {found[name]['bytes']} bytes)"
+        if listed[name] != current[name]:
+            return f"{name} was altered or cut short (it holds {current[name]['bytes']} bytes)"
     return f"{MANIFEST} was altered"
 
 

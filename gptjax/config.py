@@ -389,13 +389,13 @@ def from_dict(tree: Mapping[str, Any], cls: type[T] = Config, path: str = "") ->
         ConfigError: on an unknown, missing or ill-typed key, or an impossible combination.
     """
     hints = typing.get_type_hints(cls)
-    here = f"{path}." if path else ""
+    prefix = f"{path}." if path else ""
     for key in tree:
         if key not in hints:
-            raise ConfigError(unknown_key(f"{here}{key}", [here + name for name in hints]))
-    missing = [f"{here}{name}" for name in hints if name not in tree]
+            raise ConfigError(unknown_key(f"{prefix}{key}", [prefix + name for name in hints]))
+    missing = [f"{prefix}{name}" for name in hints if name not in tree]
     _require(not missing, f"missing config keys: {', '.join(missing)}")
-    return cls(**{name: _typed(tree[name], hint, here + name) for name, hint in hints.items()})
+    return cls(**{name: _typed(tree[name], hint, prefix + name) for name, hint in hints.items()})
 
 
 def recorded(tree: Mapping[str, Any], cls: type[T] = Config) -> T:  # type: ignore[assignment]
@@ -485,7 +485,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
                 raise ConfigError(f"{path} must be finite, got a number too large") from None
         if option in (int, str, bool) and type(value) is option:
             return value
-    wanted = " or ".join(
+    expected = " or ".join(
         "None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options
     )
-    raise ConfigError(f"{path} must be {wanted}, got {value!r} ({type(value).__name__})")
+    raise ConfigError(f"{path} must be {expected}, got {value!r} ({type(value).__name__})")

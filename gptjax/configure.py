@@ -55,13 +55,13 @@ def from_file(recipe: str, overrides: Sequence[str] = ()) -> Config:
             get_config = runpy.run_path(str(path)).get("get_config")
             if get_config is None:
                 raise ConfigError("it defines no get_config()")
-            found = get_config() if argument is None else get_config(argument)
+            settings = get_config() if argument is None else get_config(argument)
     except Exception as error:  # whatever the file's own code raises
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"config {recipe} cannot be read: {told[-1]}") from error
-    if not isinstance(found, ConfigDict):
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"config {recipe} cannot be read: {reason[-1]}") from error
+    if not isinstance(settings, ConfigDict):
         raise ConfigError(f"get_config() of {path} must return a ConfigDict")
-    return _override(found, overrides)
+    return _override(settings, overrides)
 
 
 def find(recipe: str) -> tuple[Path, str | None]:
@@ -79,8 +79,8 @@ def find(recipe: str) -> tuple[Path, str | None]:
             return path, argument
         if path == Path("configs", path.name) and (RECIPES / path.name).is_file():
             return RECIPES / path.name, argument
-    ours = ", ".join(sorted(f"configs/{file.name}" for file in RECIPES.glob("*.py")))
-    raise ConfigError(f"no config file {recipe.partition(':')[0]}: name one, such as {ours}")
+    recipes = ", ".join(sorted(f"configs/{file.name}" for file in RECIPES.glob("*.py")))
+    raise ConfigError(f"no config file {recipe.partition(':')[0]}: name one, such as {recipes}")
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
 def editable(section: Any) -> ConfigDict:
     """A config dataclass as a ConfigDict whose None values know their type."""
     hints = typing.get_type_hints(type(section))
-    found = ConfigDict()
+    section_dict = ConfigDict()
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -147,8 +147,8 @@ def editable(section: Any) -> ConfigDict:
         elif value is None:
             kind = next(k for k in typing.get_args(hints[field.name]) if k is not type(None))
             value = placeholder(typing.get_origin(kind) or kind)
-        found[field.name] = value
-    return found
+        section_dict[field.name] = value
+    return section_dict
 
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
@@ -157,9 +157,9 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     return {knob: (one[knob], other[knob]) for knob in one if one[knob] != other[knob]}
 
 
-def _override(found: ConfigDict, overrides: Sequence[str]) -> Config:
+def _override(settings: ConfigDict, overrides: Sequence[str]) -> Config:
     """`found` with "--config.a.b=value" applied; ml_collections reads the values by type."""
-    knobs, nothing = flatten(found.to_dict()), []
+    knobs, nothing = flatten(settings.to_dict()), []
     words: list[str] = []
     for word in overrides:
         if word == "None" and words and words[-1].removeprefix("--config.") in knobs:
@@ -172,15 +172,17 @@ def _override(found: ConfigDict, overrides: Sequence[str]) -> Config:
         else:
             words.append(word)
     values, argv = flags.FlagValues(), ["gptjax", *words]
-    config_flags.DEFINE_config_dict("config", found, flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
     try:
-        rest = values(argv)[1:]
+        surplus = values(argv)[1:]
     except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(told[0].removeprefix("flag ")) from error
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: overrides look like --config.seed=1")
-    tree = found.to_dict()
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(reason[0].removeprefix("flag ")) from error
+    if surplus:
+        raise ConfigError(
+            f"unexpected argument {surplus[0]!r}: overrides look like --config.seed=1"
+        )
+    tree = settings.to_dict()
     for name in nothing:
         *sections, knob = name.split(".")
         functools.reduce(dict.__getitem__, sections, tree)[knob] = None

@@ -87,7 +87,7 @@ def varied(configs: Sequence[Config]) -> dict[str, list[Any]]:
     """The knobs in which the members differ, each with all members' values."""
     knobs = [flatten(to_dict(config)) for config in configs]
     values = {name: [k[name] for k in knobs] for name in VARIED}
-    return {name: found for name, found in values.items() if found.count(found[0]) < len(found)}
+    return {name: v for name, v in values.items() if v.count(v[0]) < len(v)}
 
 
 def group_of(workdir: Path) -> tuple[list[Config], int]:
@@ -98,17 +98,17 @@ def group_of(workdir: Path) -> tuple[list[Config], int]:
     """
     try:
         config = json.loads((workdir / CONFIG).read_bytes())
-        told = json.loads((workdir / ENSEMBLE).read_bytes())
+        membership = json.loads((workdir / ENSEMBLE).read_bytes())
     except (FileNotFoundError, ValueError):
         raise UserError(f"{workdir} holds no run that was trained with others") from None
     configs: list[Config] = []
-    for member in range(told["members"]):
+    for member in range(membership["members"]):
         tree = copy.deepcopy(config)
-        for name, values in told["varied"].items():
+        for name, values in membership["varied"].items():
             section, _, field = name.rpartition(".")
             (tree[section] if section else tree)[field] = values[member]
         configs.append(recorded(tree))
-    return configs, told["member"]
+    return configs, membership["member"]
 
 
 def train_together(
@@ -200,8 +200,8 @@ def diverged(workdir: Path) -> dict[str, Any] | None:
 def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
     """Writes each folder's ensemble.json; refuses folders of other runs before that."""
     members, knobs = len(configs), varied(configs)
-    told = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
-    for workdir, mine in zip(workdirs, told, strict=True):
+    memberships = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
+    for workdir, mine in zip(workdirs, memberships, strict=True):
         if not (workdir / CONFIG).exists():
             continue  # no run begun, whatever group was killed just before
         if not (workdir / ENSEMBLE).exists():
@@ -213,7 +213,7 @@ def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
                 f"{before['members']} with {before['varied']}: train it with the same members, "
                 "in the same order, or use another folder"
             )
-    for workdir, mine in zip(workdirs, told, strict=True):
+    for workdir, mine in zip(workdirs, memberships, strict=True):
         with disk(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
             replace_file(workdir / ENSEMBLE, json.dumps(mine).encode())
@@ -265,8 +265,8 @@ class _Group:
         states = [jax.device_get(state.create(s.config)) for s in setups]
         if start is not None:
             for m in members:
-                found = m.checkpoints.restore(start, state.abstract(settled))
-                states[m.index] = jax.device_get(found)
+                restored = m.checkpoints.restore(start, state.abstract(settled))
+                states[m.index] = jax.device_get(restored)
         self._states = self._place(_stack(states))
 
     def _place(self, stacked: Any) -> Any:
@@ -306,8 +306,8 @@ class _Group:
                 self._left.remove(m)
                 if not self._left:
                     raise
-        whole = {name: value * len(self._setups) for name, value in speed.items()}
-        return {"loss": float(np.mean(losses))} | whole, any_recorded
+        total_speed = {name: value * len(self._setups) for name, value in speed.items()}
+        return {"loss": float(np.mean(losses))} | total_speed, any_recorded
 
     def evaluate(self, step: int, progress: Progress) -> None:
         total = sum(loop.count(m.setup.evaluators) for m in self._left)
@@ -401,8 +401,8 @@ def _in_turn(one: Callable[..., Any], ways: int) -> Callable[..., Any]:
     """As `jax.vmap(one)`, with the members of each of `ways` devices one after another."""
 
     def every(*members: Any) -> Any:
-        here = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), members)
-        done = jax.vmap(lambda xs: jax.lax.map(lambda x: one(*x), xs))(here)
+        by_device = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), members)
+        done = jax.vmap(lambda xs: jax.lax.map(lambda x: one(*x), xs))(by_device)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
 
     return every

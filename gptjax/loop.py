@@ -53,9 +53,9 @@ class Diverged(UserError):
         )
 
     def write(self, workdir: Path) -> None:
-        """Leaves word of it in the run's folder."""
-        told = {"step": self.step, "reason": self.reason}
-        replace_file(workdir / DIVERGED, json.dumps(told).encode())
+        """Records it in the run's folder."""
+        record = {"step": self.step, "reason": self.reason}
+        replace_file(workdir / DIVERGED, json.dumps(record).encode())
 
 
 def train(
@@ -206,11 +206,11 @@ def log_scores(
     run: Run, step: int, scores: Mapping[str, Score], whose: str = ""
 ) -> dict[str, float]:
     """Writes, says and returns held-out scores; "val_loss" is that of all sources together."""
-    *_, whole = scores.values()
+    *_, overall = scores.values()
     values = {
-        "val_loss": whole.loss,
-        "val_perplexity": whole.perplexity,
-        "val_bits_per_byte": whole.bits_per_byte,
+        "val_loss": overall.loss,
+        "val_perplexity": overall.perplexity,
+        "val_bits_per_byte": overall.bits_per_byte,
     }
     if len(scores) > 1:
         values |= {f"val_loss/{name}": s.loss for name, s in scores.items() if name != "all"}

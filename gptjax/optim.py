@@ -321,13 +321,13 @@ def state_specs(state: optax.OptState, specs: Tree) -> optax.OptState:
     A leaf that stands at a parameter's path and has its shape (a moment, a fast iterate) is
     sharded like it. All else is small, a count or a factor of Adafactor, and replicated.
     """
-    known = {
+    spec_of_path = {
         path: (spec.shape, parameter_spec(spec.dims))
         for path, spec in jax.tree_util.tree_leaves_with_path(specs)
     }
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> P:
-        tails = (known[path[i:]] for i in range(len(path)) if path[i:] in known)
+        tails = (spec_of_path[path[i:]] for i in range(len(path)) if path[i:] in spec_of_path)
         return next((spec for shape, spec in tails if shape == leaf.shape), P())
 
     return jax.tree_util.tree_map_with_path(one, state)

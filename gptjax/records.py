@@ -210,14 +210,14 @@ def _changed_knobs(folder: Path, config: Mapping[str, Any], done: int) -> dict[s
         was: Config = recorded(_read(path, {}))
     except ConfigError as error:
         raise UserError(f"{path} is not of this version of gptjax: {error}") from error
-    before, now = flatten(to_dict(was)), flatten(config)
-    changed = {knob: [before[knob], now[knob]] for knob in now if before[knob] != now[knob]}
+    before, after = flatten(to_dict(was)), flatten(config)
+    changed = {knob: [before[knob], after[knob]] for knob in after if before[knob] != after[knob]}
     refused = [knob for knob in changed if not _may_change(knob)]
     if refused and set(refused) <= set(LENGTH):
         _may_extend(folder, was, from_dict(config), done)
     elif refused:
-        told = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
-        raise UserError(f"{folder} holds a run of another config: {told}. Use another --workdir")
+        changes = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
+        raise UserError(f"{folder} holds a run of another config: {changes}. Use another --workdir")
     return changed
 
 
@@ -370,8 +370,8 @@ def _protos() -> Any:
 def _keep_up_to(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a kill tore."""
     if path.exists():
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        content = b"".join(kept)
+        lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        content = b"".join(lines)
         if content != path.read_bytes():
             logger.warning("%s: dropping what was logged after step %d", path, step)
             replace_file(path, content)

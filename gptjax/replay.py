@@ -127,16 +127,18 @@ def run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any]:
     mesh = _mesh(past)
     with jax.set_mesh(mesh):
         differs = differences(past)
-    others = f" with {len(past.group) - 1} others" if past.group else ""
-    say(f"{workdir}: config and data are those of the run; training{others} to step {past.last}")
+    companions = f" with {len(past.group) - 1} others" if past.group else ""
+    say(
+        f"{workdir}: config and data are those of the run; training{companions} to step {past.last}"
+    )
     with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder:
-        now = _train(past, Path(folder), mesh, begin)
+        retrained = _train(past, Path(folder), mesh, begin)
     precision = _precision(past) if differs else None
-    return {"workdir": str(workdir), "differs": differs} | compare(past, now, precision)
+    return {"workdir": str(workdir), "differs": differs} | compare(past, retrained, precision)
 
 
 def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
-    """What the folder tells, if config, tokenizer, data and `begin` are those of the run.
+    """The record of a run, if config, tokenizer, data and `begin` are still those of the run.
 
     Raises:
         UserError: as `run`.
@@ -170,8 +172,8 @@ def _verify(workdir: Path, history: list[dict[str, Any]], begin: setup.Start | N
     changed = [record["changed_knobs"] for _, record in starts[1:]]
     # A finished run that is started again adds a record, but trains nothing.
     starts = [starts[0], *(start for start in starts[1:] if start[0] < max(logged))]
-    whole = [_before(changed, c) for c in group] if group else None
-    return Past(_before(changed, config), starts, logged, saved, whole, member)
+    original_group = [_before(changed, c) for c in group] if group else None
+    return Past(_before(changed, config), starts, logged, saved, original_group, member)
 
 
 def _before(changed: list[dict[str, list[Any]]], config: Config) -> Config:
@@ -260,10 +262,10 @@ def verify_content(
         _same("the model of --from", initial, begin.fingerprint)
 
 
-def _same(what: str, was: str, now: str) -> None:
-    if was != now:
+def _same(what: str, was: str, current: str) -> None:
+    if was != current:
         raise UserError(
-            f"{what} is not what the run read: its fingerprint was {was[:12]}, is {now[:12]}. "
+            f"{what} is not what the run read: its fingerprint was {was[:12]}, is {current[:12]}. "
             "Bring the old content back to replay the run"
         )
 
@@ -274,16 +276,16 @@ def by_step(lines: list[dict[str, float]], folder: Path) -> Numbers:
     Raises:
         UserError: if a number is there twice.
     """
-    found: Numbers = {}
+    numbers: Numbers = {}
     for line in lines:
-        step = found.setdefault(int(line["step"]), {})
+        step = numbers.setdefault(int(line["step"]), {})
         for name in line.keys() - {"step", *TIMINGS}:
             if name in step:
                 raise UserError(
                     f"{folder / records.METRICS} was altered: step {line['step']} has {name} twice"
                 )
             step[name] = line[name]
-    return found
+    return numbers
 
 
 def _mesh(past: Past) -> jax.sharding.Mesh:
@@ -297,25 +299,25 @@ def _mesh(past: Past) -> jax.sharding.Mesh:
 
 def differences(past: Past) -> list[str]:
     """How the environment of the run differs from this one, on the current mesh; a line each."""
-    now = _facts(records.environment() | {"code": records.code_fingerprint()})
-    found = []
+    current = _facts(records.environment() | {"code": records.code_fingerprint()})
+    lines = []
     for start, record in past.starts:
         was = _facts(record)
         since = f" since step {start}" if start else ""
-        found += [
-            f"{name} was {was.get(name)!r}{since}, is {now.get(name)!r}"
-            for name in was | now
-            if was.get(name) != now.get(name)
+        lines += [
+            f"{name} was {was.get(name)!r}{since}, is {current.get(name)!r}"
+            for name in was | current
+            if was.get(name) != current.get(name)
         ]
-        found += [
+        lines += [
             f"{knob} was {after!r}{since}, is {before!r}"
             for knob, (before, after) in record["changed_knobs"].items()
             if start and knob.partition(".")[0] not in ("train", "sample")
             if knob not in records.LENGTH
         ]
-    if now["backend"] == "gpu" and "xla_gpu_deterministic_ops=true" not in now["xla_flags"]:
-        found.append("a GPU adds in any order without XLA_FLAGS=--xla_gpu_deterministic_ops=true")
-    return list(dict.fromkeys(found))
+    if current["backend"] == "gpu" and "xla_gpu_deterministic_ops=true" not in current["xla_flags"]:
+        lines.append("a GPU adds in any order without XLA_FLAGS=--xla_gpu_deterministic_ops=true")
+    return list(dict.fromkeys(lines))
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,11 +372,11 @@ def bound(name: str, step: int, precision: str | None) -> float:
     return row.get(name, row["loss"]) * min(1.0, step / GROWN)
 
 
-def compare(past: Past, now: Numbers, precision: str | None) -> dict[str, Any]:
-    """What `run`'s record tells of the log and the new one, by the bounds of a precision."""
+def compare(past: Past, retrained: Numbers, precision: str | None) -> dict[str, Any]:
+    """The log against the log of the retrained run, by the bounds of a precision; see `run`."""
     wrong, pairs = [], []
-    for step in sorted(past.logged | now):
-        was, new = past.logged.get(step, {}), now.get(step, {})
+    for step in sorted(past.logged | retrained):
+        was, new = past.logged.get(step, {}), retrained.get(step, {})
         owed = [name for name in sorted(new.keys() - was.keys()) if past.owes(step, name)]
         wrong += [f"step {step}: {records.METRICS} has no {' and no '.join(owed)}"] * bool(owed)
         for name in sorted(was):
@@ -388,12 +390,12 @@ def compare(past: Past, now: Numbers, precision: str | None) -> dict[str, Any]:
             if apart > bound(name, step, precision):
                 wrong.append(f"step {step}: {name} was {was[name]!r}, is {new[name]!r}")
     largest = max(pairs, default=(0.0, 0, "", 0.0, 0.0))
-    others = f" (and {len(wrong) - 1} more that differ)" if len(wrong) > 1 else ""
+    remainder = f" (and {len(wrong) - 1} more that differ)" if len(wrong) > 1 else ""
     if precision is not None:
-        others += ", beyond what rounding does to a steady run"
+        remainder += ", beyond what rounding does to a steady run"
     return {
         "same": not wrong,
-        "reason": wrong[0] + others if wrong else None,
+        "reason": wrong[0] + remainder if wrong else None,
         "bitwise": not wrong and largest[0] == 0,
         "bound": None if precision is None else BOUNDS[precision]["loss"],
         "steps": past.last,

@@ -59,13 +59,13 @@ def run(study: Study, store: Path, together: int = 1) -> Results:
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
             f"{failures[0].reason}. Mend it and run the same command again"
         )
-    found = read(study, store, now=True)
-    for o in found.outcomes:
+    complete = read(study, store, now=True)
+    for o in complete.outcomes:
         with _claim(store, [o.folder]) as held:
             # One that was killed between its last checkpoint and its sample.
             if held and o.status == "finished":
                 _sample([o])
-    return found
+    return complete
 
 
 def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> list[Outcome]:
@@ -132,9 +132,9 @@ def _groups(todo: Sequence[Outcome], store: Path, together: int) -> Iterator[dic
             alike = o.folder.name if together == 1 else ensemble.key(config)
             fresh.setdefault(alike, {})[o.folder] = config
     for configs in fresh.values():
-        left = [(folder, config) for folder, config in configs.items() if folder not in begun]
-        for i in range(0, len(left), together):
-            yield dict(left[i : i + together])
+        unbegun = [(folder, config) for folder, config in configs.items() if folder not in begun]
+        for i in range(0, len(unbegun), together):
+            yield dict(unbegun[i : i + together])
 
 
 def train_group(group: Mapping[Path, Config]) -> None:
@@ -224,22 +224,22 @@ def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
             for file in files:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = False
+            locked = False
         else:
-            held = True
-        yield held
+            locked = True
+        yield locked
 
 
 def _made_by_this_code(outcomes: Sequence[Outcome]) -> None:
     """Refuses to add runs to those of other code that did not record what it computes."""
-    now = made_now()
+    current = made_now()
     for o in outcomes:
         for record in [] if is_told(o.folder) else read_environment(o.folder)[-1:]:
-            for name, then in made_by(record).items():
-                if then != now[name]:
+            for name, was in made_by(record).items():
+                if was != current[name]:
                     raise UserError(
-                        f"{o.folder} ({o.cell.label}) was run with another {name}, {then[:12]}, "
-                        f"than this, {now[name][:12]}, and did not record what it computes: "
+                        f"{o.folder} ({o.cell.label}) was run with another {name}, {was[:12]}, "
+                        f"than this, {current[name][:12]}, and did not record what it computes: "
                         "whether the results would compare cannot be told. Remove it, or use "
                         "another --store"
                     )
