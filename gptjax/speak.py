@@ -81,8 +81,8 @@ def chat(
     turns: list[dict[str, str]] = []
     room = config.model.context - min(config.sample.max_new_tokens, config.model.context // 2)
     encode_dialogue(tokenizer, [*first, {"role": "user", "content": "?"}])  # has it a template?
-    while said := _hear():
-        turns.append({"role": "user", "content": said})
+    while message := _hear():
+        turns.append({"role": "user", "content": message})
         while len(ids := encode_dialogue(tokenizer, first + turns)) > room and len(turns) > 1:
             del turns[:2]
             say("(the context is full: the oldest turns are forgotten)")

@@ -81,8 +81,10 @@ def _check_fits(config: Model, weights: Model, folder: Path) -> None:
         except ConfigError:  # not without another
             return True
 
-    told = [f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)]
-    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(told)}")
+    differences = [
+        f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)
+    ]
+    raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(differences)}")
 
 
 def _shapes(config: Model) -> Any:

@@ -66,10 +66,10 @@ def prepare_jax(distributed: str | None) -> None:
     except UserError:
         raise
     except Exception as error:  # ValueError, RuntimeError and a bare AssertionError
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("JAX_")]
         raise UserError(
-            f"jax cannot start: {told[0]}; it was told {' '.join(settings) or 'nothing'}"
+            f"jax cannot start: {reason[0]}; it was told {' '.join(settings) or 'nothing'}"
             f"{'' if distributed is None else f' --distributed={distributed}'}"
         ) from error
 

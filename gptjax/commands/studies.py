@@ -27,22 +27,24 @@ STORE, OUT = Path("runs/cells"), Path("runs/studies")
 
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    asked = study_of(arguments, overrides)
+    definition = study_of(arguments, overrides)
     from gptjax.study import plan, results, run
 
     if arguments.dry_run:
-        for line in plan.lines(results.read(asked, arguments.store, now=True), arguments.store):
+        for line in plan.lines(
+            results.read(definition, arguments.store, now=True), arguments.store
+        ):
             print(line)
         return
     try:
-        found = run_all(arguments, asked)
+        complete = run_all(arguments, definition)
     except run.Failed:
-        _report(results.read(asked, arguments.store), arguments.out)
+        _report(results.read(definition, arguments.store), arguments.out)
         raise
-    _report(found, arguments.out)
+    _report(complete, arguments.out)
 
 
-def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
+def run_all(arguments: argparse.Namespace, definition: Study) -> Results:
     """Says what is planned, runs what is not there, and reads all."""
     if arguments.together < 1:
         raise UserError(f"--together={arguments.together} must be above 0")
@@ -50,26 +52,26 @@ def run_all(arguments: argparse.Namespace, asked: Study) -> Results:
     from gptjax.progress import say
     from gptjax.study import plan, results, run
 
-    for line in plan.lines(results.read(asked, arguments.store, now=True), arguments.store):
+    for line in plan.lines(results.read(definition, arguments.store, now=True), arguments.store):
         say(line)
-    return run.run(asked, arguments.store, arguments.together)
+    return run.run(definition, arguments.store, arguments.together)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    asked = study_of(arguments, overrides)
+    definition = study_of(arguments, overrides)
     from gptjax.study import results
 
-    _report(results.read(asked, arguments.store), arguments.out)
+    _report(results.read(definition, arguments.store), arguments.out)
 
 
-def _report(found: Results, out: Path | None) -> None:
+def _report(results: Results, out: Path | None) -> None:
     from gptjax.study import analysis, publish, tables
 
-    made = analysis.analyse(found)
-    folder = out or OUT / found.study.name
-    publish.write(made, folder)
-    tables.show(made)
+    analysed = analysis.analyse(results)
+    folder = out or OUT / results.study.name
+    publish.write(analysed, folder)
+    tables.show(analysed)
     print(f"the report: {', '.join(sorted(str(path) for path in folder.iterdir()))}")
 
 
@@ -80,13 +82,15 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
     if (arguments.file is None) == (not arguments.axis):
         raise UserError("name either a study's FILE or, with --config=RECIPE, one --axis or more")
     if arguments.file is None:
-        found = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
+        definition = spec.of_axes(arguments.config or DEFAULT_RECIPE, arguments.axis)
     elif arguments.config is None:
-        found = spec.load(arguments.file)
+        definition = spec.load(arguments.file)
     else:
         raise UserError(f"{arguments.file} names its own base: leave --config out")
-    seeds = found.seeds if arguments.seeds is None else arguments.seeds
-    return dataclasses.replace(found, seeds=seeds, overrides=(*found.overrides, *overrides))
+    seeds = definition.seeds if arguments.seeds is None else arguments.seeds
+    return dataclasses.replace(
+        definition, seeds=seeds, overrides=(*definition.overrides, *overrides)
+    )
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +155,7 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
     if not 0 < arguments.effect < math.inf:
         raise UserError(f"--effect={arguments.effect:g} must be above 0 and finite")
-    asked = Study(
+    definition = Study(
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,
         arms={},
@@ -160,7 +164,7 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
-    for line in noise.lines(run_all(arguments, asked)):
+    for line in noise.lines(run_all(arguments, definition)):
         print(line)
 
 

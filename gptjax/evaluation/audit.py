@@ -98,24 +98,24 @@ def fingerprint(params: model.Params) -> str:
     return digest.hexdigest()
 
 
-def identity(found: Audit) -> dict[str, Any]:
+def identity(audit: Audit) -> dict[str, Any]:
     """Model, tokenizer and convention."""
-    convention = next(iter(found.scored.values())).convention
+    convention = next(iter(audit.scored.values())).convention
     return {
-        "workdir": found.workdir,
-        "step": found.step,
-        "parameters": found.parameters,
-        "model_sha256": found.model_sha256,
-        "tokenizer": found.tokenizer.name,
-        "tokenizer_sha256": found.tokenizer.fingerprint,
+        "workdir": audit.workdir,
+        "step": audit.step,
+        "parameters": audit.parameters,
+        "model_sha256": audit.model_sha256,
+        "tokenizer": audit.tokenizer.name,
+        "tokenizer_sha256": audit.tokenizer.fingerprint,
         "convention": asdict(convention),
     }
 
 
-def record(found: Audit) -> dict[str, Any]:
+def record(audit: Audit) -> dict[str, Any]:
     """All of it as JSON holds it; "all" sums the texts where there are several."""
     scores: dict[str, Any] = {}
-    for name, scored in found.scored.items():
+    for name, scored in audit.scored.items():
         documents, text = scored.documents, scored.text
         scores[name] = {
             "source": text.source,
@@ -130,5 +130,5 @@ def record(found: Audit) -> dict[str, Any]:
             },
         }
     if len(scores) > 1:
-        scores["all"] = summary(joined([s.documents for s in found.scored.values()]), None)
-    return {**identity(found), "scores": scores}
+        scores["all"] = summary(joined([s.documents for s in audit.scored.values()]), None)
+    return {**identity(audit), "scores": scores}

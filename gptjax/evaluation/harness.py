@@ -61,7 +61,10 @@ class Harness(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): nats, never above 0, and whether it is greedy."""
         encoded = [encode(self._tokenizer, *request.args) for request in requests]
-        return [(found.nats, found.greedy) for found in self._score("loglikelihood", encoded)]
+        return [
+            (likelihood.nats, likelihood.greedy)
+            for likelihood in self._score("loglikelihood", encoded)
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of each (text,) all tokens, each scored once: nats, never above 0.
@@ -90,8 +93,10 @@ class Harness(LM):
                     settings = requests[batch[0]].args[1]
                     # A prompt asked twice is drawn twice.
                     seed = (self._config.seed + batch[0]) % 2**32
-                    made = self._write(weights, [prompts[i] for i in batch], settings, seed)
-                    for i, text in zip(batch, made, strict=True):
+                    continuations = self._write(
+                        weights, [prompts[i] for i in batch], settings, seed
+                    )
+                    for i, text in zip(batch, continuations, strict=True):
                         texts[i] = text
                     progress.advance(len(batch))
         return texts
@@ -145,21 +150,21 @@ class Harness(LM):
 
 def _sample(settings: dict[str, Any], rows: int) -> tuple[list[str], Sample]:
     """The stop texts and the way to draw that a task's settings mean."""
-    given: dict[str, Any] = {**normalize_gen_kwargs(settings)}
-    until, most, draw = (given.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
-    if unknown := given.keys() - SAMPLING.keys():
+    knobs_of_task: dict[str, Any] = {**normalize_gen_kwargs(settings)}
+    until, most, draw = (knobs_of_task.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+    if unknown := knobs_of_task.keys() - SAMPLING.keys():
         raise UserError(
             f"generation setting {sorted(unknown)[0]!r} is not ours: until, max_gen_toks, "
             f"do_sample, {', '.join(SAMPLING)} are"
         )
-    knobs = SAMPLING | given if draw else SAMPLING
+    knobs = SAMPLING | knobs_of_task if draw else SAMPLING
     return until, Sample(prompt="", batch_size=rows, max_new_tokens=most, stop=None, **knobs)
 
 
 def _before(text: str, until: Sequence[str]) -> str:
     """`text` up to the first of the stop texts."""
-    found = [text.find(stop) for stop in until if stop]
-    return text[: min((at for at in found if at >= 0), default=len(text))]
+    stop_places = [text.find(stop) for stop in until if stop]
+    return text[: min((at for at in stop_places if at >= 0), default=len(text))]
 
 
 def _cut(numbers: list[int], size: int) -> Iterator[list[int]]:
@@ -198,7 +203,7 @@ def evaluate(
         )
 
 
-def figures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of each task in what `evaluate` returns, as JSON holds them: None for NaN."""
 
     def known(value: Any) -> Any:
@@ -206,5 +211,5 @@ def figures(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     return {
         name: {key: known(value) for key, value in values.items()}
-        for name, values in found["results"].items()
+        for name, values in results["results"].items()
     }

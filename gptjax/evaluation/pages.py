@@ -27,12 +27,12 @@ SHADES = "".join(
 )
 
 
-def page(record: dict[str, Any], found: Audit) -> str:
+def page(record: dict[str, Any], audit: Audit) -> str:
     """The page of an evaluation: `run.record`, with plots and the texts coloured by surprise."""
     lines = rows(record)
     texts = {name: s["by_position"] for name, s in record["scores"].items() if "by_position" in s}
     body = [
-        f"<h1>Perplexity of {escape(found.workdir)}, step {found.step:,}</h1>",
+        f"<h1>Perplexity of {escape(audit.workdir)}, step {audit.step:,}</h1>",
         f'<p class="soft">{escape(convention(record))}</p>',
         html(scores(record)),
         *(f'<p class="soft">{escape(note)}.</p>' for note in notes(record)),
@@ -40,18 +40,18 @@ def page(record: dict[str, Any], found: Audit) -> str:
     if len(lines) > 1:
         body += ["<h2>Bits per byte</h2>", charts.intervals(lines)]
     body += ["<h2>Loss by position</h2>", charts.by_position(texts)]
-    for name, scored in found.scored.items():
+    for name, scored in audit.scored.items():
         shown = min(SHOWN_TOKENS, len(scored.nats_I))
-        rest = f"The first {shown:,} of {len(scored.nats_I):,} tokens"
+        extent = f"The first {shown:,} of {len(scored.nats_I):,} tokens"
         body += [
             f"<h2>What surprised it in {escape(name)}</h2>",
-            f'<p class="soft">{rest if shown < len(scored.nats_I) else "The whole text"}. '
+            f'<p class="soft">{extent if shown < len(scored.nats_I) else "The whole text"}. '
             "The darker, the less expected; the pointer shows a token's nats.</p>",
             _key([(f"s{i}", f"{i}{'+' * (i == LEVELS - 1)}") for i in range(LEVELS)], "nats"),
             f'<div class="text">{"".join(_surprise(scored, shown))}</div>',
         ]
     body += ["<h2>What was measured</h2>", definitions(_model(record) + _texts(record["scores"]))]
-    return document(f"Perplexity of {found.workdir}", body, SHADES)
+    return document(f"Perplexity of {audit.workdir}", body, SHADES)
 
 
 def comparison_page(record: dict[str, Any], a: Audit, b: Audit) -> str:
@@ -94,34 +94,34 @@ def _surprise(scored: Scored, shown: int) -> Iterator[str]:
     """Spans of whole characters: tokens that share a character share a span."""
     ids, nats = scored.targets_I[:shown].tolist(), scored.nats_I[:shown].tolist()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text, held = "", []
+    text, pending = "", []
     for i, (token, cost) in enumerate(zip(ids, nats, strict=True)):
         if token == scored.tokenizer.eot:
             yield f'<span class="end {_shade(cost)}" title="{cost:.2f} nats">end of text</span>\n'
             continue
-        held.append(cost)
+        pending.append(cost)
         text += decoder.decode(scored.tokenizer.decode_bytes([token]), final=i == shown - 1)
         if decoder.getstate()[0]:
             continue  # within a character
-        told = " + ".join(f"{c:.2f}" for c in held)
-        yield _span(_shade(sum(held)), f"{text!r}: {told} nats", text)
-        text, held = "", []
+        nats_text = " + ".join(f"{c:.2f}" for c in pending)
+        yield _span(_shade(sum(pending)), f"{text!r}: {nats_text} nats", text)
+        text, pending = "", []
 
 
 def _passages(a: Scored, pieces: Pieces) -> Iterator[str]:
-    found = passages(pieces)
-    every = sum(abs(p.nats) for p in found) or 1.0
-    for p in found[:PASSAGES]:
+    largest = passages(pieces)
+    total = sum(abs(p.nats) for p in largest) or 1.0
+    for p in largest[:PASSAGES]:
         spans = []
         for i in range(p.start, p.stop):
             nats = float(pieces.difference[i])
             side, text = "ab"[nats < 0], text_of(a, pieces, i, i + 1)
-            told = f"A {pieces.nats_a[i]:.2f}, B {pieces.nats_b[i]:.2f} nats"
-            spans.append(_span(f"{side}{_level(abs(nats) + 0.5)}", told, text or "⏹"))
+            tooltip = f"A {pieces.nats_a[i]:.2f}, B {pieces.nats_b[i]:.2f} nats"
+            spans.append(_span(f"{side}{_level(abs(nats) + 0.5)}", tooltip, text or "⏹"))
         better = "B" if p.nats < 0 else "A"
         yield (
             f"<article><p><b>{better} better by {abs(p.nats):.2f} nats</b> "
-            f'<span class="soft">({abs(p.nats) / every:.1%}), document {pieces.document[p.start]}, '
+            f'<span class="soft">({abs(p.nats) / total:.1%}), document {pieces.document[p.start]}, '
             f"byte {pieces.offset[p.start]:,}</span></p>"
             f'<div class="text">{"".join(spans)}</div></article>'
         )

@@ -127,14 +127,14 @@ def _batches(lengths: np.ndarray, config: Model) -> Iterator[tuple[np.ndarray, i
     Widths are few, four from one power of two to the next, because each is a program to compile.
     """
     multiple = math.lcm(16, ATTENTION[kernel_for(config, config.context)].multiple)
-    left = np.argsort(-lengths, kind="stable")
-    while len(left):
-        units = max(1, -(-int(lengths[left[0]]) // multiple))
+    remaining = np.argsort(-lengths, kind="stable")
+    while len(remaining):
+        units = max(1, -(-int(lengths[remaining[0]]) // multiple))
         width = min(_round_up(units) * multiple, config.context)
-        rows = min(max(1, AT_ONCE // width), _round_up(len(left)))
+        rows = min(max(1, AT_ONCE // width), _round_up(len(remaining)))
         rows = sharding.round_up(1, "B") * rows
-        yield left[:rows], rows, width
-        left = left[rows:]
+        yield remaining[:rows], rows, width
+        remaining = remaining[rows:]
 
 
 def _round_up(count: int) -> int:
@@ -187,8 +187,8 @@ def _score(
     logp_BS = target_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
     likeliest_BS = jnp.argmax(logits_BSV, axis=-1) == batch["targets"]
     # Whole on every device, so that every process of a cluster can read it.
-    found = logp_BS, likeliest_BS
-    return found if sharding.out("B") is None else jax.reshard(found, P())
+    scores = logp_BS, likeliest_BS
+    return scores if sharding.out("B") is None else jax.reshard(scores, P())
 
 
 class Figure(NamedTuple):
@@ -223,11 +223,11 @@ def last_word(line: Any) -> list[tuple[str, str]]:
     return [(context, f" {word}")]
 
 
-def last_word_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str, Figure]:
-    nats_U = -np.array([word.nats for (word,) in found])
+def last_word_figures(lines: list[Any], likelihoods: list[list[Likelihood]]) -> dict[str, Figure]:
+    nats_U = -np.array([word.nats for (word,) in likelihoods])
     ends = (nats_U.mean(), *interval(nats_U, np.ones(len(nats_U))))
     return {
-        "accuracy": share(word.greedy for (word,) in found),
+        "accuracy": share(word.greedy for (word,) in likelihoods),
         "perplexity": Figure(*(math.exp(x) if not x > 700 else math.inf for x in ends)),
     }
 
@@ -236,7 +236,7 @@ def choices(line: Any) -> list[tuple[str, str]]:
     return [(line["query"], f" {choice}") for choice in line["choices"]]
 
 
-def choices_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str, Figure]:
+def choices_figures(lines: list[Any], likelihoods: list[list[Likelihood]]) -> dict[str, Figure]:
     def right(line: Any, answers: list[Likelihood], by_bytes: bool) -> bool:
         sizes = [len(choice.encode()) if by_bytes else 1 for choice in line["choices"]]
         nats = [answer.nats / size for answer, size in zip(answers, sizes, strict=True)]
@@ -244,7 +244,7 @@ def choices_figures(lines: list[Any], found: list[list[Likelihood]]) -> dict[str
         return not np.isnan(nats).any() and int(np.argmax(nats)) == line["gold"]
 
     return {
-        name: share(right(*pair, by_bytes) for pair in zip(lines, found, strict=True))
+        name: share(right(*pair, by_bytes) for pair in zip(lines, likelihoods, strict=True))
         for name, by_bytes in (("accuracy", False), ("accuracy_bytes", True))
     }
 
@@ -353,14 +353,18 @@ def _measure(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     task = TASKS[name]
-    asked = [[encode(tokenizer, *pair) for pair in task.requests(line)] for line in lines]
-    flat = [request for requests in asked for request in requests]
+    requests_of_lines = [
+        [encode(tokenizer, *pair) for pair in task.requests(line)] for line in lines
+    ]
+    flat = [request for requests in requests_of_lines for request in requests]
     tokens, began = sum(len(r.context) + len(r.continuation) for r in flat), time.perf_counter()
     with Progress(name, len(flat), transient=True) as progress:
-        found = iter(loglikelihoods(config, params, flat, progress.advance))
+        likelihoods = iter(loglikelihoods(config, params, flat, progress.advance))
     seconds = time.perf_counter() - began
     say(f"{name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s")
-    figures = task.figures(lines, [[next(found) for _ in requests] for requests in asked])
+    figures = task.figures(
+        lines, [[next(likelihoods) for _ in requests] for requests in requests_of_lines]
+    )
     known = lambda x: x if math.isfinite(x) else None  # noqa: E731
     return {
         "file": str(file),

@@ -119,6 +119,6 @@ def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(out, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
     for record in records:
-        known = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
-        writer.writerow(known)
+        finite = {k: v for k, v in record.items() if not (isinstance(v, float) and math.isnan(v))}
+        writer.writerow(finite)
     return out.getvalue()

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def show(record: dict[str, Any]) -> None:
     """Prints what `coordinates.run` returns."""
     console = new_console()
-    for knob, found in record["sweeps"].items():
-        console.print(f"slopes against {knob}={', '.join(map(str, found['values']))}")
+    for knob, sweep in record["sweeps"].items():
+        console.print(f"slopes against {knob}={', '.join(map(str, sweep['values']))}")
         console.print(terminal(slopes(record, knob)))
-    for told in verdict(record):
-        console.print(told)
+    for sentence in verdict(record):
+        console.print(sentence)
 
 
 def slopes(record: dict[str, Any], knob: str) -> Table:

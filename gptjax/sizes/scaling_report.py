@@ -35,9 +35,9 @@ def show(record: dict[str, Any]) -> None:
         console.print(terminal(_optima(record["optimum"])))
 
 
-def _show_left_out(console: Any, found: dict[str, Any]) -> None:
-    if "refused" in found:
-        console.print(f"the largest cannot be foretold: {found['refused']}")
+def _show_left_out(console: Any, held_out: dict[str, Any]) -> None:
+    if "refused" in held_out:
+        console.print(f"the largest cannot be foretold: {held_out['refused']}")
         return
     rows = [
         (
@@ -48,25 +48,25 @@ def _show_left_out(console: Any, found: dict[str, Any]) -> None:
             f"{p['error']:+.4f}",
             f"{p['relative']:+.2%}",
         )
-        for p in found["points"]
+        for p in held_out["points"]
     ]
     headings = ("parameters", "tokens", "loss", "foretold", "error", "relative")
     console.print("the largest, foretold by a fit without it:")
     console.print(terminal(Table(headings, rows, ())))
 
 
-def _optima(found: Sequence[dict[str, Any]]) -> Table:
+def _optima(optima: Sequence[dict[str, Any]]) -> Table:
     rows = []
-    for o in found:
+    for o in optima:
         cells = ["\n".join(_cells(o[name])) for name in Points._fields]
         beyond = f"{o['beyond']:.3g} times" if o["beyond"] > 1 else "no"
         rows.append((f"{o['flops']:.4g}", *cells, beyond))
     return Table(("FLOPs", "parameters", "tokens", "loss", "beyond the ladder"), rows, ())
 
 
-def _cells(found: dict[str, Any]) -> tuple[str, str]:
+def _cells(estimate: dict[str, Any]) -> tuple[str, str]:
     value, low, high = (
-        MISSING if v is None else f"{v:.4g}" for v in (found["value"], *found["interval"])
+        MISSING if v is None else f"{v:.4g}" for v in (estimate["value"], *estimate["interval"])
     )
     return value, f"{low} – {high}"
 
@@ -107,9 +107,9 @@ def figure(points: Points, law: Law, drawn: Bootstrap) -> Figure:
         axes.legend(
             title="tokens", frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
         )
-    found = axes.get_figure(root=True)
-    assert found is not None
-    return found
+    picture = axes.get_figure(root=True)
+    assert picture is not None
+    return picture
 
 
 def _groups(points: Points, law: Law) -> Iterator[tuple[float, np.ndarray]]:

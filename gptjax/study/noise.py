@@ -12,16 +12,16 @@ from gptjax.study.results import Results
 SEEDS_SHOWN = (3, 5, 10, 20)
 
 
-def lines(found: Results) -> Iterator[str]:
+def lines(results: Results) -> Iterator[str]:
     """The noise floor and what can be seen above it, for a person."""
-    asked = found.study
-    finished = [o for o in found.outcomes if o.status == "finished"]
-    for o in found.outcomes:
+    study = results.study
+    finished = [o for o in results.outcomes if o.status == "finished"]
+    for o in results.outcomes:
         if o.status != "finished":
             yield f"left out, {o.status}: {o.cell.label} ({o.reason})"
     measured = statistics.noise(np.array([o.metric for o in finished]))
     low, high = measured.interval
-    yield f"{asked.base}: {asked.metric} {measured.mean:.4f} {asked.unit}, {measured.seeds} seeds"
+    yield f"{study.base}: {study.metric} {measured.mean:.4f} {study.unit}, {measured.seeds} seeds"
     yield f"sd between seeds: {measured.sd:.2g} (95%: {low:.2g} to {high:.2g})"
     # As if pairs had nothing in common: how much they have only the arms of a study can tell.
     one, most = (statistics.difference_sd(sd, 0.0) for sd in (measured.sd, high))
@@ -32,8 +32,8 @@ def lines(found: Results) -> Iterator[str]:
     for seeds in SEEDS_SHOWN:
         smallest, largest = (statistics.smallest_effect(seeds, sd) for sd in (one, most))
         yield f"  {seeds:>3} seeds: from {smallest:.2g} ({largest:.2g})"
-    needed, at_most = (statistics.seeds_to_see(asked.smallest, sd) for sd in (one, most))
-    yield f"  a difference of {asked.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
+    needed, at_most = (statistics.seeds_to_see(study.smallest, sd) for sd in (one, most))
+    yield f"  a difference of {study.smallest:g}: {_seeds(needed)} seeds ({_seeds(at_most)})"
 
 
 def _seeds(count: int | None) -> str:

@@ -10,39 +10,39 @@ from gptjax.study.results import ENDED, Results
 from gptjax.study.tables import settings, stated
 
 
-def lines(found: Results, store: Path) -> Iterator[str]:
+def lines(results: Results, store: Path) -> Iterator[str]:
     """The plan for a person, of what `results.read` found in `store`."""
-    asked, measure = found.study, EQUAL[found.study.equal].measure
-    shared = filter(None, (asked.base, settings(asked.settings), *asked.overrides))
-    yield from (f"{asked.name}: {asked.hypothesis}", *stated(asked))
+    study, measure = results.study, EQUAL[results.study.equal].measure
+    shared = filter(None, (study.base, settings(study.settings), *study.overrides))
+    yield from (f"{study.name}: {study.hypothesis}", *stated(study))
     yield f"Base: {' '.join(shared)}"
-    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
+    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
     # Where tuning has not chosen, a run that tunes shows what was solved for.
-    known = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(every)}
-    cells = {(scale, arm): known[scale, arm] for scale in asked.scales for arm in asked.all_arms}
+    cell_of = {(o.cell.scale, o.cell.arm): o.cell for o in reversed(outcomes)}
+    cells = {(scale, arm): cell_of[scale, arm] for scale in study.scales for arm in study.all_arms}
     names = [", ".join(filter(None, place)) for place in cells]
     for name, (scale, arm) in zip(names, cells, strict=True):
         cell = cells[scale, arm]
-        parts = [settings({**asked.scales[scale], **asked.all_arms[arm]})]
+        parts = [settings({**study.scales[scale], **study.all_arms[arm]})]
         if cell.solved:
             parts.append(f"solved for: {settings(cell.solved)}")
-        if asked.equal != "nothing":
-            parts.append(f"{measure(cell.config):,.0f} {asked.equal}")
+        if study.equal != "nothing":
+            parts.append(f"{measure(cell.config):,.0f} {study.equal}")
         yield f"  {name:<{max(map(len, names))}}  {'; '.join(filter(None, parts))}"
-    yield f"{counted(found)}, in {store}"
+    yield f"{counted(results)}, in {store}"
 
 
-def counted(found: Results) -> str:
+def counted(results: Results) -> str:
     """How many runs there are, and of what status."""
-    asked = found.study
-    every = [*found.outcomes, *(outcome for outcome, _ in found.tuning)]
-    status = {o.cell.address: o.status for o in every}  # arms may share runs
+    study = results.study
+    outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]
+    status = {o.cell.address: o.status for o in outcomes}  # arms may share runs
     # What tuning has not chosen yet has no address.
-    chosen = {(o.cell.scale, o.cell.arm) for o in found.outcomes}
-    arms = len(asked.scales) * len(asked.all_arms)
-    unknown = (arms - len(chosen)) * asked.seeds
+    chosen = {(o.cell.scale, o.cell.arm) for o in results.outcomes}
+    arms = len(study.scales) * len(study.all_arms)
+    unknown = (arms - len(chosen)) * study.seeds
     ended = sum(s in ENDED for s in status.values())
     lost = [f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))]
-    told = f" ({', '.join(lost)})" if lost else ""
+    note = f" ({', '.join(lost)})" if lost else ""
     count = len(status) + unknown
-    return f"{count} runs: {ended} there, {count - ended} to run{told}"
+    return f"{count} runs: {ended} there, {count - ended} to run{note}"

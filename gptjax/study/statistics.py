@@ -156,13 +156,13 @@ def _comparison(
     seeds = len(d_S)
     mean = _mean(d_S)
     sd = float(d_S.std(ddof=1)) if seeds > 1 else math.nan
-    found = verdict(mean, p_holm, p_same_holm)
+    conclusion = verdict(mean, p_holm, p_same_holm)
     more, why = None, ""
-    if found == UNDECIDED and seeds < FEWEST_SEEDS:
+    if conclusion == UNDECIDED and seeds < FEWEST_SEEDS:
         more, why = FEWEST_SEEDS - seeds, f"{_count(seeds, 'seed')} of at least {FEWEST_SEEDS}"
-    elif found == UNDECIDED and _no_spread(d_S):
+    elif conclusion == UNDECIDED and _no_spread(d_S):
         why = "every seed differs by the same amount, so there is no noise to judge by"
-    elif found == UNDECIDED:
+    elif conclusion == UNDECIDED:
         more = max(1, seeds_to_decide(sd, seeds, smallest, arms) - seeds)
     return Comparison(
         seeds=seeds,
@@ -175,7 +175,7 @@ def _comparison(
         p_holm=p_holm,
         p_same=p_same,
         p_same_holm=p_same_holm,
-        verdict=found,
+        verdict=conclusion,
         more_seeds=more,
         why=why,
     )
@@ -397,15 +397,15 @@ def change_of_gain(small_S: np.ndarray, large_S: np.ndarray, smallest: float) ->
     ends = test.confidence_interval(1 - ALPHA)
     inner = test.confidence_interval(1 - 2 * ALPHA)  # within +-smallest just where TOST says so
     if -smallest < inner.low and inner.high < smallest:
-        found = HOLDS
+        conclusion = HOLDS
     elif ends.high < 0:
-        found = SHRINKS
+        conclusion = SHRINKS
     elif ends.low > 0:
-        found = GROWS
+        conclusion = GROWS
     else:
-        found = UNDECIDED
+        conclusion = UNDECIDED
     interval = Interval(float(ends.low), float(ends.high))
-    return Change(gain_small, gain_large, change, interval, found)
+    return Change(gain_small, gain_large, change, interval, conclusion)
 
 
 def _count(number: int, thing: str) -> str:

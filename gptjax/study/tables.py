@@ -56,18 +56,18 @@ def changes(a: Analysis) -> Table:
     first, last = a.ends
     rows = []
     for arm in a.study.arms:
-        found = a.changes.get(arm)
-        if found is None:
+        change = a.changes.get(arm)
+        if change is None:
             rows.append((arm, "cannot be told: runs diverged", *[MISSING] * 3))
             continue
         early = any(a.row(scale, arm).preliminary for scale in (first, last))
         rows.append(
             (
                 arm,
-                ("preliminary: " if early else "") + found.verdict,
-                _signed(found.gain_small),
-                _signed(found.gain_large),
-                _signed(found.change) + below(interval(found.interval)),
+                ("preliminary: " if early else "") + change.verdict,
+                _signed(change.gain_small),
+                _signed(change.gain_large),
+                _signed(change.change) + below(interval(change.interval)),
             )
         )
     gains = (f"gain\n{first}", f"gain\n{last}", f"change\n{a.study.unit}, 95%")
@@ -90,7 +90,7 @@ def costs(a: Analysis) -> Table:
     rows = []
     for r in a.rows:
         c, over = r.cost, r.cost.over(a.row(r.scale, a.study.baseline).cost)
-        told = (
+        figures = (
             (f"{c.parameters:,.0f}", over.parameters),
             (f"{c.flops_per_token:.3e}", over.flops_per_token),
             (f"{c.flops:.3e}", over.flops),
@@ -101,7 +101,7 @@ def costs(a: Analysis) -> Table:
         )
         cells = [
             MISSING if text == "nan" else text + below(_times(r, a.study, share))
-            for text, share in told
+            for text, share in figures
         ]
         fronts = {"flops": "FLOPs", "seconds": "time"}
         on = ", ".join(word for name, word in fronts.items() if r.on_front[name])
@@ -116,23 +116,23 @@ def tuning(a: Analysis) -> Table:
     for r in a.rows:
         place = r.scale, r.arm
         for values in cross(study.tune).values():
-            found = [
+            outcomes = [
                 o
                 for o, v in a.results.tuning
                 if (o.cell.scale, o.cell.arm) == place and v == values
             ]
-            ended = [o.metric for o in found if o.status == "finished"]
-            others = [o.status for o in found if o.status != "finished"]
-            told = ""
+            metrics = [o.metric for o in outcomes if o.status == "finished"]
+            unended = [o.status for o in outcomes if o.status != "finished"]
+            note = ""
             if values == r.tuned:
-                told = "chosen, at the edge of " + ", ".join(r.edge) if r.edge else "chosen"
+                note = "chosen, at the edge of " + ", ".join(r.edge) if r.edge else "chosen"
             rows.append(
                 (
                     *_named(study, *place),
                     settings(values),
-                    value(float(np.mean(ended)) if ended else math.nan),
-                    ", ".join([f"{len(ended)} of {len(found)}", *others]),
-                    told,
+                    value(float(np.mean(metrics)) if metrics else math.nan),
+                    ", ".join([f"{len(metrics)} of {len(outcomes)}", *unended]),
+                    note,
                 )
             )
     headings = (*_place(study), "values", study.unit, "runs", "")
@@ -191,27 +191,27 @@ def stated(study: Study) -> list[str]:
 
 def warnings(a: Analysis) -> list[str]:
     """What a reader of the verdicts must know about these results."""
-    found = []
+    sentences = []
     if any(r.preliminary for r in a.rows):
         counts = sum(r.counts["finished"] + r.counts["diverged"] for r in a.rows)
-        found.append(
+        sentences.append(
             f"Preliminary: {counts} of {len(a.rows) * a.study.seeds} runs have ended. A verdict "
             "holds at its stated error rate only when all runs that were planned have"
         )
     for r in a.rows:
-        here = ", ".join(filter(None, (r.scale, r.arm)))
+        place = ", ".join(filter(None, (r.scale, r.arm)))
         if r.edge:
-            found.append(
-                f"{here}: the best {_and(f'{k} ({r.tuned[k]})' for k in r.edge)} lies at the edge "
+            sentences.append(
+                f"{place}: the best {_and(f'{k} ({r.tuned[k]})' for k in r.edge)} lies at the edge "
                 "of what was tried, so it may do better beyond; try more values"
             )
         if r.counts["diverged"]:
-            found.append(
-                f"{here}: {r.counts['diverged']} of {a.study.seeds} runs diverged. The other "
+            sentences.append(
+                f"{place}: {r.counts['diverged']} of {a.study.seeds} runs diverged. The other "
                 "runs' loss and difference are shown, and not tested: they are chosen by how "
                 "they ended"
             )
-    return found
+    return sentences
 
 
 def method(a: Analysis) -> list[str]:
@@ -220,7 +220,7 @@ def method(a: Analysis) -> list[str]:
     comparisons = len(study.arms) * len(study.scales)
     ratios = [r.pairing for r in a.rows if not math.isnan(r.pairing)]
     together = sum((o.folder / ENSEMBLE).is_file() for o in a.results.outcomes)
-    found = [
+    sentences = [
         "Differences are arm less baseline in pairs of equal seed, which see the same batches in "
         "the same order and begin with the same values of the parameters that they share. Below 0 "
         "the arm is better. Intervals are Student's, 95%, each arm's own",
@@ -237,13 +237,15 @@ def method(a: Analysis) -> list[str]:
         "this is an approximation that makes effects look small in steps",
     ]
     if reseeded := [arm for arm, differs in study.arms.items() if "seed" in differs]:
-        found.append(f"{_and(reseeded)} set the seed, so that their pairs have nothing in common")
+        sentences.append(
+            f"{_and(reseeded)} set the seed, so that their pairs have nothing in common"
+        )
     if ratios:
-        found.append(
+        sentences.append(
             "Variance of paired differences over that of unpaired ones: "
             f"{_span(ratios)} (below 1 pairing helps)"
         )
-    found.append(
+    sentences.append(
         "FLOPs are those of the model's matrix products in training, causal, without "
         "recomputation. tokens/s is the median over a run's logged steps and then over seeds, "
         "which depends on what else the machine did; training time is tokens divided by it, "
@@ -251,24 +253,24 @@ def method(a: Analysis) -> list[str]:
         "arm has a lower loss at no more FLOPs, or in no more time"
     )
     if a.changes:
-        found.append(
+        sentences.append(
             "From scale to scale: Welch's t interval of the change of gain, 95% for each arm by "
             f"itself. It holds where the change is shown to be smaller than {study.smallest:g}"
         )
     if together:
-        found.append(
+        sentences.append(
             f"{together} of {len(a.results.outcomes)} runs trained together with others in one "
             "program: their tokens/s and memory are a share of the whole"
         )
-    return found
+    return sentences
 
 
 def summary(a: Analysis) -> str:
     """The verdicts counted: "1 better, 2 worse, 1 undecided of 4 comparisons"."""
-    found = [r.verdict for r in a.rows if r.comparison is not None]
-    told = ", ".join(f"{found.count(v)} {v}" for v in dict.fromkeys(found))
+    verdicts_ = [r.verdict for r in a.rows if r.comparison is not None]
+    counts = ", ".join(f"{verdicts_.count(v)} {v}" for v in dict.fromkeys(verdicts_))
     early = "preliminary: " if any(r.preliminary for r in a.rows) else ""
-    return f"{early}{told} of {len(found)} comparison{'s' * (len(found) > 1)}"
+    return f"{early}{counts} of {len(verdicts_)} comparison{'s' * (len(verdicts_) > 1)}"
 
 
 def show(a: Analysis) -> None:
