@@ -218,6 +218,21 @@ def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
     assert jax.numpy.isfinite(x_BTD).all()
 
 
+@pytest.mark.slow
+def test_the_road_can_be_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    devices = jax.devices
+    monkeypatch.setattr(jax, "devices", lambda *a: devices(*a)[:1])  # eight would only be slower
+    sections = re.split(r"^## ", ROAD, flags=re.MULTILINE)[1:]
+    names: dict[str, object] = {}
+    for section in sections:
+        title, steps = section.splitlines()[0], blocks(section, "python")
+        assert steps, title
+        for step in steps:
+            exec(compile(step, f"docs/road.md, {title}", "exec"), names)
+    assert names["reply"] is not None
+
+
 def test_the_commands_beside_the_road_are_as_the_command_line_has_them() -> None:
     text = re.sub(r"^```.*?^```", "", ROAD, flags=re.DOTALL | re.MULTILINE)
     spans = [shlex.split(span) for span in re.findall(r"`([^`]+)`", text)]
