@@ -104,7 +104,8 @@ def test_a_cache_grows_with_its_texts(chunk, monkeypatch):
     rows = [[*range(CONTEXT)], [1], [3, 3, 0, 17], [5] * 7]
 
     def written() -> list[list[int]]:
-        parts = stream(MODEL, parameters(MODEL), rows, DRAWN, chunk=chunk, **OPTIONS)
+        weights = cast(MODEL, parameters(MODEL))
+        parts = stream(MODEL, weights, rows, DRAWN, chunk=chunk, **OPTIONS)
         return [[i for text in row for i in text.ids] for row in zip(*parts, strict=True)]
 
     whole = written()
@@ -351,12 +352,12 @@ def test_an_empty_prompt_starts_from_end_of_text():
 )
 def test_prompts_that_cannot_be_read_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
-        generate(MODEL, {}, [[1], prompt], GREEDY, **OPTIONS)
+        generate(MODEL, parameters(MODEL), [[1], prompt], GREEDY, **OPTIONS)
 
 
 def test_no_prompt_is_told_as_such():
     with pytest.raises(UserError, match="^there is no prompt: give one or more$"):
-        generate(MODEL, {}, [], GREEDY, **OPTIONS)
+        generate(MODEL, parameters(MODEL), [], GREEDY, **OPTIONS)
 
 
 def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():

@@ -294,17 +294,17 @@ def test_a_finished_run_whose_log_was_lost_is_told(whole: Whole, copied: Path) -
 
 
 def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: Path) -> None:
-    """Its fault shows only when its data is opened; it stands before an arm that is missing."""
-    arms = {"bad": {"data.packing": "pack"}, "fine": {"optim.weight_decay": 0.2}}
+    """Its fault shows only when its tokenizer is loaded; it stands before a missing arm."""
+    arms = {"bad": {"model.vocab_size": 128}, "fine": {"optim.weight_decay": 0.2}}
     broken = study(text, arms, seeds=1)
     with pytest.raises(UserError) as error:
         run.run(broken, copied)
     told = str(error.value)
-    assert told.startswith("1 cells could not run; the first, bad, seed 0: data.packing='pack' is")
+    assert told.startswith("1 cells could not run; the first, bad, seed 0: tokenizer 'bytes' has")
     assert "\n" not in told
     base, bad, fine = read(broken, copied).outcomes
     assert [o.status for o in (base, bad, fine)] == ["finished", "failed", "finished"]
-    assert bad.reason.startswith("data.packing='pack' is not one of: stream, masked, document")
+    assert "more than model.vocab_size=128" in bad.reason
     assert math.isnan(bad.metric)
     before = content(copied)
     with pytest.raises(UserError, match="bad, seed 0"):
