@@ -70,11 +70,11 @@ def test_a_group_is_no_larger_than_asked(
 ) -> None:
     trained: list[int] = []
 
-    def train(group: dict[str, object], store: Path) -> None:
+    def train(group: dict[Path, object]) -> None:
         trained.append(len(group))
 
     monkeypatch.setattr(run, "train_group", train)
-    monkeypatch.setattr(run, "_sample", lambda cells, store: None)
+    monkeypatch.setattr(run, "_sample", lambda outcomes: None)
     run.run(spec.load(file), tmp_path, together=3)
     assert trained == [3, 1, 2]
 

@@ -372,7 +372,10 @@ def test_a_damaged_config_is_told_with_its_path(
     with pytest.raises(UserError) as error:
         trained.find(folder)
     told = str(error.value)
-    assert told == f"{folder / 'config.json'} is damaged, it is no JSON object: restore it"
+    assert (
+        told
+        == f"{folder / 'config.json'} is damaged, it is no JSON object: restore it, or fetch it again"
+    )
 
 
 def test_a_model_is_read_settled_and_cast_once_however_many_turns(
