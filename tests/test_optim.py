@@ -222,7 +222,8 @@ def orthogonal(matrix):
 
 def test_muons_momentum_and_how_far_it_is_from_jordans():
     """The docstring's formula, to float32 through five iterations, and its figures."""
-    optimizer, beta = make_optimizer(config(optimizer="muon", peak_lr=1.0), 100, {"up": "DF"}), 0.95
+    specs = {"up": Spec((32, 64), "DF", 0.0, 0.0, "matrix", "D")}
+    optimizer, beta = make_optimizer(config(optimizer="muon", peak_lr=1.0), 100, specs), 0.95
     params, m, apart = {"up": jnp.zeros((32, 64))}, np.zeros((32, 64)), {}
     state = optimizer.init(params)
     for t in range(1, 41):
