@@ -217,7 +217,8 @@ class StoreWriter:
 
     def _append(self, ids: np.ndarray, weights: np.ndarray) -> None:
         self._held.append(ids.astype(self.dtype))
-        self._held_weights.append(weights.astype("<f4"))
+        if self.weighted:
+            self._held_weights.append(weights.astype("<f4"))
         self._held_tokens += len(ids)
         self.tokens += len(ids)
         while self._held_tokens >= SHARD_TOKENS:
@@ -230,9 +231,9 @@ class StoreWriter:
         name = f"tokens-{number}"
         entry: dict[str, Any] = {"file": name, "tokens": len(shard)}
         entry["sha256"] = self._write(shard, name)
-        weights = np.concatenate(self._held_weights)
-        self._held_weights = [weights[count:]]
         if self.weighted:
+            weights = np.concatenate(self._held_weights)
+            self._held_weights = [weights[count:]]
             entry["weights"] = f"weights-{number}"
             entry["weights_sha256"] = self._write(weights[:count], entry["weights"])
         self._shards.append(entry)
