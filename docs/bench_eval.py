@@ -23,8 +23,8 @@ CONTEXT, WINDOWS, ROWS, TURNS = 1024, 8, 2, 5
 
 
 def main(folder: str, text: str) -> None:
-    found = trained.find(Path(folder), None, [f"--config.model.context={CONTEXT}"])
-    tokenizer = setup.load_tokenizer(found.config)
+    source = trained.find(Path(folder), None, [f"--config.model.context={CONTEXT}"])
+    tokenizer = setup.load_tokenizer(source.config)
     with open(text, encoding="utf-8") as file:
         ids = tokenizer.encode(file.read(CONTEXT * WINDOWS * 8))[: CONTEXT * WINDOWS]
     batches = np.array(ids, np.int32).reshape(-1, ROWS, CONTEXT)
@@ -38,7 +38,7 @@ def main(folder: str, text: str) -> None:
         ]
         return float(torch.stack(losses).mean())
 
-    with trained.opened(found) as model:
+    with trained.opened(source) as model:
 
         def ours() -> float:
             nlls = [
@@ -65,7 +65,7 @@ def report(sides: dict[str, Callable[[], float]]) -> None:
             print(f"turn {turn}  {name:<13} {rate:8.0f} tokens/s  loss {loss:.6f}", flush=True)
             if turn:
                 rates[name].append(rate)
-    a, b = (statistics.median(found) for found in rates.values())
+    a, b = (statistics.median(rates_of_side) for rates_of_side in rates.values())
     pairs = [x / y for x, y in zip(*rates.values(), strict=True)]
     print(f"medians: {a:.0f} and {b:.0f} tokens/s; ratio {statistics.median(pairs):.2f}")
 

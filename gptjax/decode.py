@@ -182,7 +182,7 @@ def _advance(
         return (carry[0] < count) & ~carry[1].done_B.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        made, (cache, tokens_BS, end_B, done_B) = carry
+        tokens_made, (cache, tokens_BS, end_B, done_B) = carry
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
@@ -194,7 +194,7 @@ def _advance(
         tokens_BS = jnp.where(here_BS, new_B[:, None], tokens_BS)
         done_B |= (new_B[:, None] == stop_ids).any(1) | (length_B + 1 >= end_B)
         new_cache |= {"length": length_B}
-        return made + 1, State(new_cache, tokens_BS, end_B, done_B)
+        return tokens_made + 1, State(new_cache, tokens_BS, end_B, done_B)
 
     _, state = jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), state))
     view = (state.tokens_BS, state.cache["length"], state.done_B)

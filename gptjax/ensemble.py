@@ -201,22 +201,22 @@ def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
     """Writes each folder's ensemble.json; refuses folders of other runs before that."""
     members, knobs = len(configs), varied(configs)
     memberships = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
-    for workdir, mine in zip(workdirs, memberships, strict=True):
+    for workdir, membership in zip(workdirs, memberships, strict=True):
         if not (workdir / CONFIG).exists():
             continue  # no run begun, whatever group was killed just before
         if not (workdir / ENSEMBLE).exists():
             raise UserError(f"{workdir} holds a run begun alone: finish it so, or use another one")
         before = json.loads((workdir / ENSEMBLE).read_bytes())
-        if before != mine:
+        if before != membership:
             raise UserError(
                 f"{workdir} holds a run of another group, member {before['member']} of "
                 f"{before['members']} with {before['varied']}: train it with the same members, "
                 "in the same order, or use another folder"
             )
-    for workdir, mine in zip(workdirs, memberships, strict=True):
+    for workdir, membership in zip(workdirs, memberships, strict=True):
         with disk(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            replace_file(workdir / ENSEMBLE, json.dumps(mine).encode())
+            replace_file(workdir / ENSEMBLE, json.dumps(membership).encode())
 
 
 def _common_step(saved: Iterable[Checkpoints]) -> int | None:
@@ -295,10 +295,10 @@ class _Group:
         """As `loop.Log.write`, for the members that are left; those that diverge leave."""
         any_recorded, losses = False, []
         for m in list(self._left):
-            mine = {name: values[m.index] for name, values in metrics.items()}
-            losses.append(float(mine["loss"]))
+            metrics_of_member = {name: values[m.index] for name, values in metrics.items()}
+            losses.append(float(metrics_of_member["loss"]))
             try:
-                _, recorded = self._logs[m.index].write(step, (mine, {}), speed)
+                _, recorded = self._logs[m.index].write(step, (metrics_of_member, {}), speed)
                 any_recorded |= recorded
             except loop.Diverged as error:
                 error.write(m.run.folder)
@@ -335,8 +335,8 @@ class _Group:
         """Each member with its state on the mesh that it would have alone."""
         host = jax.device_get(self._states)
         for m in self._left:
-            mine = jax.tree.map(lambda leaf, r=m.index: np.array(leaf[r]), host)
-            yield m, jax.device_put(mine, self._shardings)
+            member_state = jax.tree.map(lambda leaf, r=m.index: np.array(leaf[r]), host)
+            yield m, jax.device_put(member_state, self._shardings)
 
 
 def devices_for(members: int, mesh: Mesh) -> list[jax.Device]:
@@ -402,8 +402,8 @@ def _in_turn(one: Callable[..., Any], ways: int) -> Callable[..., Any]:
 
     def every(*members: Any) -> Any:
         by_device = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), members)
-        done = jax.vmap(lambda xs: jax.lax.map(lambda x: one(*x), xs))(by_device)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+        results = jax.vmap(lambda xs: jax.lax.map(lambda x: one(*x), xs))(by_device)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
     return every
 

@@ -401,14 +401,14 @@ def portable(value: float) -> float | str:
 def strict_json(record: Any) -> str:
     """One line of JSON, in which each number of mappings and lists is `portable`."""
 
-    def told(value: Any) -> Any:
+    def portable_value(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: told(item) for key, item in value.items()}
+            return {key: portable_value(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return [told(item) for item in value]
+            return [portable_value(item) for item in value]
         return portable(value) if isinstance(value, float) else value
 
-    return json.dumps(told(record), allow_nan=False)
+    return json.dumps(portable_value(record), allow_nan=False)
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:

@@ -208,10 +208,10 @@ def _read_group(workdir: Path, config: Config) -> tuple[list[Config] | None, int
         return None, 0
     try:
         group, member = ensemble.group_of(workdir)
-        mine = group[member]
+        recorded_config = group[member]
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} was altered ({error}): restore it to replay the run") from error
-    if mine != config:
+    if recorded_config != config:
         raise UserError(f"{file} was altered: its member {member} is not the run of config.json")
     return group, member
 

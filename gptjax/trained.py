@@ -70,19 +70,21 @@ def _check_fits(config: Model, weights: Model, folder: Path) -> None:
     Args:
         weights: the config that they were made by, or are described by.
     """
-    one, other = dataclasses.asdict(config), dataclasses.asdict(weights)
-    differ = [knob for knob in one if one[knob] != other[knob]]
+    config_fields, weights_fields = dataclasses.asdict(config), dataclasses.asdict(weights)
+    differ = [knob for knob in config_fields if config_fields[knob] != weights_fields[knob]]
     if not differ or _shapes(config) == (have := _shapes(weights)):
         return
 
     def matters(knob: str) -> bool:
         try:
-            return _shapes(dataclasses.replace(weights, **{knob: one[knob]})) != have
+            return _shapes(dataclasses.replace(weights, **{knob: config_fields[knob]})) != have
         except ConfigError:  # not without another
             return True
 
     differences = [
-        f"model.{k}={one[k]!r}, where they have {other[k]!r}" for k in differ if matters(k)
+        f"model.{k}={config_fields[k]!r}, where they have {weights_fields[k]!r}"
+        for k in differ
+        if matters(k)
     ]
     raise UserError(f"this config does not fit the weights in {folder}: {'; '.join(differences)}")
 

@@ -18,16 +18,16 @@ from gptjax.places import expand
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    found = model_of(arguments, overrides)
+    trained_model = model_of(arguments, overrides)
     from gptjax import speak, trained
 
-    config = found.config
+    config = trained_model.config
     if arguments.prompt is not None:
         sample = dataclasses.replace(config.sample, prompt=arguments.prompt)
         config = dataclasses.replace(config, sample=sample)
     if arguments.seed is not None:
         config = dataclasses.replace(config, seed=arguments.seed)
-    with trained.opened(found._replace(config=config)) as model:
+    with trained.opened(trained_model._replace(config=config)) as model:
         speak.generate(model.config, model.params, model.tokenizer)
 
 
@@ -39,11 +39,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    found = model_of(arguments, overrides)
+    trained_model = model_of(arguments, overrides)
     from gptjax import decode, speak, trained
 
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    with trained.opened(found) as model:
+    with trained.opened(trained_model) as model:
         weights = decode.cast(model.config.model, model.params)
         for question in arguments.questions:
             speak.show(f"> {question}")
@@ -63,10 +63,10 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 
 def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
-    found = model_of(arguments, overrides)
+    trained_model = model_of(arguments, overrides)
     from gptjax import decode, speak, trained
 
-    with trained.opened(found) as model:
+    with trained.opened(trained_model) as model:
         weights = decode.cast(model.config.model, model.params)
         speak.chat(model.config, weights, model.tokenizer, arguments.system)
 
@@ -92,11 +92,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
-    found = model_of(arguments, overrides)
+    trained_model = model_of(arguments, overrides)
     from gptjax import trained
     from gptjax.interop import hf
 
-    with trained.opened(found) as model:
+    with trained.opened(trained_model) as model:
         name = model.tokenizer.name
         hf.export(arguments.out, model.config.model, model.params, name, arguments.dtype)
     print(f"{arguments.out}: step {model.step} of {arguments.workdir}, as {arguments.dtype}")

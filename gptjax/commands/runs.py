@@ -155,8 +155,8 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         from gptjax.evaluation import harness
 
         where = arguments.limit, arguments.harness_path
-        found = harness.evaluate(model, arguments.harness, *where)
-        record["harness"] = harness.figures(found)
+        harness_results = harness.evaluate(model, arguments.harness, *where)
+        record["harness"] = harness.figures(harness_results)
     if jax.process_index() != 0:
         return
     if arguments.json:
@@ -167,7 +167,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if files:
         show(record)
     if arguments.harness:
-        print(harness.make_table(found))
+        print(harness.make_table(harness_results))
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -198,26 +198,26 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax import accounting, configure, setup, sharding
     from gptjax.layers import attention
 
-    found = configure.from_file(arguments.config, overrides)
-    setup.check_names(found)
+    run_config = configure.from_file(arguments.config, overrides)
+    setup.check_names(run_config)
     if arguments.diff is not None:
-        other = configure.from_file(arguments.diff)
-        for knob, (a, b) in configure.difference(found, other).items():
+        other_config = configure.from_file(arguments.diff)
+        for knob, (a, b) in configure.difference(run_config, other_config).items():
             print(f"{knob}: {a!r} -> {b!r}")
         return
     if arguments.json:
-        print(json.dumps(to_dict(found), indent=1))
+        print(json.dumps(to_dict(run_config), indent=1))
         return
-    for knob, value in flatten(dataclasses.asdict(found)).items():
+    for knob, value in flatten(dataclasses.asdict(run_config)).items():
         print(f"{knob} = {value!r}")
-    tokens = found.train.steps * found.data.batch_size * found.model.context
-    flops = accounting.train_flops_per_token(found.model, causal=True)
+    tokens = run_config.train.steps * run_config.data.batch_size * run_config.model.context
+    flops = accounting.train_flops_per_token(run_config.model, causal=True)
     print(
         f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
     )
-    shape = sharding.mesh_shape(found.mesh, jax.device_count())
-    settled = attention.resolve(found.model, jax.default_backend())
-    for line in accounting.costs(dataclasses.replace(found, model=settled), shape):
+    shape = sharding.mesh_shape(run_config.mesh, jax.device_count())
+    settled = attention.resolve(run_config.model, jax.default_backend())
+    for line in accounting.costs(dataclasses.replace(run_config, model=settled), shape):
         print(f"# {line}")
 
 

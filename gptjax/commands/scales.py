@@ -29,10 +29,10 @@ def scaling(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.sizes import scaling, scaling_report
 
     law = scaling.fit(points)
-    drawn = scaling.bootstrap(points, law)
-    record = scaling.record(points, law, drawn, arguments.flops)
+    resampled_laws = scaling.bootstrap(points, law)
+    record = scaling.record(points, law, resampled_laws, arguments.flops)
     if arguments.png is not None:
-        scaling_report.figure(points, law, drawn).savefig(arguments.png, dpi=150)
+        scaling_report.figure(points, law, resampled_laws).savefig(arguments.png, dpi=150)
     if arguments.json:
         from gptjax.records import strict_json
 
@@ -104,11 +104,11 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sizes(arguments: argparse.Namespace, flag: str) -> list[int]:
     """The numbers of --widths=64,128."""
-    given = getattr(arguments, flag)
+    text = getattr(arguments, flag)
     try:
-        return [int(word) for word in given.split(",")] if given else []
+        return [int(word) for word in text.split(",")] if text else []
     except ValueError:
-        raise UserError(f"--{flag}={given}: write whole numbers, such as 64,128,256") from None
+        raise UserError(f"--{flag}={text}: write whole numbers, such as 64,128,256") from None
 
 
 def _add_coord_check(parser: argparse.ArgumentParser) -> None:

@@ -144,7 +144,7 @@ def _difference(a: Scored, b: Scored) -> dict[str, Any]:
         "text_sha256": a.text_sha256,
         "documents": len(difference),
         "bytes": int(difference.bytes.sum()),
-        "interval_by": resampled.told,
+        "interval_by": resampled.method,
         "same_tokenizer": same,
     }
     for figure, (by, unit) in figures.items():

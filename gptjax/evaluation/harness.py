@@ -72,8 +72,14 @@ class Harness(LM):
         Windows of `model.context` do not overlap, but for the last, which is as long as they.
         """
         windows = [self._windows(*request.args) for request in requests]
-        scores = iter(self._score("loglikelihood_rolling", [w for found in windows for w in found]))
-        return [sum((next(scores).nats for _ in found), 0.0) for found in windows]
+        scores = iter(
+            self._score(
+                "loglikelihood_rolling", [w for windows_of_text in windows for w in windows_of_text]
+            )
+        )
+        return [
+            sum((next(scores).nats for _ in windows_of_text), 0.0) for windows_of_text in windows
+        ]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Continues each (text, settings) up to the first of its stop texts.
@@ -101,8 +107,8 @@ class Harness(LM):
                     progress.advance(len(batch))
         return texts
 
-    def _score(self, what: str, requests: Sequence[Request]) -> list[Likelihood]:
-        with Progress(what, len(requests), transient=True) as progress:
+    def _score(self, description: str, requests: Sequence[Request]) -> list[Likelihood]:
+        with Progress(description, len(requests), transient=True) as progress:
             return loglikelihoods(self._config.model, self._params, requests, progress.advance)
 
     def _windows(self, text: str) -> list[Request]:

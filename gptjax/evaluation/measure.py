@@ -238,7 +238,7 @@ class Units:
     """What is resampled for the intervals of a text, and the sentence that says so."""
 
     sums: Sums
-    told: str
+    method: str
 
 
 def units(documents: Sums, of_blocks: Callable[[], Sums] | None = None) -> Units:
@@ -280,5 +280,5 @@ def summary(documents: Sums, resampled: Units | None) -> dict[str, Any]:
         if resampled is not None:
             ends = interval(resampled.sums.nats, getattr(resampled.sums, by))
             intervals[figure] = [None if math.isnan(e) else make(e) for e in ends]
-    interval_by = "none: texts of several kinds" if resampled is None else resampled.told
+    interval_by = "none: texts of several kinds" if resampled is None else resampled.method
     return figures | {"interval": intervals, "interval_by": interval_by}

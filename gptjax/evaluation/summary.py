@@ -29,11 +29,11 @@ def convention(identity: dict[str, Any]) -> str:
 
 def rows(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The texts, each followed by its domains."""
-    found = []
+    labelled_scores = []
     for name, score in record["scores"].items():
-        found.append((name, score))
-        found += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
-    return found
+        labelled_scores.append((name, score))
+        labelled_scores += [(f"  {domain}", s) for domain, s in score.get("by_domain", {}).items()]
+    return labelled_scores
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -65,8 +65,8 @@ def positions(record: dict[str, Any]) -> Table:
     spans = sorted({(p["from"], p["to"]) for by_position in texts.values() for p in by_position})
     lines = []
     for first, last in spans:
-        seen = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
-        losses = [MISSING if p is None else number(p["loss"]) for p in seen]
+        at_this_span = [next((p for p in t if p["from"] == first), None) for t in texts.values()]
+        losses = [MISSING if p is None else number(p["loss"]) for p in at_this_span]
         lines.append((f"{first}" if first == last else f"{first}–{last}", *losses))
     headings = ("tokens seen before", *(f"{name}\nnats/token" for name in texts))
     return Table(headings, lines, ())
@@ -76,9 +76,9 @@ def differences(record: dict[str, Any]) -> Table:
     """What two models differ by on the texts and their domains, of what `compare` returns."""
     lines = []
     for name, t in record["texts"].items():
-        told = [(name, f, t[f]) for f in ("bits_per_byte", "loss") if f in t]
-        told += [(f"  {domain}", "bits_per_byte", d) for domain, d in t["by_domain"].items()]
-        for label, figure, d in told:
+        compared = [(name, f, t[f]) for f in ("bits_per_byte", "loss") if f in t]
+        compared += [(f"  {domain}", "bits_per_byte", d) for domain, d in t["by_domain"].items()]
+        for label, figure, d in compared:
             values = [number(d[k]) if k in d else "" for k in ("a", "b", "difference")]
             lines.append((label, HEADINGS[figure], *values, interval(d["interval"])))
     headings = ("text", "figure", "A", "B", "B − A", "95% interval")
@@ -96,10 +96,10 @@ def show(record: dict[str, Any]) -> None:
     console.print(terminal(positions(record)))
     for name, s in record["scores"].items():
         if "text_sha256" in s:
-            told = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
+            sentence = f"{name}: {s['source']}, sha256 {s['text_sha256'][:16]}"
             if s["detokenizer"] != "none":
-                told += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
-            console.print(told)
+                sentence += f" after de-tokeniser {s['detokenizer']}; words and bytes before it"
+            console.print(sentence)
 
 
 def show_comparison(record: dict[str, Any]) -> None:

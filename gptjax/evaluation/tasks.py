@@ -99,7 +99,7 @@ def loglikelihoods(
                 f"continuation {index} has {len(request.continuation)} tokens, more than the "
                 f"context of {config.context}: shorten it"
             )
-    results = [Likelihood(0.0, True)] * len(requests)
+    likelihoods = [Likelihood(0.0, True)] * len(requests)
     pending: list[tuple[np.ndarray, tuple[jax.Array, jax.Array]]] = []
 
     def collect() -> None:
@@ -107,7 +107,7 @@ def loglikelihoods(
         for index, logp_S, likeliest_S in zip(chosen, *jax.device_get(scores), strict=False):
             n = len(requests[index].continuation)
             total = float(logp_S[:n].sum(dtype=np.float64))
-            results[index] = Likelihood(total, bool(likeliest_S[:n].all()))
+            likelihoods[index] = Likelihood(total, bool(likeliest_S[:n].all()))
         advance(len(chosen))
 
     lengths = [len(r.context) + len(r.continuation) - 1 for r in requests]
@@ -118,7 +118,7 @@ def loglikelihoods(
             collect()
     while pending:
         collect()
-    return results
+    return likelihoods
 
 
 def _batches(lengths: np.ndarray, config: Model) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -156,10 +156,10 @@ def _loader(requests: Sequence[Request], width: int) -> Callable[[int, int], dic
         tokens_BT = np.zeros((stop - start, width), np.int32)
         places_BS, targets_BS = np.zeros((2, stop - start, scored), np.int32)
         for row, (context, continuation) in enumerate(requests[start:stop]):
-            read = (context + continuation)[:-1][-width:]
+            read_tokens = (context + continuation)[:-1][-width:]
             n = len(continuation)
-            tokens_BT[row, : len(read)] = read
-            places_BS[row, :n] = range(len(read) - n, len(read))
+            tokens_BT[row, : len(read_tokens)] = read_tokens
+            places_BS[row, :n] = range(len(read_tokens) - n, len(read_tokens))
             targets_BS[row, :n] = continuation
         return {"tokens": tokens_BT, "places": places_BS, "targets": targets_BS}
 

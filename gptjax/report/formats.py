@@ -19,12 +19,12 @@ class Table(NamedTuple):
     with a space belongs to the row above.
 
     Attributes:
-        told: headings of the columns that hold words rather than numbers.
+        text_columns: headings of the columns that hold words rather than numbers.
     """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    told: Collection[str]
+    text_columns: Collection[str]
 
 
 def below(text: str) -> str:
@@ -32,19 +32,23 @@ def below(text: str) -> str:
 
 
 def terminal(table: Table) -> rich.table.Table:
-    found = rich.table.Table()
+    rich_table = rich.table.Table()
     for heading in table.headings:
-        found.add_column(Text(heading), justify="left" if heading in table.told else "right")
+        rich_table.add_column(
+            Text(heading), justify="left" if heading in table.text_columns else "right"
+        )
     for row in table.rows:
         cells = (cell.partition("\n") for cell in row)
-        found.add_row(*(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells))
-    return found
+        rich_table.add_row(
+            *(Text.assemble(first, (below(rest), "dim")) for first, _, rest in cells)
+        )
+    return rich_table
 
 
 def markdown(table: Table) -> str:
     lines = [
         [_flat(heading) for heading in table.headings],
-        [":--" if heading in table.told else "--:" for heading in table.headings],
+        [":--" if heading in table.text_columns else "--:" for heading in table.headings],
         *([_flat(cell) for cell in row] for row in table.rows),
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -57,14 +61,14 @@ def _flat(cell: str) -> str:
 
 def html(table: Table) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        found = ""
+        cells_html = ""
         for heading, cell in zip(table.headings, cells, strict=True):
             first, _, rest = cell.partition("\n")
             small = f"<small>{escape(rest)}</small>" if rest else ""
-            kinds = ["told"] * (heading in table.told) + ["in"] * first.startswith(" ")
+            kinds = ["text"] * (heading in table.text_columns) + ["in"] * first.startswith(" ")
             kind = f' class="{" ".join(kinds)}"' if kinds else ""
-            found += f"<{tag}{kind}>{escape(first.strip())}{small}</{tag}>"
-        return f"<tr>{found}</tr>"
+            cells_html += f"<{tag}{kind}>{escape(first.strip())}{small}</{tag}>"
+        return f"<tr>{cells_html}</tr>"
 
     body = "".join(line("td", row) for row in table.rows)
     return f'<div class="wide dense"><table>{line("th", table.headings)}{body}</table></div>'
@@ -86,7 +90,9 @@ def escape_latex(text: str) -> str:
 
 def latex(table: Table, caption: str) -> str:
     r"""A table for \usepackage{booktabs}; columns of words break their lines."""
-    columns = "".join("l" if h in table.told and h != "verdict" else "r" for h in table.headings)
+    columns = "".join(
+        "l" if h in table.text_columns and h != "verdict" else "r" for h in table.headings
+    )
     at = list(table.headings).index("verdict")
     columns = f"{columns[:at]}p{{0.24\\textwidth}}{columns[at + 1 :]}"
 

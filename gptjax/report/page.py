@@ -21,7 +21,7 @@ th { font-weight: 600; font-size: .82rem; color: var(--soft); vertical-align: bo
 th, td { padding: .4rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td small, th small { display: block; color: var(--soft); }
-td.told { white-space: normal; } td.told, th.told { text-align: left; }
+td.text { white-space: normal; } td.text, th.text { text-align: left; }
 .dense th, .dense td { padding: .35rem .45rem; font-size: .88rem; } .dense small { font-size: .9em; }
 td.in, .dense td.in { padding-left: 1.2rem; color: var(--soft); }
 svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }

@@ -35,8 +35,8 @@ def slopes(record: dict[str, Any], knob: str) -> Table:
     rows = []
     for name, kinds in record["sweeps"][knob]["places"].items():
         values = (kinds["size"]["slopes"][0], *kinds["change"]["slopes"])
-        told = tuple(MISSING if value is None else f"{value:+.2f}" for value in values)
-        rows.append((name, *told, "0" if name in KEPT[knob] else "at most 0"))
+        slope_texts = tuple(MISSING if value is None else f"{value:+.2f}" for value in values)
+        rows.append((name, *slope_texts, "0" if name in KEPT[knob] else "at most 0"))
     return Table(headings, rows, {"activation", "should be"})
 
 
@@ -48,7 +48,7 @@ def verdict(record: dict[str, Any]) -> Iterator[str]:
         f"{record['config']['optim']['peak_lr']:g}, {record['steps']} steps, {record['seeds']} "
         f"seeds; slopes may be off by {record['tolerance']}"
     )
-    yield from (fault for found in record["sweeps"].values() for fault in found["faults"])
+    yield from (fault for sweep in record["sweeps"].values() for fault in sweep["faults"])
     yield "passed" if record["passed"] else "FAILED"
 
 
@@ -58,19 +58,19 @@ def figure(record: dict[str, Any]) -> Figure:
 
     sweeps = record["sweeps"]
     picture = Figure(figsize=(1.4 + 4.6 * len(sweeps), 3.8), layout="constrained")
-    for axes, (knob, found) in zip(
+    for axes, (knob, sweep) in zip(
         picture.subplots(1, len(sweeps), squeeze=False)[0], sweeps.items(), strict=True
     ):
         dress(axes, knob, f"rms change after {record['steps']} steps")
-        for (name, kinds), colour in zip(found["places"].items(), COLOURS, strict=False):
+        for (name, kinds), colour in zip(sweep["places"].items(), COLOURS, strict=False):
             rms = np.array(kinds["change"]["rms"], float)[:, :, -1]
             slope = kinds["change"]["slopes"][-1]
             label = f"{name} {MISSING if slope is None else f'{slope:+.2f}'}"
-            axes.plot(found["values"], np.exp(np.log(rms).mean(0)), "o-", c=colour, label=label)
-            axes.plot(found["values"], rms.T, "o", c=colour, ms=2, alpha=0.5)
+            axes.plot(sweep["values"], np.exp(np.log(rms).mean(0)), "o-", c=colour, label=label)
+            axes.plot(sweep["values"], rms.T, "o", c=colour, ms=2, alpha=0.5)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(found["values"], [str(value) for value in found["values"]])
+        axes.set_xticks(sweep["values"], [str(value) for value in sweep["values"]])
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return picture

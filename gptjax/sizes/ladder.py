@@ -11,16 +11,18 @@ from gptjax.study import equalise
 from gptjax.study.results import Results
 
 
-def points_of(found: Results) -> Points:
+def points_of(results: Results) -> Points:
     """A point for each arm at each scale, its loss the mean over seeds."""
-    study, rows = found.study, []
+    study, rows = results.study, []
     if study.metric != "val_loss":
         raise UserError(f"{study.name} decides by {study.metric}: a law of scale is of val_loss")
     for scale in study.scales:
         for arm in study.all_arms:
-            runs = [o for o in found.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
-            if lost := [o for o in runs if o.status != "finished"]:
-                say(f"left out, {lost[0].status}: {lost[0].cell.label} ({lost[0].reason})")
+            runs = [o for o in results.outcomes if (o.cell.scale, o.cell.arm) == (scale, arm)]
+            if unfinished := [o for o in runs if o.status != "finished"]:
+                say(
+                    f"left out, {unfinished[0].status}: {unfinished[0].cell.label} ({unfinished[0].reason})"
+                )
                 continue
             config = runs[0].cell.config
             loss = float(np.mean([o.metric for o in runs]))

@@ -26,7 +26,7 @@ def show(record: dict[str, Any]) -> None:
         f"points, error {number(record['rms_error'])} (rms), at most "
         f"{number(record['largest_error'])}",
     )
-    constants = [(name, *_cells(found)) for name, found in record["constants"].items()]
+    constants = [(name, *_cells(estimate)) for name, estimate in record["constants"].items()]
     console.print(terminal(Table(("constant", "value", "95% interval"), constants, {"constant"})))
     for note in (record["interval_by"], *record["notes"]):
         console.print(note)

@@ -278,12 +278,12 @@ def _configs(results: Results, scale: str, arm: str) -> tuple[Config, Config]:
 
 def _pairs(results: Results, scale: str, arm: str) -> tuple[list[Outcome], list[Outcome]]:
     """The runs of an arm, and of the baseline, of the seeds that both finished."""
-    mine, base = (
+    of_arm, base = (
         {o.cell.seed: o for o in _of(results, scale, name) if o.status == "finished"}
         for name in (arm, results.study.baseline)
     )
-    seeds = [seed for seed in mine if seed in base]
-    return [mine[seed] for seed in seeds], [base[seed] for seed in seeds]
+    seeds = [seed for seed in of_arm if seed in base]
+    return [of_arm[seed] for seed in seeds], [base[seed] for seed in seeds]
 
 
 def curves(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:

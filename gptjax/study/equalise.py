@@ -84,14 +84,14 @@ class Equal(NamedTuple):
     """What may be held equal.
 
     Attributes:
-        told: after "Held equal: ".
+        description: after "Held equal: ".
         solved: the knobs that it sets and so no arm may.
         measure: of a config.
         solve: (an arm's config, the baseline's, knobs that the arm sets) -> the arm's at the
             baseline's measure.
     """
 
-    told: str
+    description: str
     solved: tuple[str, ...]
     measure: Callable[[Config], float]
     solve: Callable[[Config, Config, Collection[str]], Config]

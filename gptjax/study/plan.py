@@ -42,7 +42,9 @@ def counted(results: Results) -> str:
     arms = len(study.scales) * len(study.all_arms)
     unknown = (arms - len(chosen)) * study.seeds
     ended = sum(s in ENDED for s in status.values())
-    lost = [f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))]
-    note = f" ({', '.join(lost)})" if lost else ""
+    without_result = [
+        f"{n} {s}" for s in ("diverged", "failed") if (n := [*status.values()].count(s))
+    ]
+    note = f" ({', '.join(without_result)})" if without_result else ""
     count = len(status) + unknown
     return f"{count} runs: {ended} there, {count - ended} to run{note}"

@@ -61,9 +61,9 @@ def run(study: Study, store: Path, together: int = 1) -> Results:
         )
     complete = read(study, store, now=True)
     for o in complete.outcomes:
-        with _claim(store, [o.folder]) as held:
+        with _claim(store, [o.folder]) as locked:
             # One that was killed between its last checkpoint and its sample.
-            if held and o.status == "finished":
+            if locked and o.status == "finished":
                 _sample([o])
     return complete
 
@@ -83,21 +83,27 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
         # What failed before comes last, so that it keeps no other from running.
         failed = {o.folder for o in todo if o.status == "failed"}
         for group in sorted(_groups(todo, store, together), key=lambda g: not failed.isdisjoint(g)):
-            with _claim(store, group) as held:
-                mine = [outcome(study, o.cell, store, now=True) for o in todo if o.folder in group]
+            with _claim(store, group) as locked:
+                group_outcomes = [
+                    outcome(study, o.cell, store, now=True) for o in todo if o.folder in group
+                ]
                 # Another process may have ended them, or begun one by other code.
-                if held and group.keys() >= {o.folder for o in mine} and not _ended(mine):
-                    for o in mine:
+                if (
+                    locked
+                    and group.keys() >= {o.folder for o in group_outcomes}
+                    and not _ended(group_outcomes)
+                ):
+                    for o in group_outcomes:
                         say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
-                        for other, names in cells_store.others(o.cell.config, store).items():
-                            say(f"{other} stays: it differs in {', '.join(names)}")
+                        for other_folder, names in cells_store.others(o.cell.config, store).items():
+                            say(f"{other_folder} stays: it differs in {', '.join(names)}")
                     try:
                         train_group(group)
                     except Busy as error:  # by a `train` in that folder
                         say(str(error))
                         continue
                     tried.update(group)
-                    _sample(mine)
+                    _sample(group_outcomes)
                     ran = True
         if not ran:
             if not waiting:

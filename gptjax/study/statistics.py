@@ -157,13 +157,16 @@ def _comparison(
     mean = _mean(d_S)
     sd = float(d_S.std(ddof=1)) if seeds > 1 else math.nan
     conclusion = verdict(mean, p_holm, p_same_holm)
-    more, why = None, ""
+    more_seeds, why = None, ""
     if conclusion == UNDECIDED and seeds < FEWEST_SEEDS:
-        more, why = FEWEST_SEEDS - seeds, f"{_count(seeds, 'seed')} of at least {FEWEST_SEEDS}"
+        more_seeds, why = (
+            FEWEST_SEEDS - seeds,
+            f"{_count(seeds, 'seed')} of at least {FEWEST_SEEDS}",
+        )
     elif conclusion == UNDECIDED and _no_spread(d_S):
         why = "every seed differs by the same amount, so there is no noise to judge by"
     elif conclusion == UNDECIDED:
-        more = max(1, seeds_to_decide(sd, seeds, smallest, arms) - seeds)
+        more_seeds = max(1, seeds_to_decide(sd, seeds, smallest, arms) - seeds)
     return Comparison(
         seeds=seeds,
         smallest=smallest,
@@ -176,7 +179,7 @@ def _comparison(
         p_same=p_same,
         p_same_holm=p_same_holm,
         verdict=conclusion,
-        more_seeds=more,
+        more_seeds=more_seeds,
         why=why,
     )
 
@@ -408,5 +411,5 @@ def change_of_gain(small_S: np.ndarray, large_S: np.ndarray, smallest: float) ->
     return Change(gain_small, gain_large, change, interval, conclusion)
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

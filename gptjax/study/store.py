@@ -169,13 +169,17 @@ def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> di
             **{f"windows of {name}": e.batch(0) for name, e in opened.evaluators.items()},
         }
     # The seed is a number in the programs, which the config tells: one lowering serves all seeds.
-    one = dataclasses.replace(config, seed=0)
-    step = _step(one, mesh) if len(configs) == 1 else _steps_together(tuple(configs), mesh)
+    config_without_seed = dataclasses.replace(config, seed=0)
+    step = (
+        _step(config_without_seed, mesh)
+        if len(configs) == 1
+        else _steps_together(tuple(configs), mesh)
+    )
     current = environment()
     return {
-        "initial values": _initial(one, mesh),
+        "initial values": _initial(config_without_seed, mesh),
         "step": step,
-        "evaluation": _evaluation(one, mesh),
+        "evaluation": _evaluation(config_without_seed, mesh),
         **{name: _digest_arrays(batch) for name, batch in fed.items()},
         **opened.fingerprints,
         **_versions(current["versions"]),

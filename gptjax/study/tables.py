@@ -173,7 +173,7 @@ def stated(study: Study) -> list[str]:
     sentences = [
         f"Metric: {study.metric} in {study.unit}, the mean over the same held-out tokens at the "
         "end of training; lower is better",
-        f"Held equal: {EQUAL[study.equal].told}",
+        f"Held equal: {EQUAL[study.equal].description}",
         f"{study.seeds} seed{'s' * (study.seeds > 1)} an arm; the smallest difference that matters is {study.smallest:g} "
         f"{study.unit}",
     ]
