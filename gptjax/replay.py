@@ -104,7 +104,7 @@ class Past:
         return [knobs[knob][1] for knobs in changed if knob in knobs]
 
 
-def run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any]:
+def replay_run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any]:
     """Trains the run in `workdir` again and compares; an unfinished run up to its last step.
 
     Args:
@@ -141,7 +141,7 @@ def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
     """The record of a run, if config, tokenizer, data and `begin` are still those of the run.
 
     Raises:
-        UserError: as `run`.
+        UserError: as `replay_run`.
     """
     history = records.read_environment(workdir)
     if not history:
@@ -373,7 +373,7 @@ def bound(name: str, step: int, precision: str | None) -> float:
 
 
 def compare(past: Past, retrained: Numbers, precision: str | None) -> dict[str, Any]:
-    """The log against the log of the retrained run, by the bounds of a precision; see `run`."""
+    """The log against the log of the retrained run, by the bounds of a precision; see `replay_run`."""
     wrong, pairs = [], []
     for step in sorted(past.logged | retrained):
         was, new = past.logged.get(step, {}), retrained.get(step, {})
@@ -420,7 +420,7 @@ def relative(a: float, b: float) -> float:
 
 
 def show(record: Mapping[str, Any]) -> None:
-    """Prints a record of `run` for a person."""
+    """Prints a record of `replay_run` for a person."""
     print(
         f"{record['workdir']}: trained again, {record['steps']:,} of {record['of']:,} steps; "
         f"{record['numbers']:,} numbers compared"

@@ -35,10 +35,10 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
         stops.add(_one_token(sample.stop, tokenizer))
     weights = decode.cast(config.model, params)
     if one:
-        show(sample.prompt, end="")
+        print_text(sample.prompt, end="")
     texts = _write(config, weights, tokenizer, [ids] * sample.batch_size, stops, live=one)
     for row, text in enumerate(texts) if not one else ():
-        show(f"--- text {row}\n{sample.prompt}{text}")
+        print_text(f"--- text {row}\n{sample.prompt}{text}")
     return texts
 
 
@@ -124,15 +124,15 @@ def _write(
             text = writer.add(new.ids)
             ended[row] = new.ended
             if live and row == 0:
-                show(text, end="")
+                print_text(text, end="")
     if live:
-        show("")
+        print_text("")
     if "context" in ended:
         say(f"(the context of {config.model.context} tokens is full)")
     return [writer.text for writer in writers]
 
 
-def show(text: str, end: str = "\n") -> None:
+def print_text(text: str, end: str = "\n") -> None:
     """Prints on standard output, from process 0 alone."""
     if jax.process_index() == 0:
         print(text, end=end, flush=True)

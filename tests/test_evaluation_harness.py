@@ -268,7 +268,7 @@ def test_greedy_texts_are_the_same(told):
 
 def test_our_own_figures_are_the_harness_s(told, made, local):
     files = {"lambada": local / "words.jsonl", "choices": local / "choices.jsonl"}
-    own = tasks.run(made.model, files)["tasks"]
+    own = tasks.evaluate(made.model, files)["tasks"]
     words, choices = told.results("words")[0], told.results("choices")[0]
     assert own["lambada"]["accuracy"] == pytest.approx(words["acc"])
     assert own["lambada"]["perplexity"] == pytest.approx(words["perplexity"], rel=1e-6)

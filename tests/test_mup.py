@@ -282,7 +282,7 @@ def small(name: str, **knobs: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def checked() -> dict[str, Any]:
-    return coordinates.run(small("mup"), widths=WIDTHS, steps=3)
+    return coordinates.coordinate_check(small("mup"), widths=WIDTHS, steps=3)
 
 
 @pytest.mark.slow
@@ -319,7 +319,7 @@ def test_any_other_power_fails_and_is_named(name, monkeypatch):
     if name in WRONG:
         rules, wanted = WRONG[name]
         monkeypatch.setitem(PARAMETRISATION, "mup", rules)
-    record = coordinates.run(
+    record = coordinates.coordinate_check(
         small("standard" if name == "standard" else "mup"), widths=WIDTHS, steps=3, seeds=1
     )
     assert not record["passed"]
@@ -329,7 +329,7 @@ def test_any_other_power_fails_and_is_named(name, monkeypatch):
 @pytest.mark.slow
 def test_depth():
     deep, wide = (
-        coordinates.run(small(name), depths=DEPTHS, steps=3)["sweeps"]["model.layers"]
+        coordinates.coordinate_check(small(name), depths=DEPTHS, steps=3)["sweeps"]["model.layers"]
         for name in ("mup_depth", "mup")
     )
     assert deep["faults"] == []
@@ -394,4 +394,4 @@ def test_a_check_is_told_drawn_and_kept(checked, tmp_path, capsys):
 )
 def test_a_check_that_cannot_be_made(sweeps, knobs, message):
     with pytest.raises(UserError, match=message):
-        coordinates.run(small("mup", **knobs), **sweeps)
+        coordinates.coordinate_check(small("mup", **knobs), **sweeps)

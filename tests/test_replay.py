@@ -57,7 +57,7 @@ def environment(folder: Path, alter: Callable[[list[dict[str, Any]]], None]) -> 
 
 
 def compared(folder: Path, finished: Path) -> dict[str, Any]:
-    """As `replay.run` would find, the log of `finished` standing for that of the new training."""
+    """As `replay.replay_run` would find, the log of `finished` standing for that of the new training."""
     again = replay.by_step(records.read_metrics(finished), finished)
     return replay.compare(replay.verify(folder), again, None)
 
@@ -67,7 +67,7 @@ def compared(folder: Path, finished: Path) -> dict[str, Any]:
 
 def test_a_run_recurs_bit_for_bit(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    record = replay.run(finished)
+    record = replay.replay_run(finished)
     assert record == {
         "workdir": str(finished), "same": True, "reason": None, "bitwise": True, "differs": [],
         "bound": None, "steps": 6, "of": 6, "numbers": COUNTED, "largest": None,
@@ -83,10 +83,10 @@ def test_a_run_recurs_on_its_mesh_and_elsewhere_within_the_bound(
 ) -> None:
     """A tensor split adds in another order: about 1e-6 in the loss."""
     folder = train(tiny.config(store, **KNOBS), tmp_path / "run", tensor=4)
-    record = replay.run(folder)
+    record = replay.replay_run(folder)
     assert (record["differs"], record["bitwise"]) == ([], True)
     monkeypatch.setattr(jax, "devices", lambda: DEVICES[:1])
-    record = replay.run(folder)
+    record = replay.replay_run(folder)
     assert record["differs"] == ["mesh.tensor was 4, is 1"]
     assert record["same"] and not record["bitwise"]
     assert 0 < record["largest"]["relative"] < 1e-4
@@ -101,14 +101,14 @@ def test_an_unfinished_run_recurs_and_so_it_does_once_resumed(store: Path, tmp_p
     """Resumed with another rhythm: what the log holds is compared, at the steps it has."""
     config, folder = tiny.config(store, **KNOBS, train__log_every=2), tmp_path / "run"
     train(config, folder, None, 5)
-    record = replay.run(folder)
+    record = replay.replay_run(folder)
     assert (record["steps"], record["of"], record["bitwise"]) == (4, 6, True)
     assert record["numbers"] == 3 * 6 + 3
 
     train(tiny.config(store, **KNOBS | {"train__log_every": 5, "train__eval_every": 5}), folder)
     train(tiny.config(store, **KNOBS | {"model__remat": "full"}), folder)  # done: trains nothing
     assert len(replay.verify(folder).starts) == 2
-    record = replay.run(folder)
+    record = replay.replay_run(folder)
     assert (record["differs"], record["bitwise"]) == ([], True)
     # Steps 1, 2 and 4, then 5 and the last; evaluated at 3, then at 5 and the last.
     assert (record["steps"], record["numbers"]) == (6, 5 * 6 + 3 * 3)
@@ -122,7 +122,7 @@ def test_an_extended_run_recurs(store: Path, tmp_path: Path) -> None:
     train(longer, folder)
     past = replay.verify(folder)
     assert (past.config, past.last, past.ends) == (longer, 8, {6})
-    record = replay.run(folder)
+    record = replay.replay_run(folder)
     assert (record["differs"], record["bitwise"]) == ([], True)
     # Steps 1, 4 and 8 of 1, 4, 6 and 8; evaluated at 3, 6 and 8.
     assert (record["steps"], record["of"], record["numbers"]) == (8, 8, 3 * 6 + 3 * 3)
@@ -130,7 +130,7 @@ def test_an_extended_run_recurs(store: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_is_being_trained_is_not_replayed(run: Path) -> None:
     with Checkpoints(run / "checkpoints", keep=1), pytest.raises(UserError) as caught:
-        replay.run(run)
+        replay.replay_run(run)
     assert f"{run} is being trained by process {os.getpid()} on" in str(caught.value)
 
 
@@ -139,7 +139,7 @@ def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:
     config = tiny.config(store, **knobs, train__checkpoint_every=30)
     with pytest.raises(UserError, match="the run has diverged") as caught:
         train(config, tmp_path / "run")
-    record = replay.run(tmp_path / "run")
+    record = replay.replay_run(tmp_path / "run")
     assert record["bitwise"] and f"the last at step {record['steps']}," in str(caught.value)
     last = records.read_metrics(tmp_path / "run")[-1]
     assert math.isnan(last["loss"]) or math.isinf(last["gradient_norm"])
@@ -155,7 +155,7 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
     ensemble.train_together(group, folders, DEVICES[:1])
     past = replay.verify(folders[1])
     assert (past.group, past.member, past.config) == (group, 1, group[1])
-    record = replay.run(folders[1])
+    record = replay.replay_run(folders[1])
     assert (record["differs"], record["bitwise"], record["numbers"]) == ([], True, COUNTED)
 
     file = folders[1] / "ensemble.json"
@@ -169,7 +169,7 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
         with pytest.raises(UserError):
             replay.verify(folders[1])
     file.unlink()
-    record = replay.run(folders[1])
+    record = replay.replay_run(folders[1])
     assert not record["same"] and 0 < record["largest"]["relative"] < 1e-4
 
 
@@ -177,7 +177,7 @@ def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Pat
     config = dataclasses.replace(tiny.config(store, **KNOBS), seed=7)
     begin = setup.Start(lambda: model.init(config.model, 3), "prints")
     folder = train(config, tmp_path / "run", begin, 2)
-    assert replay.run(folder, begin)["bitwise"]
+    assert replay.replay_run(folder, begin)["bitwise"]
     with pytest.raises(UserError, match="began with a pretrained model: name its .* --from DIR"):
         replay.verify(folder)
     with pytest.raises(UserError, match="model of --from is not what .* was prints, is others"):
@@ -211,7 +211,7 @@ def test_a_changed_byte_of_the_config_is_named(
     assert old in content
     (run / "config.json").write_bytes(content.replace(old, new, 1))
     with pytest.raises(UserError) as caught:
-        replay.run(run)
+        replay.replay_run(run)
     assert "config.json is not what the run wrote: " + told in str(caught.value)
 
 
@@ -237,7 +237,7 @@ def test_a_changed_byte_of_the_data_is_named(
     try:
         path.write_bytes(content[:3] + bytes([content[3] ^ 1]) + content[4:])
         with pytest.raises(UserError, match=f"{split}/{name} (was altered|is damaged)"):
-            replay.run(finished)
+            replay.replay_run(finished)
     finally:
         path.write_bytes(content)
 
@@ -321,9 +321,9 @@ def test_a_run_that_does_not_recur_is_told(
     again = replay.by_step(records.read_metrics(finished), finished)
     monkeypatch.setattr(replay, "_train", lambda *_: again)
     altered(run, lambda lines: lines.reverse())
-    assert replay.run(run)["bitwise"], "their order says nothing"
+    assert replay.replay_run(run)["bitwise"], "their order says nothing"
     altered(run, lambda lines: lines.pop(3))
-    record = replay.run(run)
+    record = replay.replay_run(run)
     assert record["differs"] == [] and not record["same"]
     replay.show(record)
     assert f"it is not the same: {record['reason']}" in capsys.readouterr().out
@@ -484,12 +484,12 @@ def test_a_gpu_recurs_bit_for_bit_only_where_it_is_told_to(
 
 def test_what_is_no_run_of_this_version_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run: it has no environment.json"):
-        replay.run(tmp_path)
+        replay.replay_run(tmp_path)
     content = (run / "config.json").read_bytes()
     (run / "config.json").unlink()
     with pytest.raises(UserError, match="holds no run: it has no config.json"):
-        replay.run(run)
+        replay.replay_run(run)
     (run / "config.json").write_bytes(content)
     environment(run, lambda history: history[0].pop("config_sha256"))
     with pytest.raises(UserError, match=r"recorded less \('config_sha256'\)"):
-        replay.run(run)
+        replay.replay_run(run)

@@ -19,7 +19,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
 from gptjax.layers import norm
 from gptjax.layers.feedforward import FEEDFORWARD, ungated
-from gptjax.study import run, store
+from gptjax.study import runner, store
 from gptjax.study.results import read
 from gptjax.study.spec import Study, address, cells
 from tests import tiny
@@ -37,7 +37,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "make_mesh", lambda mesh: tiny.mesh())
+    monkeypatch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def study(text: Path, **fields: Any) -> Study:
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cells")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_mesh", lambda mesh: tiny.mesh())
-        run.run(study(text), folder)
+        patch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
+        runner.run_study(study(text), folder)
     return folder
 
 
@@ -122,7 +122,7 @@ def test_the_same_code_need_not_lower(
 ) -> None:
     monkeypatch.setattr(store, "facts", lambda *_: pytest.fail("lowered"))
     before = files(copied)
-    assert [o.status for o in run.run(study(text), copied).outcomes] == ["finished"] * 2
+    assert [o.status for o in runner.run_study(study(text), copied).outcomes] == ["finished"] * 2
     assert files(copied) == before
 
 
@@ -134,11 +134,11 @@ def test_code_that_computes_the_same_runs_nothing(
     monkeypatch.setitem(FEEDFORWARD, "tanh", ungated(jnp.tanh))
     under_other_code(edit)
     before = files(copied)
-    assert [o.status for o in run.run(study(text), copied).outcomes] == ["finished"] * 2
+    assert [o.status for o in runner.run_study(study(text), copied).outcomes] == ["finished"] * 2
     assert files(copied) == before
     # And what is new is run beside what is old, in one table.
     arms = {**ARMS, "tanh": {"model.feedforward": "tanh"}}
-    found = run.run(study(text, arms=arms), copied)
+    found = runner.run_study(study(text, arms=arms), copied)
     assert [o.status for o in found.outcomes] == ["finished"] * 3
     codes = [records.read_environment(o.folder)[0]["code"] for o in found.outcomes]
     assert codes[2] == "other" not in codes[:2]
@@ -153,7 +153,7 @@ def test_code_that_computes_something_else_runs_everything(
     assert [o.status for o in read(study(text), copied, now=True).outcomes] == ["missing"] * 2
     # Whoever only reports sees them, as long as one code made them all.
     assert [o.metric for o in read(study(text), copied).outcomes] == [o.metric for o in old]
-    new = run.run(study(text), copied).outcomes
+    new = runner.run_study(study(text), copied).outcomes
     assert [o.status for o in new] == ["finished"] * 2
     assert [o.folder.name for o in new] == [f"{o.folder.name}.2" for o in old]
     assert {p: b for p, b in files(copied).items() if p in before} == before
@@ -161,7 +161,7 @@ def test_code_that_computes_something_else_runs_everything(
     assert f"{old[0].folder} stays: it differs in step, evaluation" in said
     assert [o.folder for o in read(study(text), copied).outcomes] == [o.folder for o in new]
     assert set(trained(copied).values()) == {1}
-    run.run(study(text), copied)
+    runner.run_study(study(text), copied)
     assert set(trained(copied).values()) == {1}
 
 
@@ -170,12 +170,14 @@ def test_the_old_code_finds_its_own_runs_again(
 ) -> None:
     old, real = read(study(text), copied).outcomes, (norm.normalise, records.code_fingerprint)
     under_other_code(other_epsilon)
-    run.run(study(text), copied)
+    runner.run_study(study(text), copied)
     monkeypatch.setattr(norm, "normalise", real[0])
     for module in (records, store):
         monkeypatch.setattr(module, "code_fingerprint", real[1])
     forget()
-    assert [o.folder for o in run.run(study(text), copied).outcomes] == [o.folder for o in old]
+    assert [o.folder for o in runner.run_study(study(text), copied).outcomes] == [
+        o.folder for o in old
+    ]
     assert set(trained(copied).values()) == {1} and len(trained(copied)) == 4
 
 
@@ -186,7 +188,7 @@ def test_a_table_of_two_programs_is_refused(
     first, second = read(study(text), copied).outcomes
     under_other_code(other_epsilon)
     shutil.rmtree(first.folder)
-    run.run(study(text, arms={}), copied)
+    runner.run_study(study(text, arms={}), copied)
     with pytest.raises(UserError) as caught:
         read(study(text), copied)
     said = str(caught.value)
@@ -208,9 +210,9 @@ def test_other_packages_data_or_batches_are_another_run(
     told["facts"][key] = "another"
     file.write_text(json.dumps(told))
     under_other_code()
-    (found,) = store.others(old[0].cell.config, copied).values()
+    (found,) = store.other_computations(old[0].cell.config, copied).values()
     assert found == [key] and key.startswith(differs)
-    new = run.run(study(text), copied).outcomes
+    new = runner.run_study(study(text), copied).outcomes
     assert [o.folder == was.folder for o, was in zip(new, old, strict=True)] == [False, True]
 
 
@@ -222,7 +224,7 @@ def test_what_cannot_be_lowered_here_is_told(
     path = o.folder / "environment.json"
     path.write_text(path.read_text().replace('"backend": "cpu"', '"backend": "gpu"'))
     with pytest.raises(UserError, match="by other code on 1 devices of gpu, and here are 8 of cpu"):
-        run.run(study(text), copied)
+        runner.run_study(study(text), copied)
 
 
 def test_names_and_places_are_no_part_of_a_program() -> None:
@@ -280,7 +282,7 @@ def test_a_study_of_an_older_version_stays_valid(version: str, tmp_path: Path) -
     """Its folders have the names that its own code gave them; nothing runs, all is read."""
     copied = Path(shutil.copytree(RUNS / version / "cells", tmp_path / "cells"))
     before = files(copied)
-    for found in (run.run(older(version), copied), read(older(version), copied)):
+    for found in (runner.run_study(older(version), copied), read(older(version), copied)):
         for o in found.outcomes:
             last = records.read_metrics(o.folder)[-1]
             assert (o.status, o.metric) == ("finished", last["val_loss"])
@@ -294,7 +296,7 @@ def test_to_runs_that_did_not_tell_what_they_compute_none_is_added(
     copied = Path(shutil.copytree(RUNS / version / "cells", tmp_path / "cells"))
     more = older(version, {**ARMS, "alibi": {"model.position": "alibi"}})
     with pytest.raises(UserError, match="another code, .* did not record what it computes"):
-        run.run(more, copied)
+        runner.run_study(more, copied)
     assert set(trained(copied).values()) == {1} and len(trained(copied)) == 2
 
 
@@ -318,8 +320,8 @@ def test_a_cell_that_needs_more_memory_than_there_is_fails_alone_and_comes_last(
     one = "[1/2] base, seed 0"
     other = "[2/2] small, seed 0"
     for expected in ([one, other], [other, one]):  # what failed comes after what is missing
-        with pytest.raises(run.Failed) as caught:
-            run.run(large, tmp_path)
+        with pytest.raises(runner.Failed) as caught:
+            runner.run_study(large, tmp_path)
         said = str(caught.value)
         assert "1 cells could not run; the first, base, seed 0: out of memory (" in said
         assert "lower data.batch_size" in said and "\n" not in said
@@ -343,6 +345,6 @@ def test_a_cell_in_which_another_trains_is_waited_for(
             naps.append(seconds)
             held.__exit__(None, None, None)
 
-        monkeypatch.setattr(run.time, "sleep", nap)
-        (o,) = run.run(one, tmp_path).outcomes
+        monkeypatch.setattr(runner.time, "sleep", nap)
+        (o,) = runner.run_study(one, tmp_path).outcomes
     assert (o.status, len(naps)) == ("finished", 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import ensemble
-from gptjax.study import run, spec
+from gptjax.study import runner, spec
 from tests import tiny
 
 STUDY = """
@@ -29,8 +29,8 @@ STUDY = Study(
 SCRIPT = """
 import sys
 from pathlib import Path
-from gptjax.study import run, spec
-run.run(spec.load(Path(sys.argv[1])), Path(sys.argv[2]), together=4)
+from gptjax.study import runner, spec
+runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]), together=4)
 """
 
 
@@ -45,7 +45,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(file: Path) -> tuple[Path, dict[str, float]]:
     store = file.parent / "together"
-    return store, metrics(run.run(spec.load(file), store, together=4))
+    return store, metrics(runner.run_study(spec.load(file), store, together=4))
 
 
 def metrics(found) -> dict[str, float]:
@@ -56,7 +56,7 @@ def test_cells_that_differ_in_numbers_train_together_and_agree_with_those_alone(
     file: Path, together: tuple[Path, dict[str, float]]
 ) -> None:
     store, found = together
-    alone = metrics(run.run(spec.load(file), file.parent / "alone"))
+    alone = metrics(runner.run_study(spec.load(file), file.parent / "alone"))
     # Sums of a batched product are rounded in another order.
     assert found == pytest.approx(alone, abs=1e-5)
     assert len(set(found.values())) == 6
@@ -73,9 +73,9 @@ def test_a_group_is_no_larger_than_asked(
     def train(group: dict[Path, object]) -> None:
         trained.append(len(group))
 
-    monkeypatch.setattr(run, "train_group", train)
-    monkeypatch.setattr(run, "_sample", lambda outcomes: None)
-    run.run(spec.load(file), tmp_path, together=3)
+    monkeypatch.setattr(runner, "train_group", train)
+    monkeypatch.setattr(runner, "_sample", lambda outcomes: None)
+    runner.run_study(spec.load(file), tmp_path, together=3)
     assert trained == [3, 1, 2]
 
 
@@ -93,7 +93,7 @@ def test_a_killed_group_goes_on_as_it_was_and_ends_the_same(
     child.send_signal(signal.SIGKILL)
     child.wait()
     # Asked for alone now: what began as a group stays one.
-    found = run.run(spec.load(file), tmp_path, together=1)
+    found = runner.run_study(spec.load(file), tmp_path, together=1)
     begun = [c for c in cells if (tmp_path / c.address / ensemble.ENSEMBLE).is_file()]
     assert len(begun) in (4, 6)
     same = {c.label: together[1][c.label] for c in begun}
@@ -109,5 +109,5 @@ def test_a_sample_that_a_kill_prevented_is_made_later(
     sample = store / first.address / "sample.txt"
     text = sample.read_text()
     sample.unlink()
-    run.run(spec.load(file), store, together=4)
+    runner.run_study(spec.load(file), store, together=4)
     assert text == sample.read_text() != ""

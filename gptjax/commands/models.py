@@ -46,7 +46,7 @@ def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     with trained.opened(trained_model) as model:
         weights = decode.cast(model.config.model, model.params)
         for question in arguments.questions:
-            speak.show(f"> {question}")
+            speak.print_text(f"> {question}")
             dialogue = [*system, {"role": "user", "content": question}]
             speak.answer(model.config, weights, model.tokenizer, dialogue)
 

@@ -140,7 +140,8 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax.evaluation.tasks import TASKS, run, show
+    from gptjax.evaluation.tasks import TASKS, show
+    from gptjax.evaluation.tasks import evaluate as evaluate_tasks
 
     model = model_of(arguments, overrides)
 
@@ -150,7 +151,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit} is no positive number")
-    record = run(model, files, arguments.limit) if files else {}
+    record = evaluate_tasks(model, files, arguments.limit) if files else {}
     if arguments.harness:
         from gptjax.evaluation import harness
 
@@ -239,7 +240,7 @@ def replay(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from gptjax import replay, trained
 
     begin = None if arguments.start is None else trained.start_of(arguments.start)
-    record = replay.run(arguments.workdir, begin)
+    record = replay.replay_run(arguments.workdir, begin)
     if arguments.json:
         from gptjax.records import strict_json
 

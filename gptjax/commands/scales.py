@@ -88,7 +88,7 @@ def coord_check(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from gptjax.report.page import write
     from gptjax.sizes import coordinates, coordinates_report
 
-    record = coordinates.run(config, widths, depths, arguments.steps, arguments.seeds)
+    record = coordinates.coordinate_check(config, widths, depths, arguments.steps, arguments.seeds)
     if arguments.png is not None:
         coordinates_report.figure(record).savefig(arguments.png, dpi=150)
     if arguments.html is not None:

@@ -28,7 +28,7 @@ STORE, OUT = Path("runs/cells"), Path("runs/studies")
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
     definition = study_of(arguments, overrides)
-    from gptjax.study import plan, results, run
+    from gptjax.study import plan, results, runner
 
     if arguments.dry_run:
         for line in plan.lines(
@@ -38,7 +38,7 @@ def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     try:
         complete = run_all(arguments, definition)
-    except run.Failed:
+    except runner.Failed:
         _report(results.read(definition, arguments.store), arguments.out)
         raise
     _report(complete, arguments.out)
@@ -50,11 +50,11 @@ def run_all(arguments: argparse.Namespace, definition: Study) -> Results:
         raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
     from gptjax.progress import say
-    from gptjax.study import plan, results, run
+    from gptjax.study import plan, results, runner
 
     for line in plan.lines(results.read(definition, arguments.store, now=True), arguments.store):
         say(line)
-    return run.run(definition, arguments.store, arguments.together)
+    return runner.run_study(definition, arguments.store, arguments.together)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -313,7 +313,7 @@ def read_lines(task: Task, file: Path, limit: int | None) -> list[Any]:
     return lines
 
 
-def run(model: Trained, files: Mapping[str, Path], limit: int | None = None) -> dict[str, Any]:
+def evaluate(model: Trained, files: Mapping[str, Path], limit: int | None = None) -> dict[str, Any]:
     """Measures a model by tasks, on a mesh of its config.
 
     Args:
@@ -380,7 +380,7 @@ def _measure(
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints what `run` returns."""
+    """Prints what `evaluate` returns."""
     print(
         f"{record['workdir']}, step {record['step']:,}, {record['parameters']:,} parameters, "
         f"sha256 {record['model_sha256'][:16]}; tokenizer {record['tokenizer']}, "

@@ -55,7 +55,7 @@ TOLERANCE = 0.25
 PROBE_TOKENS = 2048  # on which activations are measured
 
 
-def run(
+def coordinate_check(
     config: Config,
     widths: Sequence[int] = (),
     depths: Sequence[int] = (),

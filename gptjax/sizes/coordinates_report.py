@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints what `coordinates.run` returns."""
+    """Prints what `coordinates.coordinate_check` returns."""
     console = new_console()
     for knob, sweep in record["sweeps"].items():
         console.print(f"slopes against {knob}={', '.join(map(str, sweep['values']))}")

@@ -17,7 +17,7 @@ from gptjax.config import UserError
 from gptjax.loop import DIVERGED
 from gptjax.records import METRICS, read_environment, read_metrics
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
-from gptjax.study.store import differences, is_told, made_by, place
+from gptjax.study.store import code_and_versions, computation_recorded, differences, place
 
 FAILED, SAMPLE = "failed.json", "sample.txt"
 Status = Literal["finished", "diverged", "failed", "started", "missing"]
@@ -177,7 +177,7 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
     """
     outcomes = [o for o in outcomes if read_environment(o.folder)]
     codes = {record["code"] for o in outcomes for record in read_environment(o.folder)}
-    recorded = all(is_told(o.folder) for o in outcomes)
+    recorded = all(computation_recorded(o.folder) for o in outcomes)
     first_seen: dict[str, tuple[str, Outcome]] = {}
     for o in outcomes:
         for name, value in _origins(o):
@@ -202,7 +202,7 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
 def _origins(o: Outcome) -> Iterable[tuple[str, str]]:
     """(what, which) of each start of a run: the code, packages and data that made it."""
     for record in read_environment(o.folder):
-        yield from made_by(record).items()
+        yield from code_and_versions(record).items()
         # One text is other tokens to another tokenizer: no other data.
         tokenizer = o.cell.config.data.tokenizer
         yield from ((f"{k} ({tokenizer})", v) for k, v in record["fingerprints"].items())

@@ -62,7 +62,7 @@ def place(config: Config, store: Path, now: bool) -> Path:
     return folder
 
 
-def others(config: Config, store: Path) -> dict[Path, list[str]]:
+def other_computations(config: Config, store: Path) -> dict[Path, list[str]]:
     """Runs of the same config that compute something else: {their folder: what differs}."""
     names = {folder: differences(folder, config) for folder in _of_config(config, store)}
     return {folder: differs for folder, differs in names.items() if differs}
@@ -94,13 +94,13 @@ def _address_in(file: Path, changed: int) -> str | None:
         return None
 
 
-def made_by(record: Mapping[str, Any]) -> dict[str, str]:
+def code_and_versions(record: Mapping[str, Any]) -> dict[str, str]:
     """The code and packages of a start."""
     return {"code": record["code"], **_versions(record["versions"])}
 
 
-def made_now() -> dict[str, str]:
-    return made_by({"code": code_fingerprint(), "versions": environment()["versions"]})
+def current_code_and_versions() -> dict[str, str]:
+    return code_and_versions({"code": code_fingerprint(), "versions": environment()["versions"]})
 
 
 def _versions(versions: Mapping[str, str]) -> dict[str, str]:
@@ -108,7 +108,7 @@ def _versions(versions: Mapping[str, str]) -> dict[str, str]:
     return {f"version of {name}": v for name, v in versions.items() if name != "gptjax"}
 
 
-def is_told(folder: Path) -> bool:
+def computation_recorded(folder: Path) -> bool:
     """Whether a run recorded what it computes, which older versions did not."""
     return (folder / COMPUTES).is_file()
 
@@ -124,13 +124,15 @@ def write(folder: Path, configs: Sequence[Config], member: int, mesh: jax.shardi
 def differences(folder: Path, config: Config) -> list[str]:
     """What the run in a folder does not share with one that would begin now, by its names.
 
-    [] also for a run that recorded too little to compare (`is_told`).
+    [] also for a run that recorded too little to compare (`computation_recorded`).
 
     Raises:
         UserError: if this machine cannot lower the program of that run.
     """
     history = read_environment(folder)
-    if not is_told(folder) or all(made_by(record) == made_now() for record in history):
+    if not computation_recorded(folder) or all(
+        code_and_versions(record) == current_code_and_versions() for record in history
+    ):
         return []
     computes = json.loads((folder / COMPUTES).read_bytes())
     devices, size = jax.devices(), math.prod(computes["mesh"].values())

@@ -22,7 +22,12 @@ from gptjax.sharding import make_mesh
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, FAILED, SAMPLE, Outcome, Results, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, tuning_cells
-from gptjax.study.store import is_told, made_by, made_now, place
+from gptjax.study.store import (
+    code_and_versions,
+    computation_recorded,
+    current_code_and_versions,
+    place,
+)
 
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
 ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)  # that `_reason` looks into
@@ -32,7 +37,7 @@ class Failed(UserError):
     """Some cells could not run; the others did."""
 
 
-def run(study: Study, store: Path, together: int = 1) -> Results:
+def run_study(study: Study, store: Path, together: int = 1) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
     Several processes, on several hosts that share the store, may run the same study or others:
@@ -78,7 +83,7 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
         todo = [o for o in outcomes if o.status not in ENDED and o.folder not in tried]
         if not todo:
             return [o for o in outcomes if o.status == "failed"]
-        _made_by_this_code(outcomes)
+        _refuse_other_code(outcomes)
         ran = False
         # What failed before comes last, so that it keeps no other from running.
         failed = {o.folder for o in todo if o.status == "failed"}
@@ -95,7 +100,9 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
                 ):
                     for o in group_outcomes:
                         say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
-                        for other_folder, names in cells_store.others(o.cell.config, store).items():
+                        for other_folder, names in cells_store.other_computations(
+                            o.cell.config, store
+                        ).items():
                             say(f"{other_folder} stays: it differs in {', '.join(names)}")
                     try:
                         train_group(group)
@@ -236,12 +243,12 @@ def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
         yield locked
 
 
-def _made_by_this_code(outcomes: Sequence[Outcome]) -> None:
+def _refuse_other_code(outcomes: Sequence[Outcome]) -> None:
     """Refuses to add runs to those of other code that did not record what it computes."""
-    current = made_now()
+    current = current_code_and_versions()
     for o in outcomes:
-        for record in [] if is_told(o.folder) else read_environment(o.folder)[-1:]:
-            for name, was in made_by(record).items():
+        for record in [] if computation_recorded(o.folder) else read_environment(o.folder)[-1:]:
+            for name, was in code_and_versions(record).items():
                 if was != current[name]:
                     raise UserError(
                         f"{o.folder} ({o.cell.label}) was run with another {name}, {was[:12]}, "

@@ -25,7 +25,7 @@ from gptjax import loop
 from gptjax.config import UserError
 from gptjax.records import read_environment, read_metrics
 from gptjax.setup import Setup
-from gptjax.study import results, run
+from gptjax.study import results, runner
 from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, cells, load, tuning_cells
 from gptjax.study.store import COMPUTES
@@ -41,7 +41,7 @@ LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the processes of their own, which have one: the same programs, bit for bit."""
-    monkeypatch.setattr(run, "make_mesh", lambda mesh: tiny.mesh())
+    monkeypatch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def study(text: Path, arms: dict[str, Any] = ARMS, **fields: Any) -> Study:
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from gptjax.study import run, spec
-found = run.run(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
+from gptjax.study import runner, spec
+found = runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
 print(json.dumps([
     [o.cell.label, o.status, o.metric, *(a.tolist() for a in o.curve)] for o in found.outcomes
 ]))
@@ -183,7 +183,7 @@ def test_an_outcome_is_what_the_run_logged(whole: Whole) -> None:
 
 def test_a_second_run_does_nothing(whole: Whole) -> None:
     before = content(whole.cells)
-    found = run.run(whole.study, whole.cells)
+    found = runner.run_study(whole.study, whole.cells)
     assert [o.metric for o in found.outcomes] == [row[2] for row in whole.table]
     assert content(whole.cells) == before
 
@@ -197,7 +197,7 @@ def test_studies_share_their_cells(whole: Whole, copied: Path, text: Path) -> No
     )  # fmt: skip
     assert [o.status for o in read(other, copied).outcomes] == ["finished", "finished", "missing"]
     before = content(copied)
-    found = run.run(other, copied)
+    found = runner.run_study(other, copied)
     assert [o.status for o in found.outcomes] == ["finished"] * 3
     by_label = {row[0]: row[2] for row in whole.table}
     assert found.outcomes[0].metric == by_label["rope, seed 0"]
@@ -214,9 +214,9 @@ def test_a_process_that_holds_a_cell_is_waited_for(
     away = copied.parent / "away"
     (copied / first.address).rename(away)
     naps: list[float] = []
-    with run._claim(copied, [copied / first.address]) as mine:
+    with runner._claim(copied, [copied / first.address]) as mine:
         assert mine
-        with run._claim(copied, [copied / first.address]) as again:
+        with runner._claim(copied, [copied / first.address]) as again:
             assert not again
 
         def nap(seconds: float) -> None:
@@ -224,9 +224,9 @@ def test_a_process_that_holds_a_cell_is_waited_for(
             if len(naps) == 2:
                 away.rename(copied / first.address)
 
-        monkeypatch.setattr(run.time, "sleep", nap)
-        found = run.run(whole.study, copied)
-    assert naps == [run.POLL_SECONDS] * 2
+        monkeypatch.setattr(runner.time, "sleep", nap)
+        found = runner.run_study(whole.study, copied)
+    assert naps == [runner.POLL_SECONDS] * 2
     assert [o.metric for o in found.outcomes] == [row[2] for row in whole.table]
     assert set(starts(copied).values()) == {1}
 
@@ -262,12 +262,12 @@ def test_a_diverged_cell_is_kept_with_its_reason(
 ) -> None:
     monkeypatch.setattr(loop, "MAX_SKIPPED", 2)
     wild = study(text, {"wild": {"optim.peak_lr": 1e30, "optim.clip": None}}, seeds=1)
-    base, o = run.run(wild, copied).outcomes
+    base, o = runner.run_study(wild, copied).outcomes
     assert (base.status, o.status) == ("finished", "diverged")
     assert "2 updates in a row" in o.reason and math.isnan(o.metric)
     assert not (o.folder / "sample.txt").exists()
     before = content(copied)
-    base, again = run.run(wild, copied).outcomes
+    base, again = runner.run_study(wild, copied).outcomes
     assert (again.status, again.reason) == ("diverged", o.reason)
     assert content(copied) == before
 
@@ -290,7 +290,7 @@ def test_a_finished_run_whose_log_was_lost_is_told(whole: Whole, copied: Path) -
         read(whole.study, copied)
     path.unlink()
     with pytest.raises(UserError, match=r"lacks val_loss of the last step: remove .* to run it"):
-        run.run(whole.study, copied)
+        runner.run_study(whole.study, copied)
 
 
 def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: P
     arms = {"bad": {"model.vocab_size": 128}, "fine": {"optim.weight_decay": 0.2}}
     broken = study(text, arms, seeds=1)
     with pytest.raises(UserError) as error:
-        run.run(broken, copied)
+        runner.run_study(broken, copied)
     told = str(error.value)
     assert told.startswith("1 cells could not run; the first, bad, seed 0: tokenizer 'bytes' has")
     assert "\n" not in told
@@ -308,7 +308,7 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: P
     assert math.isnan(bad.metric)
     before = content(copied)
     with pytest.raises(UserError, match="bad, seed 0"):
-        run.run(broken, copied)
+        runner.run_study(broken, copied)
     assert content(copied) == before
 
 
@@ -317,11 +317,11 @@ def test_what_failed_is_tried_again(text: Path, whole: Whole, tmp_path: Path) ->
     here = Path(shutil.copytree(text, tmp_path / "here"))
     one, away = study(here, {}, seeds=1), here.rename(tmp_path / "away")
     with pytest.raises(UserError, match="1 cells could not run; .*/here"):
-        run.run(one, tmp_path / "cells")
+        runner.run_study(one, tmp_path / "cells")
     (o,) = read(one, tmp_path / "cells").outcomes
     assert o.status == "failed" and str(here) in o.reason
     away.rename(here)
-    (o,) = run.run(one, tmp_path / "cells").outcomes
+    (o,) = runner.run_study(one, tmp_path / "cells").outcomes
     assert (o.status, o.reason, o.metric) == ("finished", "", whole.table[0][2])
     assert not (o.folder / results.FAILED).exists()
 
@@ -335,13 +335,13 @@ def test_what_a_full_disk_broke_goes_on(
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "")  # no git, whose diff could fill the disk alone
         with pytest.raises(UserError, match="No space left on device") as error:
-            run.run(one, store)
+            runner.run_study(one, store)
         assert "\n" not in str(error.value)
         (o,) = read(one, store).outcomes
         # Whether a word of it still fitted depends on what the save in flight has freed.
         assert o.status in ("failed", "started")
         ballast.unlink()
-        (o,) = run.run(one, store).outcomes
+        (o,) = runner.run_study(one, store).outcomes
     assert (o.status, o.metric) == ("finished", whole.table[0][2])
     assert timeless(o.folder) == timeless(whole.cells / o.folder.name)
 
@@ -349,14 +349,14 @@ def test_what_a_full_disk_broke_goes_on(
 def test_a_store_that_cannot_be_written_is_told(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
-        run.run(study(text), tmp_path / "file" / "cells")
+        runner.run_study(study(text), tmp_path / "file" / "cells")
 
 
 def test_a_prompt_that_cannot_be_continued_costs_no_training(text: Path, tmp_path: Path) -> None:
     long = study(text, {}, seeds=1, settings={"optim.b1": 0.8})
     words = (*long.overrides, f"--config.sample.prompt={'x' * 17}")
     with pytest.raises(UserError, match="sample.prompt has 17 tokens"):
-        run.run(dataclasses.replace(long, overrides=words), tmp_path)
+        runner.run_study(dataclasses.replace(long, overrides=words), tmp_path)
     assert set(starts(tmp_path).values()) == {0}
 
 
@@ -366,7 +366,7 @@ def test_a_prompt_that_cannot_be_continued_costs_no_training(text: Path, tmp_pat
 def test_tuning_chooses_and_the_choice_decides(text: Path, tmp_path: Path) -> None:
     """A rate at which nothing is learned cannot win."""
     tuned = study(text, {}, seeds=1, tune={"optim.peak_lr": (1e-9, 1e-2)})
-    found = run.run(tuned, tmp_path)
+    found = runner.run_study(tuned, tmp_path)
     best = {"optim.peak_lr": 1e-2}
     assert found.tuned == {("", "base"): best}
     assert [(o.status, v["optim.peak_lr"]) for o, v in found.tuning] == [
@@ -471,7 +471,7 @@ def test_a_mixture_is_refused_and_both_are_named(
 ) -> None:
     first, *_, last = cells(whole.study, {})
     folder = alter(copied, last, change)
-    for attempt in (read, run.run):
+    for attempt in (read, runner.run_study):
         with pytest.raises(UserError) as error:
             attempt(whole.study, copied)
         said = str(error.value)
@@ -502,7 +502,7 @@ def test_cells_of_other_code_that_did_not_tell_are_refused_before_any_is_run(
         (alter(copied, cell, set_to("code")) / COMPUTES).unlink()
     read(whole.study, copied)
     with pytest.raises(UserError) as error:
-        run.run(whole.study, copied)
+        runner.run_study(whole.study, copied)
     said = str(error.value)
     assert "was run with another code, another, than this, " in said and "\n" not in said
     assert str(copied / others[0].address) in said
@@ -541,10 +541,10 @@ def test_sigterm_saves_stops_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "load_batch", planted)
         with pytest.raises(loop.Stopped):
-            run.run(one, tmp_path)
+            runner.run_study(one, tmp_path)
     (o,) = read(one, tmp_path).outcomes
     assert (o.status, o.reason) == ("started", "") and math.isnan(o.metric)
-    (o,) = run.run(one, tmp_path).outcomes
+    (o,) = runner.run_study(one, tmp_path).outcomes
     assert (o.status, o.metric) == ("finished", whole.table[0][2])
     assert [r["resume_step"] for r in read_environment(o.folder)] == [None, 8]
     assert timeless(o.folder) == timeless(whole.cells / o.folder.name)
