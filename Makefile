@@ -3,6 +3,7 @@
 #   make test    format, lint, types and the whole test suite
 #   make quick   floors and the tests of what differs from main, for at most 90 seconds
 #   make check   format, lint and types only;  make format  mends what can be mended
+#   make docs    the site of the documents and docstrings, into site/
 #   make lanes   the suite on the oldest and the newest versions that pyproject.toml allows
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := .venv/bin
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
 
-.PHONY: train test quick check format lanes golden clean
+.PHONY: train test quick check format docs lanes golden clean
 
 train: .venv/installed
 	$(BIN)/python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
@@ -32,6 +33,14 @@ check: .venv/installed-test
 format: .venv/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Strictly: a link or reference that leads nowhere, or a docstring that cannot be read, fails it.
+# mkdocs warns of its version 2, which pyproject.toml does not allow.
+docs: .venv/installed-docs
+	rm -rf build/pages && mkdir -p build/pages
+	for page in README.md CONTRIBUTING.md CHANGELOG.md docs experiments configs; do \
+		ln -s ../../$$page build/pages/$$page || exit; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Without the extra `reference`: newer Pythons get torch with CUDA only, 3 GB. Each lane has a cache
 # of compiled programs of its own.
@@ -68,5 +77,9 @@ golden: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,reference]'
 	@touch $@
 
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv .lanes .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build/pages site .lanes .jax_cache .mypy_cache .pytest_cache .ruff_cache

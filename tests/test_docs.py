@@ -9,14 +9,20 @@ import argparse
 import ast
 import io
 import json
+import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+import yaml
 
+import gptjax
 from gptjax import model
 from gptjax.cli import COMMANDS, main
 from gptjax.layers import feedforward
@@ -243,3 +249,21 @@ def test_the_commands_beside_the_road_are_as_the_command_line_has_them() -> None
         parser = argparse.ArgumentParser(allow_abbrev=False)
         COMMANDS[name].add_arguments(parser)
         parser.parse_args(words[len(name.split()) :])  # exits on a word that it does not know
+
+
+def entries(nav: list[Any]) -> Iterator[str]:
+    """The pages that a menu of mkdocs names: of {title: page}, {title: menu} and bare pages."""
+    for entry in nav:
+        for page in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from entries(page) if isinstance(page, list) else [page]
+
+
+def test_the_menu_of_the_site_names_every_document_and_every_module() -> None:
+    nav = yaml.safe_load((REPO / "mkdocs.yml").read_text())["nav"]
+    documents = [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("experiments/*.md")]
+    assert sorted(entries(nav)) == sorted(str(file.relative_to(REPO)) for file in documents)
+    hook = runpy.run_path(str(REPO / "docs/api_pages.py"))  # needs no mkdocs until it adds pages
+    packages = pkgutil.walk_packages(gptjax.__path__, "gptjax.")
+    assert set(hook["modules"]()) == {"gptjax", *(module.name for module in packages)}
+    pages = map(hook["page_of"], hook["modules"]().values())
+    assert sorted(entries(hook["menu"]())) == sorted(pages)

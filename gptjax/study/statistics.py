@@ -105,6 +105,7 @@ def compare(differences: Mapping[Arm, np.ndarray], smallest: float) -> dict[Arm,
 
     What is controlled. The claims are of two kinds, "better or worse" and "no difference larger
     than", and Holm's correction is made over the arms for each. In one study
+
     - the probability that any arm without an effect is called better or worse is at most 5% (that
       one with an effect gets the wrong sign is rarer). Of 4,000 simulated studies of four arms
       like the baseline with 3, 5 or 10 seeds 2 to 5% had one; uncorrected, 11 to 18% would;
@@ -113,6 +114,7 @@ def compare(differences: Mapping[Arm, np.ndarray], smallest: float) -> dict[Arm,
     - both together are at most 10%, of which half is likely: where two arms had no effect and two
       had `smallest`, 4 to 6% of the studies had a false claim. For one arm the bound is 5%, since
       no truth makes both kinds false at once.
+
     Holm's bound needs no independence (the arms share their baseline). The t tests take seeds to
     be independent and their differences to be about normal. The number of seeds must be settled
     before their losses are seen: every further look may add as much again. Running `more_seeds`
