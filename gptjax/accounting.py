@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptjax import model as gpt
 from gptjax import sharding, state
-from gptjax.config import Config, ConfigError, Model
+from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.layers.attention import KERNEL, kernel_for
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
@@ -81,7 +81,7 @@ def flops_by_part(model: Model, causal: bool) -> dict[str, float]:
     """`train_flops_per_token` by the module that multiplies; "scores" are those of the kernel.
 
     Raises:
-        NotImplementedError: on a primitive of a row whose products cannot be counted.
+        Uncountable: on a primitive of a row whose products cannot be counted.
     """
     T, pairs = model.context, 0
     for window in model.layer_windows:
@@ -97,6 +97,10 @@ def flops_by_part(model: Model, causal: bool) -> dict[str, float]:
         part: 3 * n * pairs / (every * T) if part == "scores" else 3 * n / T
         for part, n in parts.items()
     }
+
+
+class Uncountable(UserError):
+    """A part of a model multiplies in a way whose FLOPs cannot be told."""
 
 
 class Product(NamedTuple):
@@ -165,7 +169,7 @@ def _walk(jaxpr: Any, scope: str, times: int) -> Iterator[Product]:
             for product in _walk(inner, inside, repeats)
         ]
         if name in UNCOUNTED and (products or name not in ("while", "cond")):
-            raise NotImplementedError(f"products of {name!r} in {inside} cannot be counted")
+            raise Uncountable(f"products of {name!r} in {inside} cannot be counted")
         yield from products
 
 
@@ -206,6 +210,9 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     Args:
         config: the whole config.
         mesh_shape: devices along each mesh axis, such as `mesh.shape`.
+
+    Raises:
+        Uncountable: as `flops_by_part`, whose products "activations" and "logits" are made of.
     """
     m, mesh = config.model, tuple(mesh_shape.items())
     every, trained = gpt.abstract_params(m), trainable(config).specs
@@ -257,22 +264,26 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 
 def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
     """What a run costs, by purpose, for a person: parameters, FLOPs and bytes, a line each."""
-    flops = flops_by_part(config.model, causal=True)
-    sections = {
-        "parameters": {part: f"{n:,}" for part, n in parameters(config.model).items()},
-        "FLOPs of a token, forward and backward, causal": {
-            part: f"{n:.4g}" for part, n in {**flops, "total": sum(flops.values())}.items()
-        },
-    }
-    lines = [
-        f"{title}: {', '.join(map(' '.join, parts.items()))}" for title, parts in sections.items()
-    ]
+    counts = (f"{part} {n:,}" for part, n in parameters(config.model).items())
+    lines = [f"parameters: {', '.join(counts)}"]
+    try:
+        flops = flops_by_part(config.model, causal=True)
+    except Uncountable as error:
+        lines.append(f"FLOPs are not counted: {error}")
+    else:
+        flops |= {"total": sum(flops.values())}
+        parts = ", ".join(f"{part} {n:.4g}" for part, n in flops.items())
+        lines.append(f"FLOPs of a token, forward and backward, causal: {parts}")
     memory = f"memory of a device, mesh {' x '.join(f'{a}={n}' for a, n in mesh_shape.items())}: "
     try:
         sharding.check_divisible(config, gpt.abstract_params(config.model), mesh_shape)
     except ConfigError as error:
         return [*lines, f"{memory}none, {error}"]
-    sizes = {part: f"{n / 2**20:,.1f} MiB" for part, n in memory_bytes(config, mesh_shape).items()}
+    try:
+        sizes_in_bytes = memory_bytes(config, mesh_shape)
+    except Uncountable:
+        return [*lines, f"{memory}not counted, for the same reason"]
+    sizes = {part: f"{n / 2**20:,.1f} MiB" for part, n in sizes_in_bytes.items()}
     sizes |= {part: f"about {sizes[part]}" for part in ("activations", "logits", "total")}
     return [*lines, memory + ", ".join(map(" ".join, sizes.items()))]
 

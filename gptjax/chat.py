@@ -38,6 +38,11 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[
     Raises:
         UserError: if there is no template, or it refuses the dialogue, which may not be empty.
     """
+    if tokenizer.chat_template is None and tokenizer.template_choice:
+        raise UserError(
+            f"tokenizer {tokenizer.name!r} has no chat template to take: "
+            f"{tokenizer.template_choice}; rename one, or write it to chat_template.jinja"
+        )
     if tokenizer.chat_template is None:
         raise UserError(
             f"tokenizer {tokenizer.name!r} has no chat template: this model was not taught to "

@@ -40,12 +40,11 @@ from types import TracebackType
 from typing import IO, Any, Self, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.experimental import multihost_utils
 
 from gptjax.config import UserError
+from gptjax.progress import from_process_0
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
@@ -130,7 +129,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The latest complete step as process 0 sees it, or None."""
-        step = int(_from_process_0(str(max(self.steps(), default=-1))))
+        step = int(from_process_0(str(max(self.steps(), default=-1))))
         return None if step < 0 else step
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], wait: bool = False) -> None:
@@ -220,7 +219,7 @@ class Checkpoints:
         _same_tree(self._read_meta(step)["tree"], _describe(leaves), self._final(step))
         # One process reads the folder to hash it; the others take its word.
         damage = _damage(self._final(step)) if jax.process_index() == 0 else ""
-        if damage := _from_process_0(damage):
+        if damage := from_process_0(damage):
             raise self._damaged(step, damage)
         restore_args = {
             path: ocp.ArrayRestoreArgs(
@@ -255,12 +254,12 @@ class Checkpoints:
             except OSError as error:
                 failure = error.strerror or str(error)
         # One line on all processes, instead of some that wait for the first for ever.
-        if holder := _from_process_0(holder):
+        if holder := from_process_0(holder):
             raise Busy(
                 f"{self._folder.parent} is being trained by {holder}: wait for its end or stop it, "
                 "or use another --workdir"
             )
-        if failure := _from_process_0(failure):
+        if failure := from_process_0(failure):
             raise UserError(
                 f"cannot write in {self._folder.parent}: {failure}. Free some space or choose "
                 "another --workdir"
@@ -503,12 +502,3 @@ def _damage(folder: Path) -> str:
         if listed[name] != current[name]:
             return f"{name} was altered or cut short (it holds {current[name]['bytes']} bytes)"
     return f"{MANIFEST} was altered"
-
-
-def _from_process_0(text: str) -> str:
-    """The text that process 0 passed (at most 4096 bytes of it), on every process."""
-    if jax.process_count() == 1:
-        return text
-    padded = text.encode()[:4096].ljust(4096, b"\0")
-    received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
-    return np.asarray(received).tobytes().rstrip(b"\0").decode(errors="replace")

@@ -284,8 +284,13 @@ class Meter:
         self._pending: tuple[int, Any] | None = None
         peak, source = accounting.peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
-        self._flops = accounting.train_flops_per_token(config.model, causal=True)
-        say(f"MFU counts {self._flops / 1e6:,.1f} MFLOP/token (causal) against: {source}")
+        try:
+            self._flops = accounting.train_flops_per_token(config.model, causal=True)
+        except accounting.Uncountable as error:
+            self._peak = None
+            say(f"MFU is left out, FLOPs are not counted: {error}")
+        else:
+            say(f"MFU counts {self._flops / 1e6:,.1f} MFLOP/token (causal) against: {source}")
         self.restart()
 
     def restart(self) -> None:

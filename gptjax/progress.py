@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Self
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -19,6 +21,16 @@ def say(message: str) -> None:
     """A line on standard error, from process 0 alone; a bar in progress stays below it."""
     if jax.process_index() == 0:
         console.print(message, soft_wrap=True)
+
+
+def from_process_0(text: str) -> str:
+    """The text that process 0 passed, on every process; all must call it."""
+    if jax.process_count() == 1:
+        return text
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    padded = text.encode()[:length].ljust(length, b"\0")  # every process passes as many bytes
+    received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    return np.asarray(received).tobytes().decode(errors="replace")
 
 
 class Progress:

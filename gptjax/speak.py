@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
 from gptjax import decode, model
 from gptjax.chat import encode as encode_dialogue
 from gptjax.config import Config, ConfigError, UserError
-from gptjax.progress import say
+from gptjax.progress import from_process_0, say
 from gptjax.tokenizer import Tokenizer
 
 CHUNK = 4  # tokens between two looks at what was made
@@ -60,11 +62,7 @@ def answer(
 def _answer(
     config: Config, weights: decode.Weights, tokenizer: Tokenizer, dialogue_ids: list[int]
 ) -> str:
-    if len(dialogue_ids) >= config.model.context:
-        raise UserError(
-            f"the dialogue has {len(dialogue_ids)} tokens, which leaves no room for an answer in "
-            f"model.context={config.model.context}: shorten it"
-        )
+    _check_room(config, dialogue_ids)
     # A turn ends with a token of its own, which `stops` has beside end-of-text.
     stops = set(tokenizer.stops)
     return _write(config, weights, tokenizer, [dialogue_ids], stops, live=True)[0].strip()
@@ -77,10 +75,9 @@ def chat(
 
     When the dialogue with an answer no longer fits into the context, the oldest turns go.
     """
-    first = [] if system is None else [{"role": "system", "content": system}]
+    first = system_turn(system)
     turns: list[dict[str, str]] = []
     room = config.model.context - min(config.sample.max_new_tokens, config.model.context // 2)
-    encode_dialogue(tokenizer, [*first, {"role": "user", "content": "?"}])  # has it a template?
     while message := _hear():
         turns.append({"role": "user", "content": message})
         while len(ids := encode_dialogue(tokenizer, first + turns)) > room and len(turns) > 1:
@@ -91,10 +88,44 @@ def chat(
 
 
 def _hear() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    """A line from the standard input of process 0, on every process; "" at its end."""
+    line = ""
+    if jax.process_index() == 0:
+        with contextlib.suppress(EOFError):
+            line = input("> ").strip()
+    return from_process_0(line)
+
+
+def system_turn(text: str | None) -> list[dict[str, str]]:
+    """What stands before a dialogue: one message, or none."""
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def check_chat(config: Config, tokenizer: Tokenizer, system: str | None) -> None:
+    """As `check_dialogues`, of the shortest dialogue that `chat` could hold."""
+    check_dialogues(config, tokenizer, [[*system_turn(system), {"role": "user", "content": "?"}]])
+
+
+def check_dialogues(
+    config: Config, tokenizer: Tokenizer, dialogues: Sequence[list[dict[str, str]]]
+) -> None:
+    """Refuses what cannot be answered before a model is loaded; says which template was taken.
+
+    Raises:
+        UserError: as `answer`.
+    """
+    for dialogue in dialogues:
+        _check_room(config, encode_dialogue(tokenizer, dialogue))
+    if tokenizer.template_choice:
+        say(f"chat template: {tokenizer.template_choice}")
+
+
+def _check_room(config: Config, dialogue_ids: list[int]) -> None:
+    if len(dialogue_ids) >= config.model.context:
+        raise UserError(
+            f"the dialogue has {len(dialogue_ids)} tokens, which leaves no room for an answer in "
+            f"model.context={config.model.context}: shorten it"
+        )
 
 
 def _write(
@@ -147,6 +178,10 @@ def check_sample(config: Config, tokenizer: Tokenizer) -> list[int]:
     """
     if config.sample.stop is not None:
         _one_token(config.sample.stop, tokenizer)
+    try:
+        config.sample.prompt.encode()
+    except UnicodeEncodeError:  # what a shell hands over that is no text
+        raise ConfigError("sample.prompt holds bytes that are no UTF-8: write it as text") from None
     ids = tokenizer.encode(config.sample.prompt)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]

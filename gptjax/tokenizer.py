@@ -74,6 +74,7 @@ class Tokenizer:
         bos: the id that the model was trained to find before every text; None: there is none.
         stops: ids after which nothing more is to be said: `eot`, and the end of a chat's turn.
         chat_template: the model's own, in Jinja; None where it has none.
+        template_choice: which of several templates that is, in words; "" where there is no other.
         template_names: what the template knows tokens by: {"eos_token": "<|im_end|>"}.
     """
 
@@ -85,6 +86,7 @@ class Tokenizer:
     bos: int | None
     stops: frozenset[int]
     chat_template: str | None = field(repr=False)
+    template_choice: str
     template_names: Mapping[str, str] = field(repr=False)
     _encoding: Encoding = field(repr=False, compare=False)
 
@@ -269,6 +271,7 @@ def load(name: str) -> Tokenizer:
         bos=None,
         stops=frozenset({encoding.eot_token}),
         chat_template=None,
+        template_choice="",
         template_names={},
         _encoding=encoding,
     )
@@ -411,6 +414,7 @@ def _from_folder(folder: Path) -> Tokenizer:
             f"{folder} names no token that ends a document: set eos_token in tokenizer_config.json"
         )
     settled = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    template, choice = _chat_template(folder, settings)
     stop = settled.get("eos_token_id")
     stops = {*(stop if isinstance(stop, list) else [stop])} - {None}
     return Tokenizer(
@@ -421,7 +425,8 @@ def _from_folder(folder: Path) -> Tokenizer:
         specials=encoding.specials,
         bos=encoding.bos,
         stops=frozenset(stops | {encoding.specials[name] for name in ends}),
-        chat_template=_chat_template(folder, settings),
+        chat_template=template,
+        template_choice=choice,
         template_names=named,
         _encoding=encoding,
     )
@@ -438,14 +443,21 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
+def _chat_template(folder: Path, settings: dict[str, Any]) -> tuple[str | None, str]:
+    """`chat_template` and `template_choice`: the file goes before the config, as in transformers."""
+    file, configured = folder / "chat_template.jinja", settings.get("chat_template")
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8-sig")
+            template = file.read_text(encoding="utf-8-sig")
         except ValueError as error:
             raise UserError(f"{file} is not UTF-8 ({error}): fetch it again") from None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
+        other = configured is not None and configured != template
+        return template, f"{file.name}, not that of tokenizer_config.json" if other else ""
+    if not isinstance(configured, list):
+        return configured, ""
+    named = {entry["name"]: entry["template"] for entry in configured}
+    names = ", ".join(map(repr, named))
+    if "default" not in named:
+        return None, f"tokenizer_config.json names {names}, of which none is 'default'"
+    choice = f"'default' of {names} in tokenizer_config.json" if len(named) > 1 else ""
+    return named["default"], choice

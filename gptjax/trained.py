@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,18 +103,26 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(model: Trained) -> Iterator[Opened]:
+def opened(
+    model: Trained, check: Callable[[Config, Tokenizer], object] | None = None
+) -> Iterator[Opened]:
     """A model and its tokenizer, on the mesh of its config, which is set while the context lasts.
+
+    Args:
+        check: refuses, before any weights are read, what the settled config and the tokenizer
+            do not allow.
 
     Raises:
         UserError: if there is no complete checkpoint, or it is damaged or of another model; if
-            the tokenizer does not fit the model.
+            the tokenizer does not fit the model; or as `check`.
     """
     with jax.set_mesh(make_mesh(model.config.mesh)):
         setup.check_names(model.config)
         config = setup.settle(model.config)
         sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
         tokenizer = setup.load_tokenizer(config)
+        if check is not None:
+            check(config, tokenizer)
         if model.source is not None:
             weights = pretrained.adopt(config, model.source).model
             _check_fits(config.model, weights, model.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import pytest
 from gptjax import model as gpt
 from gptjax import sharding, state
 from gptjax.accounting import (
+    Uncountable,
+    costs,
     flops_by_part,
     memory_bytes,
     mfu,
@@ -422,11 +425,19 @@ def test_a_planted_optimiser_is_counted_as_it_is(row, monkeypatch):
 def test_products_that_cannot_be_counted_are_refused(monkeypatch):
     def loop(module, c, x_BTD, tap):
         w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
-        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x @ w, x_BTD)
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x + jnp.sum(x @ w), x_BTD)
 
     monkeypatch.setitem(FEEDFORWARD, "planted", Branch(loop, lambda width: width))
-    with pytest.raises(NotImplementedError, match="products of 'while' in .*feedforward"):
-        train_flops_per_token(small(feedforward="planted"), causal=True)
+    model = small(feedforward="planted")
+    with pytest.raises(Uncountable, match="products of 'while' in .*feedforward"):
+        train_flops_per_token(model, causal=True)
+    with pytest.raises(Uncountable):
+        memory_bytes(whole(model), dict.fromkeys(AXES, 1))
+    # What only tells of costs says that it cannot, and goes on.
+    first, flops, memory = costs(whole(model), dict.fromkeys(AXES, 1))
+    assert first.startswith("parameters: ") and f"total {parameters(model)['total']:,}" in first
+    assert re.match("FLOPs are not counted: products of 'while' in .*feedforward", flops)
+    assert memory.endswith(": not counted, for the same reason")
 
 
 # --- rates ---------------------------------------------------------------------------------------

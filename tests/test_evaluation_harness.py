@@ -27,7 +27,7 @@ from gptjax.cli import EXIT_USER_ERROR, main
 from gptjax.config import UserError
 from gptjax.evaluation import tasks
 from gptjax.evaluation.tasks import Request
-from gptjax.interop import hf
+from gptjax.interop import hf, pretrained
 from gptjax.interop.vocabulary import split, tokenizer_json
 from gptjax.setup import load_tokenizer, settle
 from tests import tiny
@@ -206,7 +206,9 @@ def told(made: Made, local: Path) -> Told:
         patch.setattr(
             harness, "TaskManager", functools.partial(TaskManager, include_defaults=False)
         )
-        ours = harness.evaluate(made.model, names, include_path=local)
+        manager = harness.manager_of(names, local)
+        with trained.opened(made.model) as opened:
+            ours = harness.evaluate(opened, names, manager)
     theirs = lm_eval.simple_evaluate(
         HFLM(
             str(made.model.folder), device="cpu", dtype="float32", batch_size=4, max_length=CONTEXT
@@ -268,7 +270,9 @@ def test_greedy_texts_are_the_same(told):
 
 def test_our_own_figures_are_the_harness_s(told, made, local):
     files = {"lambada": local / "words.jsonl", "choices": local / "choices.jsonl"}
-    own = tasks.evaluate(made.model, files)["tasks"]
+    lines = tasks.read_files(files, None)
+    with trained.opened(made.model) as opened:
+        own = tasks.evaluate(made.model.folder, opened, files, lines)["tasks"]
     words, choices = told.results("words")[0], told.results("choices")[0]
     assert own["lambada"]["accuracy"] == pytest.approx(words["acc"])
     assert own["lambada"]["perplexity"] == pytest.approx(words["perplexity"], rel=1e-6)
@@ -336,6 +340,22 @@ def test_the_command_prints_the_harness_s_table(made, local, monkeypatch, capsys
     assert main([*words, context, "--harness", "local_choices"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("|") and re.search(r"\|local_choices\|.*\|acc +\|", out)
+
+
+@only_one
+def test_the_model_is_opened_once_for_all_tasks(made, local, monkeypatch, capsys):
+    quick = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", quick)
+    times, load = [], pretrained.load
+    monkeypatch.setattr(pretrained, "load", lambda source: times.append(source) or load(source))
+    words = ["tasks", f"--workdir={made.model.folder}", f"--harness_path={local}", "--limit=2"]
+    own = f"--choices={local / 'choices.jsonl'}"
+    context = f"--config.model.context={CONTEXT}"
+    assert main([*words, context, own, "--json", "--harness", "local_choices"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    theirs = record["harness"]["local_choices"]["acc,none"]
+    assert record["tasks"]["choices"]["accuracy"] == pytest.approx(theirs)
+    assert len(times) == 1
 
 
 def test_an_unknown_task_is_one_line(made, local, monkeypatch, capsys):

@@ -232,7 +232,8 @@ def test_files_with_a_byte_order_mark_and_in_no_locale_read_alike(name, full, tm
         again = load(str(folder))
         assert again.chat_template == "{{ 'é' }}"
         template = load(source).chat_template
-        assert dataclasses.replace(again, name=source, chat_template=template) == load(source)
+        own = {"name": source, "chat_template": template, "template_choice": ""}
+        assert dataclasses.replace(again, **own) == load(source)
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8"):
         load.__wrapped__(str(folder))
@@ -466,3 +467,40 @@ def test_templates_that_fail_or_reach_out_are_refused(template, message, name):
 def test_a_dialogue_of_nothing_is_refused(name):
     with pytest.raises(UserError, match="the dialogue is empty"):
         chat.encode(load(name), [])
+
+
+@pytest.mark.parametrize(
+    "configured, in_file, expected",
+    [
+        ("a", None, ("a", "")),
+        ("a", "a", ("a", "")),
+        (None, "b", ("b", "")),
+        ("a", "b", ("b", "chat_template.jinja, not that of tokenizer_config.json")),
+        ({"default": "a"}, None, ("a", "")),
+        (
+            {"tool_use": "b", "default": "a"},
+            None,
+            ("a", "'default' of 'tool_use', 'default' in tokenizer_config.json"),
+        ),
+        (
+            {"tool_use": "b", "rag": "a"},
+            None,
+            (None, "tokenizer_config.json names 'tool_use', 'rag', of which none is 'default'"),
+        ),
+    ],
+)
+def test_which_of_two_templates_was_taken(configured, in_file, expected, tmp_path):
+    if isinstance(configured, dict):
+        configured = [{"name": k, "template": v} for k, v in configured.items()]
+    settings = {} if configured is None else {"chat_template": configured}
+    path = write(tmp_path / "own", trained(), **settings)
+    if in_file is not None:
+        (Path(path) / "chat_template.jinja").write_text(in_file)
+    own = load(path)
+    assert (own.chat_template, own.template_choice) == expected
+    if own.chat_template is None:
+        with pytest.raises(UserError, match="no chat template to take: .* none is 'default'"):
+            chat.encode(own, DIALOGUE)
+    else:
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        assert theirs.get_chat_template() == own.chat_template

@@ -131,6 +131,40 @@ def test_a_question_is_shown_once(monkeypatch: pytest.MonkeyPatch, process: int)
     assert out.getvalue() == ("" if process else "> why?\n> [/b]\n")
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_only_process_0_reads_what_is_typed(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
+    """The other processes get its lines, and say the same dialogue without a word."""
+    typed, sent = ["why?", ""], iter(["why?", ""])
+    prompts: list[str] = []
+
+    def read_line(prompt: str) -> str:
+        prompts.append(prompt)
+        return typed.pop(0)
+
+    heard: list[list[dict[str, str]]] = []
+
+    def encode(_: Any, dialogue: list[dict[str, str]]) -> list[int]:
+        heard.append([*dialogue])
+        return [1]
+
+    monkeypatch.setattr("builtins.input", read_line)
+    monkeypatch.setattr(speak, "from_process_0", lambda line: next(sent))
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(speak, "encode_dialogue", encode)
+    monkeypatch.setattr(speak, "_answer", lambda *_: "because")
+    with redirect_stdout(io.StringIO()) as out:
+        speak.chat(configure(), {}, BYTES)
+    assert heard == [[{"role": "user", "content": "why?"}]]
+    assert prompts == ([] if process else ["> ", "> "]) and not out.getvalue()
+
+
+def test_the_template_that_was_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for choice, line in (("", ""), ("'default' of two", "chat template: 'default' of two\n")):
+        own = dataclasses.replace(BYTES, chat_template="{{ 1 }}", template_choice=choice)
+        speak.check_chat(configure(), own, None)
+        assert capsys.readouterr().err == line
+
+
 def test_a_full_context_is_told() -> None:
     ((_,), _, err) = generate(
         max_new_tokens=60, temperature=0.0

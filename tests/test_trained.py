@@ -398,3 +398,47 @@ def test_a_model_is_read_settled_and_cast_once_however_many_turns(
     count(decode, "cast")
     assert chat(exported, "Who?\nWhere?\nWhy?\n", monkeypatch) == 0
     assert calls == {"find": 1, "settle": 1, "cast": 1}
+
+
+# ---- what is refused before weights are read
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(trained, "_latest", read)
+    monkeypatch.setattr(pretrained, "load", read)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["generate", "--prompt=" + "x" * 65], "sample.prompt has 65 tokens"),
+        (["generate", "--prompt=\udcff"], "sample.prompt holds bytes that are no UTF-8"),
+        (["generate", "--config.sample.stop=é"], "sample.stop='é' is 2 tokens"),
+        (["generate", "--config.sample.temperature=-1"], "sample.temperature must not be negative"),
+        (["generate", "--config.sample.top_k=0"], "sample.top_k must be above 0"),
+        (["generate", "--config.sample.max_new_tokens=0"], "sample.max_new_tokens must be above 0"),
+        (["ask", "why?"], "has no chat template"),
+        (["chat"], "has no chat template"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_before_weights_are_read(
+    run: Path, unread: None, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert launch(words[0], f"--workdir={run}", *words[1:]) == 2
+    refusal = capsys.readouterr().err
+    assert message in refusal and refusal.count("\n") == 1
+
+
+def test_a_dialogue_without_room_is_refused_before_weights_are_read(
+    exported: Path, unread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["ask", "why?", "x" * 64], ["chat", "--system=" + "x" * 64]):
+        capsys.readouterr()
+        assert launch(words[0], f"--workdir={exported}", *words[1:]) == 2
+        streams = capsys.readouterr()
+        assert "leaves no room for an answer" in streams.err and not streams.out

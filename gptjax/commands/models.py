@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 
 from gptjax.commands.command import (
     OVERRIDES,
@@ -27,7 +28,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config = dataclasses.replace(config, sample=sample)
     if arguments.seed is not None:
         config = dataclasses.replace(config, seed=arguments.seed)
-    with trained.opened(trained_model._replace(config=config)) as model:
+    with trained.opened(trained_model._replace(config=config), speak.check_sample) as model:
         speak.generate(model.config, model.params, model.tokenizer)
 
 
@@ -42,12 +43,13 @@ def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     trained_model = model_of(arguments, overrides)
     from gptjax import decode, speak, trained
 
-    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    with trained.opened(trained_model) as model:
+    system = speak.system_turn(arguments.system)
+    dialogues = [[*system, {"role": "user", "content": q}] for q in arguments.questions]
+    check = functools.partial(speak.check_dialogues, dialogues=dialogues)
+    with trained.opened(trained_model, check) as model:
         weights = decode.cast(model.config.model, model.params)
-        for question in arguments.questions:
+        for question, dialogue in zip(arguments.questions, dialogues, strict=True):
             speak.print_text(f"> {question}")
-            dialogue = [*system, {"role": "user", "content": question}]
             speak.answer(model.config, weights, model.tokenizer, dialogue)
 
 
@@ -66,7 +68,8 @@ def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
     trained_model = model_of(arguments, overrides)
     from gptjax import decode, speak, trained
 
-    with trained.opened(trained_model) as model:
+    check = functools.partial(speak.check_chat, system=arguments.system)
+    with trained.opened(trained_model, check) as model:
         weights = decode.cast(model.config.model, model.params)
         speak.chat(model.config, weights, model.tokenizer, arguments.system)
 

@@ -140,7 +140,8 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax.evaluation.tasks import TASKS, show
+    from gptjax import trained
+    from gptjax.evaluation.tasks import TASKS, read_files, show
     from gptjax.evaluation.tasks import evaluate as evaluate_tasks
 
     model = model_of(arguments, overrides)
@@ -151,13 +152,17 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit={arguments.limit} is no positive number")
-    record = evaluate_tasks(model, files, arguments.limit) if files else {}
+    lines = read_files(files, arguments.limit)
     if arguments.harness:
         from gptjax.evaluation import harness
 
-        where = arguments.limit, arguments.harness_path
-        harness_results = harness.evaluate(model, arguments.harness, *where)
-        record["harness"] = harness.figures(harness_results)
+        manager = harness.manager_of(arguments.harness, arguments.harness_path)
+    with trained.opened(model) as opened:
+        record = evaluate_tasks(model.folder, opened, files, lines) if files else {}
+        if arguments.harness:
+            names, limit = arguments.harness, arguments.limit
+            harness_results = harness.evaluate(opened, names, manager, limit)
+            record["harness"] = harness.figures(harness_results)
     if jax.process_index() != 0:
         return
     if arguments.json:
@@ -212,10 +217,12 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
     for knob, value in flatten(dataclasses.asdict(run_config)).items():
         print(f"{knob} = {value!r}")
     tokens = run_config.train.steps * run_config.data.batch_size * run_config.model.context
-    flops = accounting.train_flops_per_token(run_config.model, causal=True)
-    print(
-        f"# training: {tokens:.4g} tokens of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
-    )
+    try:
+        flops = accounting.train_flops_per_token(run_config.model, causal=True)
+        costs = f" of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
+    except accounting.Uncountable:
+        costs = ""
+    print(f"# training: {tokens:.4g} tokens{costs}")
     shape = sharding.mesh_shape(run_config.mesh, jax.device_count())
     settled = attention.resolve(run_config.model, jax.default_backend())
     for line in accounting.costs(dataclasses.replace(run_config, model=settled), shape):

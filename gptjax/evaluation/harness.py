@@ -17,12 +17,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from gptjax import decode, model, trained
+from gptjax import decode, model
 from gptjax.config import Config, Sample, UserError
 from gptjax.evaluation.tasks import Likelihood, Request, encode, loglikelihoods
 from gptjax.progress import Progress
 from gptjax.tokenizer import Tokenizer
-from gptjax.trained import Trained
+from gptjax.trained import Opened
 
 try:
     import lm_eval
@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
         f"the harness lacks module {error.name!r}: pip install 'gptjax[harness]'"
     ) from error
 
-__all__ = ["Harness", "evaluate", "make_table"]
+__all__ = ["Harness", "evaluate", "make_table", "manager_of"]
 
 CHUNK = 16  # tokens made between two looks for a stop text
 # What a task may say of sampling, beside `do_sample`; what it leaves open is off.
@@ -178,30 +178,36 @@ def _cut(numbers: list[int], size: int) -> Iterator[list[int]]:
         yield numbers[start : start + size]
 
 
-def evaluate(
-    model: Trained,
-    names: Sequence[str],
-    limit: int | None = None,
-    include_path: Path | None = None,
-) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` says of a model, on a mesh of its config.
+def manager_of(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """The harness's tasks, before a model is opened for some of them.
 
     Args:
         names: tasks, groups or tags of the harness.
-        limit: only the first so many documents of each task.
         include_path: a folder with further tasks.
 
     Raises:
-        UserError: on an unknown task, or whatever `trained.opened` refuses.
+        UserError: on an unknown task.
     """
     manager = TaskManager(include_path=include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise UserError(f"the harness knows no task {unknown[0]!r}: see `lm_eval ls tasks`")
+    return manager
+
+
+def evaluate(
+    model: Opened, names: Sequence[str], manager: TaskManager, limit: int | None = None
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` says of a model, on the mesh that is set.
+
+    Args:
+        names: tasks, groups or tags that `manager` knows.
+        limit: only the first so many documents of each task.
+    """
     # Its bootstrap would fork, which the threads of jax may not survive.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    with trained.opened(model) as (config, _, params, tokenizer), redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
         return lm_eval.simple_evaluate(
-            Harness(config, params, tokenizer),
+            Harness(model.config, model.params, model.tokenizer),
             tasks=list(names),
             limit=limit,
             task_manager=manager,

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
-from gptjax import model, sharding, trained
+from gptjax import model, sharding
 from gptjax.config import Model, UserError
 from gptjax.evaluation import audit, summary
 from gptjax.evaluation.bootstrap import interval
@@ -30,7 +30,7 @@ from gptjax.progress import Progress, say
 from gptjax.report.interval import CONFIDENCE
 from gptjax.report.terminal import number
 from gptjax.tokenizer import Tokenizer
-from gptjax.trained import Trained
+from gptjax.trained import Opened
 
 AT_ONCE = 4096  # tokens of a batch on each of the devices that share its rows
 
@@ -313,35 +313,39 @@ def read_lines(task: Task, file: Path, limit: int | None) -> list[Any]:
     return lines
 
 
-def evaluate(model: Trained, files: Mapping[str, Path], limit: int | None = None) -> dict[str, Any]:
-    """Measures a model by tasks, on a mesh of its config.
+def read_files(files: Mapping[str, Path], limit: int | None) -> dict[str, list[Any]]:
+    """`read_lines` of {row of TASKS: its jsonl file}, by the row."""
+    return {name: read_lines(TASKS[name], file, limit) for name, file in files.items()}
+
+
+def evaluate(
+    folder: Path, model: Opened, files: Mapping[str, Path], lines: Mapping[str, list[Any]]
+) -> dict[str, Any]:
+    """Measures a model by tasks, on the mesh that is set.
 
     Args:
+        folder: where the model lies.
         files: {row of TASKS: its jsonl file}.
-        limit: only the first so many lines of each.
+        lines: of each, by `read_files`.
 
     Returns:
         The model's identity, and for each task its figures, counts and convention, as JSON holds
         them.
-
-    Raises:
-        UserError: on a malformed file, or whatever `trained.opened` refuses.
     """
-    lines = {name: read_lines(TASKS[name], file, limit) for name, file in files.items()}
-    with trained.opened(model) as (config, step, params, tokenizer):
-        return {
-            "workdir": str(model.folder),
-            "step": step,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-            "model_sha256": audit.fingerprint(params),
-            "tokenizer": tokenizer.name,
-            "tokenizer_sha256": tokenizer.fingerprint,
-            "context": config.model.context,
-            "tasks": {
-                name: _measure(name, files[name], lines[name], config.model, params, tokenizer)
-                for name in files
-            },
-        }
+    config, step, params, tokenizer = model
+    return {
+        "workdir": str(folder),
+        "step": step,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "model_sha256": audit.fingerprint(params),
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "context": config.model.context,
+        "tasks": {
+            name: _measure(name, files[name], lines[name], config.model, params, tokenizer)
+            for name in files
+        },
+    }
 
 
 def _measure(

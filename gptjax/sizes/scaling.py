@@ -12,6 +12,7 @@ Everything here is a function of arrays; suffixes: P point, R replicate, K term 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import math
 import os
@@ -79,7 +80,8 @@ def points_from_csv(path: str | os.PathLike[str]) -> Points:
     """
     path = Path(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        # Decoded as a whole: an error then names the byte of the file.
+        with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             header = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = header
