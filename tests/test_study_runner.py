@@ -560,6 +560,47 @@ def test_two_processes_share_the_cells(file: Path, whole: Whole, tmp_path: Path)
     assert logs(tmp_path) == logs(whole.cells)
 
 
+# A process of its own, which is killed at its first cell, as by a system without memory.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gptjax.study import runner, spec
+runner.cells_store.write = lambda *_: None
+runner.loop.train = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_cell_that_was_killed_comes_after_the_others(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(file), str(tmp_path)], cwd=REPO, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    one, two, *rest = [tmp_path / cell.address for cell in cells(load(file), {})]
+    assert runner.kills(one) == 1 and not two.exists()
+    order: list[Path] = []
+    monkeypatch.setattr(runner, "train_group", order.extend)
+    monkeypatch.setattr(runner, "_sample", lambda outcomes: None)
+    runner.run_study(load(file), tmp_path)
+    assert order == [two, *rest, one]
+    # The one that was killed more often is the likelier to be killed again.
+    (one / runner.BEGUN).write_bytes(b"..")
+    two.mkdir()
+    (two / runner.BEGUN).write_bytes(b".")
+    order.clear()
+    runner.run_study(load(file), tmp_path)
+    assert order == [*rest, two, one]
+
+
+def test_a_cell_that_ended_or_failed_was_not_killed(text: Path, whole: Whole, copied: Path) -> None:
+    assert not list(whole.cells.rglob(runner.BEGUN))
+    with pytest.raises(runner.Failed):
+        runner.run_study(study(text, {"bad": {"model.vocab_size": 128}}, seeds=1), copied)
+    assert not list(copied.rglob(runner.BEGUN))
+
+
 @pytest.mark.slow
 def test_a_study_killed_ten_times_has_the_same_table(
     file: Path, whole: Whole, tmp_path: Path

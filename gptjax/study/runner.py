@@ -29,6 +29,9 @@ from gptjax.study.store import (
     place,
 )
 
+# In a cell's folder, a byte for each start that has not ended: while a process trains the cell,
+# and for as long as the cell was not tried again after the process was killed.
+BEGUN = "begun"
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
 ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)  # that `_reason` looks into
 
@@ -85,9 +88,7 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
             return [o for o in outcomes if o.status == "failed"]
         _refuse_other_code(outcomes)
         ran = False
-        # What failed before comes last, so that it keeps no other from running.
-        failed = {o.folder for o in todo if o.status == "failed"}
-        for group in sorted(_groups(todo, store, together), key=lambda g: not failed.isdisjoint(g)):
+        for group in sorted(_groups(todo, store, together), key=_setbacks):
             with _claim(store, group) as locked:
                 group_outcomes = [
                     outcome(study, o.cell, store, now=True) for o in todo if o.folder in group
@@ -117,6 +118,13 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
                 say(f"waiting for {len(todo)} cells that other processes run")
             waiting = True
             time.sleep(POLL_SECONDS)
+
+
+def _setbacks(group: Iterable[Path]) -> tuple[bool, int]:
+    """By which groups are sorted: what failed before comes last, so that it keeps no other from
+    running; behind it what was killed, maybe by the system because it takes too much memory."""
+    failed, most_kills = any((f / FAILED).exists() for f in group), max(map(kills, group))
+    return failed or most_kills > 0, most_kills
 
 
 def _ended(outcomes: Iterable[Outcome]) -> bool:
@@ -161,6 +169,11 @@ def train_group(group: Mapping[Path, Config]) -> None:
     for folder in folders:
         (folder / FAILED).unlink(missing_ok=True)
     try:
+        for folder in folders:
+            with disk(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                with (folder / BEGUN).open("ab") as starts:
+                    starts.write(b".")
         for config in configs:  # else found out after the training
             speak.check_sample(config, setup.load_tokenizer(config))
         mesh = make_mesh(configs[0].mesh)
@@ -187,6 +200,16 @@ def train_group(group: Mapping[Path, Config]) -> None:
             with disk(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(folder / FAILED, json.dumps({"reason": reason}).encode())
+    finally:  # which a kill leaves out
+        for folder in folders:
+            (folder / BEGUN).unlink(missing_ok=True)
+
+
+def kills(folder: Path) -> int:
+    """How many times in a row the process that trained a cell was killed."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / BEGUN).stat().st_size
+    return 0
 
 
 def _reason(error: Exception) -> str | None:
