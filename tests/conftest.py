@@ -64,3 +64,22 @@ def _forget_programs() -> Iterator[None]:
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of `tiny.TEXT`."""
+    from tests import tiny
+
+    return tiny.make_store(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def studies_on_one_device() -> Iterator[None]:
+    """Cells run as in a process that has one device: the same programs, bit for bit."""
+    from gptjax.study import runner
+    from tests import tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
+        yield

@@ -34,23 +34,10 @@ from tests.test_loop import timeless
 
 REPO = Path(__file__).parents[1]
 DEVICES = jax.devices()
-ARMS = {"rope": {"model.position": "rope"}}
 LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the processes of their own, which have one: the same programs, bit for bit."""
-    monkeypatch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_store(tmp_path_factory.mktemp("text"))
-
-
-def study(text: Path, arms: dict[str, Any] = ARMS, **fields: Any) -> Study:
-    return Study("?", tiny.RECIPE, arms, overrides=tuple(tiny.overrides(text)), **fields)
+pytestmark = pytest.mark.usefixtures("studies_on_one_device")
 
 
 # A process of its own: runs the study of a file and prints its table, all digits.
@@ -71,7 +58,7 @@ def file(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = tuple(tiny.overrides(text))
     path.write_text(
         "from gptjax.study.spec import Study\n"
-        f"STUDY = Study('?', {tiny.RECIPE!r}, {ARMS!r}, seeds=2, overrides={words!r})\n"
+        f"STUDY = Study('?', {tiny.RECIPE!r}, {tiny.ARMS!r}, seeds=2, overrides={words!r})\n"
     )
     return path
 
@@ -133,11 +120,6 @@ def starts(store: Path) -> dict[str, int]:
     return {f.name: len(read_environment(f)) for f in folders}
 
 
-def content(store: Path) -> dict[Path, bytes]:
-    files = [p for p in store.rglob("*") if p.is_file() and ".locks" not in p.parts]
-    return {p.relative_to(store): p.read_bytes() for p in files}
-
-
 def logs(store: Path) -> dict[str, Any]:
     """What every cell logged, but for the time it took."""
     return {name: timeless(store / name) for name in starts(store)}
@@ -182,27 +164,27 @@ def test_an_outcome_is_what_the_run_logged(whole: Whole) -> None:
 
 
 def test_a_second_run_does_nothing(whole: Whole) -> None:
-    before = content(whole.cells)
+    before = tiny.files(whole.cells)
     found = runner.run_study(whole.study, whole.cells)
     assert [o.metric for o in found.outcomes] == [row[2] for row in whole.table]
-    assert content(whole.cells) == before
+    assert tiny.files(whole.cells) == before
 
 
 def test_studies_share_their_cells(whole: Whole, copied: Path, text: Path) -> None:
     """The other's arm is this one's baseline, and only a third arm is missing."""
-    other = study(
+    other = tiny.study(
         text,
         {"learned": {"model.position": "learned"}, "none": {"model.position": "none"}},
         settings={"model.position": "rope"}, baseline="rope", seeds=1,
     )  # fmt: skip
     assert [o.status for o in read(other, copied).outcomes] == ["finished", "finished", "missing"]
-    before = content(copied)
+    before = tiny.files(copied)
     found = runner.run_study(other, copied)
     assert [o.status for o in found.outcomes] == ["finished"] * 3
     by_label = {row[0]: row[2] for row in whole.table}
     assert found.outcomes[0].metric == by_label["rope, seed 0"]
     assert found.outcomes[1].metric == by_label["base, seed 0"]
-    assert {p: b for p, b in content(copied).items() if p in before} == before
+    assert {p: b for p, b in tiny.files(copied).items() if p in before} == before
     assert starts(copied) == dict.fromkeys([*starts(whole.cells), found.outcomes[2].folder.name], 1)
 
 
@@ -261,15 +243,15 @@ def test_a_diverged_cell_is_kept_with_its_reason(
     text: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "MAX_SKIPPED", 2)
-    wild = study(text, {"wild": {"optim.peak_lr": 1e30, "optim.clip": None}}, seeds=1)
+    wild = tiny.study(text, {"wild": {"optim.peak_lr": 1e30, "optim.clip": None}}, seeds=1)
     base, o = runner.run_study(wild, copied).outcomes
     assert (base.status, o.status) == ("finished", "diverged")
     assert "2 updates in a row" in o.reason and math.isnan(o.metric)
     assert not (o.folder / "sample.txt").exists()
-    before = content(copied)
+    before = tiny.files(copied)
     base, again = runner.run_study(wild, copied).outcomes
     assert (again.status, again.reason) == ("diverged", o.reason)
-    assert content(copied) == before
+    assert tiny.files(copied) == before
 
 
 def test_a_run_that_ends_without_a_number_has_diverged(whole: Whole, copied: Path) -> None:
@@ -296,7 +278,7 @@ def test_a_finished_run_whose_log_was_lost_is_told(whole: Whole, copied: Path) -
 def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: Path) -> None:
     """Its fault shows only when its tokenizer is loaded; it stands before a missing arm."""
     arms = {"bad": {"model.vocab_size": 128}, "fine": {"optim.weight_decay": 0.2}}
-    broken = study(text, arms, seeds=1)
+    broken = tiny.study(text, arms, seeds=1)
     with pytest.raises(UserError) as error:
         runner.run_study(broken, copied)
     told = str(error.value)
@@ -306,16 +288,16 @@ def test_a_cell_that_cannot_run_is_told_and_the_others_run(text: Path, copied: P
     assert [o.status for o in (base, bad, fine)] == ["finished", "failed", "finished"]
     assert "more than model.vocab_size=128" in bad.reason
     assert math.isnan(bad.metric)
-    before = content(copied)
+    before = tiny.files(copied)
     with pytest.raises(UserError, match="bad, seed 0"):
         runner.run_study(broken, copied)
-    assert content(copied) == before
+    assert tiny.files(copied) == before
 
 
 def test_what_failed_is_tried_again(text: Path, whole: Whole, tmp_path: Path) -> None:
     """The text is away at first, and then back."""
     here = Path(shutil.copytree(text, tmp_path / "here"))
-    one, away = study(here, {}, seeds=1), here.rename(tmp_path / "away")
+    one, away = tiny.study(here, {}, seeds=1), here.rename(tmp_path / "away")
     with pytest.raises(UserError, match="1 cells could not run; .*/here"):
         runner.run_study(one, tmp_path / "cells")
     (o,) = read(one, tmp_path / "cells").outcomes
@@ -329,7 +311,7 @@ def test_what_failed_is_tried_again(text: Path, whole: Whole, tmp_path: Path) ->
 def test_what_a_full_disk_broke_goes_on(
     small_disk: Path, text: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, store = study(text, {}, seeds=1), small_disk / "cells"
+    one, store = tiny.study(text, {}, seeds=1), small_disk / "cells"
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(2**21 - 2**18))
     with monkeypatch.context() as patch:
@@ -349,11 +331,11 @@ def test_what_a_full_disk_broke_goes_on(
 def test_a_store_that_cannot_be_written_is_told(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
-        runner.run_study(study(text), tmp_path / "file" / "cells")
+        runner.run_study(tiny.study(text), tmp_path / "file" / "cells")
 
 
 def test_a_prompt_that_cannot_be_continued_costs_no_training(text: Path, tmp_path: Path) -> None:
-    long = study(text, {}, seeds=1, settings={"optim.b1": 0.8})
+    long = tiny.study(text, {}, seeds=1, settings={"optim.b1": 0.8})
     words = (*long.overrides, f"--config.sample.prompt={'x' * 17}")
     with pytest.raises(UserError, match="sample.prompt has 17 tokens"):
         runner.run_study(dataclasses.replace(long, overrides=words), tmp_path)
@@ -365,7 +347,7 @@ def test_a_prompt_that_cannot_be_continued_costs_no_training(text: Path, tmp_pat
 
 def test_tuning_chooses_and_the_choice_decides(text: Path, tmp_path: Path) -> None:
     """A rate at which nothing is learned cannot win."""
-    tuned = study(text, {}, seeds=1, tune={"optim.peak_lr": (1e-9, 1e-2)})
+    tuned = tiny.study(text, {}, seeds=1, tune={"optim.peak_lr": (1e-9, 1e-2)})
     found = runner.run_study(tuned, tmp_path)
     best = {"optim.peak_lr": 1e-2}
     assert found.tuned == {("", "base"): best}
@@ -384,7 +366,7 @@ def test_tuning_chooses_and_the_choice_decides(text: Path, tmp_path: Path) -> No
 
 def tried(text: Path, *metrics: float | str) -> tuple[Study, list[Any]]:
     """Two tuning runs at each of three rates; a word is the status of one that has no number."""
-    tuned = study(text, {}, tune={"optim.peak_lr": (1e-3, 1e-2, 1e-1)}, tuning_seeds=2)
+    tuned = tiny.study(text, {}, tune={"optim.peak_lr": (1e-3, 1e-2, 1e-1)}, tuning_seeds=2)
     none = np.array([])
     found = [
         (
@@ -423,7 +405,7 @@ def test_a_best_value_at_the_edge_is_told(text: Path) -> None:
         "optim.schedule": ("cosine", "wsd"),  # has no edge
         "optim.b2": (0.9,),  # was not searched
     }
-    tuned = study(text, {}, tune=tune)
+    tuned = tiny.study(text, {}, tune=tune)
     rest = {"optim.schedule": "cosine", "optim.b2": 0.9}
     for rate, clip, told in (
         (1e-2, 1.0, []),
@@ -530,7 +512,7 @@ def test_two_tokenizers_are_no_mixture_of_data(whole: Whole, copied: Path) -> No
 def test_sigterm_saves_stops_and_goes_on(
     text: Path, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = study(text, {}, seeds=1)
+    one = tiny.study(text, {}, seeds=1)
     load_batch = loop.load_batch
 
     def planted(setup: Setup, step: int) -> Any:
@@ -597,7 +579,7 @@ def test_a_cell_that_was_killed_comes_after_the_others(
 def test_a_cell_that_ended_or_failed_was_not_killed(text: Path, whole: Whole, copied: Path) -> None:
     assert not list(whole.cells.rglob(runner.BEGUN))
     with pytest.raises(runner.Failed):
-        runner.run_study(study(text, {"bad": {"model.vocab_size": 128}}, seeds=1), copied)
+        runner.run_study(tiny.study(text, {"bad": {"model.vocab_size": 128}}, seeds=1), copied)
     assert not list(copied.rglob(runner.BEGUN))
 
 

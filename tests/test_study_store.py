@@ -25,7 +25,6 @@ from gptjax.study.spec import Study, address, cells
 from tests import tiny
 from tests.test_older_runs import KNOBS, RUNS, VERSIONS
 
-ARMS = {"rope": {"model.position": "rope"}}
 SMALL = {
     **KNOBS,
     "optim__warmup_steps": 1,
@@ -35,27 +34,19 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_store(tmp_path_factory.mktemp("text"))
+pytestmark = pytest.mark.usefixtures("studies_on_one_device")
 
 
 def study(text: Path, **fields: Any) -> Study:
-    words = tuple(tiny.overrides(text, **SMALL))
-    return Study("?", tiny.RECIPE, fields.pop("arms", ARMS), seeds=1, overrides=words, **fields)
+    return tiny.study(text, knobs=SMALL, seeds=1, **fields)
 
 
 @pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    studies_on_one_device: None, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("cells")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "make_mesh", lambda mesh: tiny.mesh())
-        runner.run_study(study(text), folder)
+    runner.run_study(study(text), folder)
     return folder
 
 
@@ -103,11 +94,6 @@ def rewritten(source: str) -> str:
     )
 
 
-def files(folder: Path) -> dict[Path, bytes]:
-    found = [p for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts]
-    return {p.relative_to(folder): p.read_bytes() for p in found}
-
-
 def trained(folder: Path) -> dict[str, int]:
     """How often each run was started."""
     runs = [f for f in folder.iterdir() if f.name != ".locks"]
@@ -121,9 +107,9 @@ def test_the_same_code_need_not_lower(
     text: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "facts", lambda *_: pytest.fail("lowered"))
-    before = files(copied)
+    before = tiny.files(copied)
     assert [o.status for o in runner.run_study(study(text), copied).outcomes] == ["finished"] * 2
-    assert files(copied) == before
+    assert tiny.files(copied) == before
 
 
 @pytest.mark.parametrize("edit", [rewritten, lambda source: source], ids=["rewritten", "row"])
@@ -133,22 +119,22 @@ def test_code_that_computes_the_same_runs_nothing(
     """After a comment and a rename; after a new row of the activations."""
     monkeypatch.setitem(FEEDFORWARD, "tanh", ungated(jnp.tanh))
     under_other_code(edit)
-    before = files(copied)
+    before = tiny.files(copied)
     assert [o.status for o in runner.run_study(study(text), copied).outcomes] == ["finished"] * 2
-    assert files(copied) == before
+    assert tiny.files(copied) == before
     # And what is new is run beside what is old, in one table.
-    arms = {**ARMS, "tanh": {"model.feedforward": "tanh"}}
+    arms = {**tiny.ARMS, "tanh": {"model.feedforward": "tanh"}}
     found = runner.run_study(study(text, arms=arms), copied)
     assert [o.status for o in found.outcomes] == ["finished"] * 3
     codes = [records.read_environment(o.folder)[0]["code"] for o in found.outcomes]
     assert codes[2] == "other" not in codes[:2]
-    assert {p: b for p, b in files(copied).items() if p in before} == before
+    assert {p: b for p, b in tiny.files(copied).items() if p in before} == before
 
 
 def test_code_that_computes_something_else_runs_everything(
     text: Path, copied: Path, under_other_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, old = files(copied), read(study(text), copied).outcomes
+    before, old = tiny.files(copied), read(study(text), copied).outcomes
     under_other_code(other_epsilon)
     assert [o.status for o in read(study(text), copied, now=True).outcomes] == ["missing"] * 2
     # Whoever only reports sees them, as long as one code made them all.
@@ -156,7 +142,7 @@ def test_code_that_computes_something_else_runs_everything(
     new = runner.run_study(study(text), copied).outcomes
     assert [o.status for o in new] == ["finished"] * 2
     assert [o.folder.name for o in new] == [f"{o.folder.name}.2" for o in old]
-    assert {p: b for p, b in files(copied).items() if p in before} == before
+    assert {p: b for p, b in tiny.files(copied).items() if p in before} == before
     said = capsys.readouterr().err.replace("\n", " ")
     assert f"{old[0].folder} stays: it differs in step, evaluation" in said
     assert [o.folder for o in read(study(text), copied).outcomes] == [o.folder for o in new]
@@ -272,7 +258,7 @@ def test_a_group_is_what_its_program_computes(
 # --- what older versions recorded -------------------------------------------------------------
 
 
-def older(version: str, arms: Any = ARMS) -> Study:
+def older(version: str, arms: Any = tiny.ARMS) -> Study:
     words = tuple(tiny.overrides(RUNS / version / "store", **KNOBS))
     return Study("?", tiny.RECIPE, arms, seeds=1, overrides=words)
 
@@ -281,12 +267,12 @@ def older(version: str, arms: Any = ARMS) -> Study:
 def test_a_study_of_an_older_version_stays_valid(version: str, tmp_path: Path) -> None:
     """Its folders have the names that its own code gave them; nothing runs, all is read."""
     copied = Path(shutil.copytree(RUNS / version / "cells", tmp_path / "cells"))
-    before = files(copied)
+    before = tiny.files(copied)
     for found in (runner.run_study(older(version), copied), read(older(version), copied)):
         for o in found.outcomes:
             last = records.read_metrics(o.folder)[-1]
             assert (o.status, o.metric) == ("finished", last["val_loss"])
-    assert files(copied) == before
+    assert tiny.files(copied) == before
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -294,7 +280,7 @@ def test_to_runs_that_did_not_tell_what_they_compute_none_is_added(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = Path(shutil.copytree(RUNS / version / "cells", tmp_path / "cells"))
-    more = older(version, {**ARMS, "alibi": {"model.position": "alibi"}})
+    more = older(version, {**tiny.ARMS, "alibi": {"model.position": "alibi"}})
     with pytest.raises(UserError, match="another code, .* did not record what it computes"):
         runner.run_study(more, copied)
     assert set(trained(copied).values()) == {1} and len(trained(copied)) == 2

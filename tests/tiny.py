@@ -1,7 +1,7 @@
 """What tests are made of, small enough for a second, each with every knob that a test leaves out.
 
 `model`, `optim`, `data`, `train` and `sample` are sections of a config by the names of what
-differs, `axes` and `mesh` meshes by the sizes of their axes; `config` is a whole run on a store.
+differs, `axes` and `mesh` meshes by the sizes of their axes; `config` is a whole run on a store, `study` several.
 A new knob is stated in the config and its recipe alone.
 """
 
@@ -17,6 +17,7 @@ import jax
 from gptjax import configure, sharding
 from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
 from gptjax.data import prepare
+from gptjax.study.spec import Study
 
 RECIPE = "configs/base.py"
 BASE = configure.from_file(str(Path(__file__).parents[1] / RECIPE))
@@ -103,3 +104,20 @@ def overrides(store: Path, **knobs: object) -> list[str]:
 
 def config(store: Path, **knobs: object) -> Config:
     return configure.from_file(RECIPE, overrides(store, **knobs))
+
+
+# The one arm of a study whose baseline has learned positions.
+ARMS: dict[str, Any] = {"rope": {"model.position": "rope"}}
+
+
+def study(
+    store: Path, arms: dict[str, Any] = ARMS, knobs: dict[str, object] | None = None, **fields: Any
+) -> Study:
+    """A study of tiny runs; `knobs` as for `overrides`."""
+    return Study("?", RECIPE, arms, overrides=tuple(overrides(store, **(knobs or {}))), **fields)
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """What lies in a study's store, but for its locks."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and ".locks" not in p.parts]
+    return {p.relative_to(folder): p.read_bytes() for p in paths}
