@@ -1,4 +1,4 @@
-"""Commands that run studies and say what they found."""
+"""Commands that run studies and report their results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def run_all(arguments: argparse.Namespace, definition: Study) -> Results:
-    """Says what is planned, runs what is not there, and reads all."""
+    """Prints the plan, runs the cells without a result, and reads the results of all."""
     if arguments.together < 1:
         raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
@@ -76,7 +76,7 @@ def _report(results: Results, out: Path | None) -> None:
 
 
 def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
-    """The study of FILE, or of --axis over --config, changed by the command line."""
+    """The study in FILE, or the one that --axis makes of --config; overrides are applied to it."""
     from gptjax.study import spec
 
     if (arguments.file is None) == (not arguments.axis):
@@ -144,7 +144,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_report(parser)
     add_together(parser)
-    parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
+    parser.add_argument("--dry_run", action="store_true", help="only print what would run")
 
 
 def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -177,7 +177,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         "--effect",
         type=float,
         default=0.01,
-        help="the difference to see, in nats/token (%(default)s)",
+        help="the difference to detect, in nats/token (%(default)s)",
     )
     _add_store(parser)
     add_together(parser)
@@ -187,13 +187,14 @@ COMMANDS: dict[str, Command] = {
     "study": Command(
         study,
         _add_run,
-        "Does it help? Run what an ablation lacks, and give the answer.",
+        "Does it help? Run the missing runs of an ablation, and report the verdict.",
         f"""\
-A study's FILE states hypothesis, base, arms, seeds, metric, and what is held equal: tokens, FLOPs
-or parameters. Or cross axes on the spot. Arms with the same seed share batches and initial values
-and are compared in pairs. Every run lies in the store under its config: none runs twice as long
-as the code computes the same, what broke goes on, and several processes may run the same study.
---dry_run tells the plan alone.
+A study's FILE states hypothesis, base, arms, seeds, metric, and what is equal in all arms: tokens,
+FLOPs or parameters. Without a FILE, each --axis names a knob and its values, and all combinations
+are compared. Runs with the same seed have the same batches and initial values, and are compared in
+pairs. The store keeps each run under its config. A finished run is used again while the code still
+computes the same; an interrupted run resumes. Several processes may run the same study.
+--dry_run only prints the plan.
 
   study experiments/positions.py --seeds=5
   study --config=configs/ablation.py --axis model.position=rope,alibi --axis optim.peak_lr=5e-3,1e-2
@@ -204,10 +205,10 @@ as the code computes the same, what broke goes on, and several processes may run
     "report": Command(
         report,
         _add_report,
-        "The answer of a study so far, as table, page, Markdown, CSV and LaTeX.",
+        "The results of a study so far, as table, page, Markdown, CSV and LaTeX.",
         f"""\
-Reads whatever has finished, at any time, and runs nothing. Runs of different programs, packages
-or data are refused in one table. Give the same words as to `study`.
+Reads the runs that have finished, at any time, and runs nothing. It refuses to compare runs of
+different programs, packages or data. Give the same arguments as to `study`.
 
   report experiments/positions.py --out=report
 
@@ -216,11 +217,11 @@ or data are refused in one table. Give the same words as to `study`.
     "noise": Command(
         noise,
         _add_noise,
-        "How much a recipe's loss varies between seeds, and what can be seen above it.",
+        "How much a recipe's loss varies between seeds, and which effects that lets you detect.",
         f"""\
-Runs the recipe with several seeds, or reads the runs where a study made them, and prints the
-standard deviation, the smallest difference that some numbers of seeds see with 80% power, and
-the seeds that --effect needs.
+Runs the recipe with several seeds, or reads these runs if a study has made them already. Prints
+the standard deviation between seeds, the smallest difference that several numbers of
+seeds detect with 80% power, and the number of seeds that the difference --effect needs.
 
   noise --config=configs/ablation.py --seeds=5 --effect=0.005
 

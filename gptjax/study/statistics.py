@@ -1,8 +1,8 @@
-"""What may be concluded from the losses of a few seeds: pure functions of float64 arrays.
+"""Hypothesis tests and intervals for the losses of a few seeds: pure functions of float64 arrays.
 
-Everything is about paired differences d_S: for each seed, the loss of an arm less the loss of the
-baseline, in nats (or whatever the metric's unit is). Below 0 the arm is better. The axes are S,
-seeds, and A, arms.
+The input is paired differences d_S: for each seed, the loss of an arm minus the loss of the
+baseline, in the unit of the metric (nats for a loss). A negative difference means that the arm is
+better. The dims are S, seeds, and A, arms.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from gptjax.report.interval import Interval
 
 Arm = TypeVar("Arm", bound=Hashable)  # what an arm is called
 
-ALPHA: Final = 0.05  # of false claims of one kind in a whole study
+ALPHA: Final = 0.05  # family-wise error rate of one kind of claim in a whole study
 POWER: Final = 0.8
-FEWEST_SEEDS: Final = 3  # under which nothing is ever claimed
-# In nats. Differences that vary by less do so by rounding alone: they show no noise to judge by.
+FEWEST_SEEDS: Final = 3  # with fewer, the verdict is always UNDECIDED
+# In nats. If the differences vary by less than this, rounding alone explains the variation, and the
+# noise between seeds cannot be estimated.
 ROUNDING: Final = 1e-9
 RESAMPLES: Final = 9999
-MOST_SEEDS: Final = 100_000  # beyond which nobody counts
+MOST_SEEDS: Final = 100_000  # upper limit of the search in `seeds_to_see`
 
 BETTER: Final = "better"
 WORSE: Final = "worse"
@@ -49,21 +50,21 @@ class Comparison:
 
     Attributes:
         seeds: pairs compared.
-        smallest: the smallest difference that matters, as given.
-        mean: of the differences; NaN without seeds. Below 0 the arm is better.
-        sd: of the differences, from seed to seed (ddof 1); NaN under two seeds.
-        interval: Student's t. It is this arm's own, not widened for the number of arms, so it
-            may leave out 0 where the verdict is still "undecided".
-        bootstrap: a second opinion that assumes no normal noise; see `bootstrap_interval`.
-        p: two-sided t test of "the mean difference is 0"; 1 where it cannot be tested.
-        p_holm: that, by Holm's correction over the arms of the study.
-        p_same: two one-sided t tests (TOST; Schuirmann 1987) of "the mean difference is as large
-            as `smallest`, either way"; 1 where it cannot be tested.
-        p_same_holm: that, by Holm's correction over the arms of the study.
+        smallest: the smallest difference that matters, an argument of `compare`.
+        mean: of the differences; NaN without seeds. If it is negative, the arm is better.
+        sd: sample standard deviation of the differences (ddof 1); NaN with fewer than two seeds.
+        interval: Student's t interval of the mean. It is not corrected for the number of arms, so
+            it may exclude 0 although the verdict is UNDECIDED.
+        bootstrap: an interval that does not assume normal noise; see `bootstrap_interval`.
+        p: p-value of the two-sided t test of "the mean difference is 0"; 1 if it cannot be tested.
+        p_holm: `p` after Holm's correction over the arms of the study.
+        p_same: p-value of two one-sided t tests (TOST; Schuirmann 1987) of "the absolute mean
+            difference is `smallest` or larger"; 1 if it cannot be tested.
+        p_same_holm: `p_same` after Holm's correction over the arms of the study.
         verdict: BETTER, WORSE, SAME or UNDECIDED; see `compare`.
-        more_seeds: how many more would decide, see `seeds_to_decide`; None where the arm is
-            decided, or where no number can be told.
-        why: a reason where it is undecided for another one than noise, or "".
+        more_seeds: how many more seeds would probably decide; see `seeds_to_decide`. None if the
+            arm is decided, or if the number cannot be estimated.
+        why: why the arm is undecided, if noise is not the reason; else "".
     """
 
     seeds: int
@@ -92,43 +93,46 @@ class Comparison:
 
 
 def compare(differences: Mapping[Arm, np.ndarray], smallest: float) -> dict[Arm, Comparison]:
-    """Every arm of a study against its baseline.
+    """Compares every arm of a study with its baseline.
 
-    The verdicts, of which the first that applies is given:
-        UNDECIDED under FEWEST_SEEDS seeds, or where the differences are all the same and not 0:
-            then there is no noise to judge by, and most likely no seed changed anything.
-        SAME ("no difference larger than `smallest`") where every difference is 0, or where
-            p_same_holm <= 0.05. It goes before BETTER and WORSE: a gain that is surely there and
-            surely too small to matter is told as such.
-        BETTER, WORSE where p_holm <= 0.05, by the sign of the mean.
+    The verdict is the first of these that applies:
+        UNDECIDED with fewer than FEWEST_SEEDS seeds, or if all differences are equal and not 0.
+            Then the noise cannot be estimated; most likely the seed had no effect at all.
+        SAME ("no difference larger than `smallest`") if every difference is 0, or if
+            p_same_holm <= 0.05. It precedes BETTER and WORSE: an effect that is significant, but
+            shown to be smaller than `smallest`, is SAME.
+        BETTER, WORSE if p_holm <= 0.05, by the sign of the mean.
         UNDECIDED otherwise.
 
-    What is controlled. The claims are of two kinds, "better or worse" and "no difference larger
-    than", and Holm's correction is made over the arms for each. In one study
+    Error rates. There are two kinds of claims, "better or worse" and "no difference larger than".
+    Holm's correction over the arms is applied to each kind. In one study
 
-    - the probability that any arm without an effect is called better or worse is at most 5% (that
-      one with an effect gets the wrong sign is rarer). Of 4,000 simulated studies of four arms
-      like the baseline with 3, 5 or 10 seeds 2 to 5% had one; uncorrected, 11 to 18% would;
+    - the probability that any arm without an effect is called BETTER or WORSE is at most 5%. (It is
+      less likely that an arm with an effect gets the wrong sign.) In 4,000 simulated studies of
+      four arms that equal the baseline, with 3, 5 or 10 seeds, 2 to 5% had such an error; without
+      the correction 11 to 18% had one;
     - the probability that any arm whose effect is `smallest` or larger is called SAME is at most
       5%;
-    - both together are at most 10%, of which half is likely: where two arms had no effect and two
-      had `smallest`, 4 to 6% of the studies had a false claim. For one arm the bound is 5%, since
-      no truth makes both kinds false at once.
+    - the probability of an error of either kind is at most 10%, and about half of that in practice:
+      if two arms had no effect and two had the effect `smallest`, 4 to 6% of the simulated studies
+      had an error. For one arm the bound is 5%, since only one kind of claim can be false.
 
-    Holm's bound needs no independence (the arms share their baseline). The t tests take seeds to
-    be independent and their differences to be about normal. The number of seeds must be settled
-    before their losses are seen: every further look may add as much again. Running `more_seeds`
-    more, once, left false winners at 5% or below and false SAME at 8% or below in simulation.
+    Holm's bound does not need independent tests, which these are not: the arms share a baseline.
+    The t tests assume that seeds are independent and that differences are about normal. Choose the
+    number of seeds before you see the losses: each further look may add as much error again. In
+    simulations, running `more_seeds` more seeds once kept false BETTER and WORSE at 5% or below,
+    and false SAME at 8% or below.
 
     Args:
-        differences: for each arm, float (S,), seeds of which both runs are finished. S may differ
-            and be 0: the family that Holm corrects over is all arms given, ready or not.
-        smallest: difference that matters, above 0.
+        differences: for each arm, float (S,), of the seeds whose runs are finished in the arm and
+            in the baseline. S may differ between arms and may be 0. Holm's correction counts all
+            arms, with or without finished seeds.
+        smallest: the smallest difference that matters, above 0.
 
     Raises:
         UserError: if `smallest` is not above 0.
-        ValueError: for a difference that is not finite. A run that diverged has no loss to
-            average, and must be told as such rather than dropped.
+        ValueError: if a difference is not finite. A run that diverged has no loss to average. The
+            caller must report it and must not drop it silently.
     """
     if not (math.isfinite(smallest) and smallest > 0):
         raise UserError(f"the smallest difference that matters must be above 0, not {smallest:g}")
@@ -187,7 +191,7 @@ def _comparison(
 
 
 def verdict(mean: float, p_holm: float, p_same_holm: float) -> str:
-    """What two corrected p-values and the sign of the mean difference say."""
+    """The verdict that follows from two corrected p-values and the sign of the mean difference."""
     if p_same_holm <= ALPHA:
         return SAME
     if p_holm <= ALPHA:
@@ -196,12 +200,12 @@ def verdict(mean: float, p_holm: float, p_same_holm: float) -> str:
 
 
 def holm(p_A: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p-values by Holm's (1979) correction over arms, float (A,)."""
+    """p-values after Holm's (1979) step-down correction over arms, float (A,)."""
     return multipletests(p_A, method="holm")[1]
 
 
 def p_values(d_S: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
-    """`p` and `p_same` of a Comparison, uncorrected, for differences (..., S) that vary."""
+    """`p` and `p_same` of a Comparison, uncorrected; differences (..., S), not all equal."""
     p = stats.ttest_1samp(d_S, 0, axis=-1).pvalue
     not_below = stats.ttest_1samp(d_S, -smallest, axis=-1, alternative="greater").pvalue
     not_above = stats.ttest_1samp(d_S, smallest, axis=-1, alternative="less").pvalue
@@ -209,7 +213,7 @@ def p_values(d_S: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tested(d_S: np.ndarray, smallest: float) -> tuple[float, float]:
-    """`p_values`, and what stands for them where a t test would mean nothing."""
+    """`p_values`, or fixed values if there are too few seeds or no variance for a t test."""
     if len(d_S) < FEWEST_SEEDS:
         return 1.0, 1.0
     if _no_spread(d_S):
@@ -231,7 +235,8 @@ def _tie(d_S: np.ndarray) -> bool:
 
 
 def t_interval(d_S: np.ndarray) -> Interval:
-    """Student's interval of a mean; none under two seeds, or without any spread but at 0."""
+    """Student's t interval of a mean. NaN with fewer than two seeds, or if all differences are
+    equal and not 0."""
     if len(d_S) < 2:
         return NO_INTERVAL
     if _no_spread(d_S):
@@ -241,22 +246,24 @@ def t_interval(d_S: np.ndarray) -> Interval:
 
 
 def bootstrap_interval(d_S: np.ndarray) -> Interval:
-    """An interval of a mean by the expanded percentile bootstrap; where there is a t interval.
+    """An interval of a mean by the expanded percentile bootstrap; NaN where `t_interval` is NaN.
 
-    Hesterberg 2015 (What Teachers Should Know about the Bootstrap): resampling n
-    values shows too little spread, by sqrt((n - 1) / n), and quantiles of a normal where Student's
-    are due, so the percentiles are moved outwards by both. Resamples are drawn with a fixed seed.
+    Hesterberg 2015 (What Teachers Should Know about the Bootstrap). The bootstrap of n values is
+    too narrow for two reasons: its standard deviation is too small by the factor
+    sqrt((n - 1) / n), and its percentiles are those of a normal distribution and not of Student's
+    t. Wider percentiles correct both. Resamples are drawn with a fixed seed.
 
-    It is not what verdicts rest on. No resample reaches beyond the extreme values, so with n
-    seeds at most 1 - 2 / 2^n is covered: 75% with 3, 87.5% with 4. Measured on 4,000 samples each
-    of normal noise, in percent:
+    Verdicts do not use this interval. The mean of a resample always lies between the smallest and
+    the largest value, so with n seeds the coverage is at most 1 - 2 / 2^n: 75% with 3, 87.5% with
+    4. Coverage measured on 4,000 samples each of normal noise, in percent:
         seeds                             3     4     5     6     8    10
         this                             75    87    92    94    95    95
         scipy's percentile or BCa     72-75    79    84    86    89    90
         Student's t                      95    95    95    95    96    96
-    With Student's t noise of 3 degrees this covers 94% with 8 and 10 seeds, and Student's
-    interval 96% with all; with exponential noise, skewed as no difference of like runs is, both
-    cover 87 to 91% with 5 to 10 seeds.
+    If the noise is Student's t with 3 degrees of freedom, this interval covers 94% with 8 and 10
+    seeds, and Student's interval covers 96% with any number above. If the noise is exponential,
+    which is more skewed than a difference of two similar runs, both cover 87 to 91% with 5 to 10
+    seeds.
     """
     if any(map(math.isnan, t_interval(d_S))) or _no_spread(d_S):
         return t_interval(d_S)
@@ -274,31 +281,39 @@ def bootstrap_interval(d_S: np.ndarray) -> Interval:
 
 
 def seeds_to_decide(sd: float, seeds: int, smallest: float, arms: int) -> int:
-    """How many seeds in all give a verdict with 80% probability, by `sd` as `seeds` showed it.
+    """The total number of seeds that gives a verdict with probability 80%.
 
-    Assumed: independent normal differences, a true effect of either 0 or +-`smallest` (between
-    the two, where neither claim is far from false, it takes up to four times as many seeds), and
-    Holm's first and hardest step, level 0.05 / `arms`.
+    Assumptions: differences are independent and normal. The true effect is 0 or +-`smallest`; an
+    effect between these needs up to four times as many seeds, because both hypotheses are almost
+    true there. The level is that of Holm's first step, 0.05 / `arms`, which is the strictest.
 
-    Stein's (1945) two-stage plan: n = (sd / smallest)^2 (t_a + t_b)^2 with Student's quantiles of
-    the seeds - 1 degrees that `sd` rests on. Power with the estimate put in for the truth would
-    promise too much, since an sd of 3 seeds is as often as not 0.83 of the true one or less. Of
-    undecided arms with 3 to 8 seeds, whose true sd was one or two times `smallest`, that plan
-    decided 60 to 89%, this one 82 to 96%. Its price is many seeds where few were run.
+    Stein's (1945) two-stage procedure: n = (sd / smallest)^2 (t_a + t_b)^2, with quantiles of
+    Student's t with seeds - 1 degrees of freedom. A power analysis that takes the estimate `sd` for
+    the true value gives too few seeds: with 3 seeds, the estimate is 0.83 of the true value or less
+    in half of all cases. Simulated: undecided arms with 3 to 8 seeds, true sd one or two times
+    `smallest`. A power analysis decided 60 to 89% of them, Stein's procedure 82 to 96%. Its
+    disadvantage: with few seeds so far it asks for many.
+
+    Args:
+        sd: estimate of the standard deviation of the differences.
+        seeds: how many differences `sd` was estimated from.
+        smallest: the smallest difference that matters.
+        arms: arms of the study.
     """
     level = ALPHA / arms
     degrees = seeds - 1
     differs = stats.t.isf(level / 2, degrees) + stats.t.ppf(POWER, degrees)
-    # Both one-sided tests must succeed: each fails in half of the cases that may fail.
+    # Both one-sided tests must reject: each may fail with half of the probability 1 - POWER.
     same = stats.t.isf(level, degrees) + stats.t.ppf((1 + POWER) / 2, degrees)
     return math.ceil((sd / smallest * max(differs, same)) ** 2)
 
 
 def pairing(arm_S: np.ndarray, baseline_S: np.ndarray) -> float:
-    """Variance of paired differences over that of unpaired ones, of losses of the same seeds.
+    """Variance of paired differences divided by that of unpaired ones; both losses are (S,).
 
-    1 where pairing gains nothing; at 1/4 a pair is worth as much as four without pairing. Noisy:
-    with 5 seeds it is easily off by half. NaN under two seeds or where nothing varies.
+    1 if pairing has no benefit. At 1/4, one pair gives as much information as four unpaired runs
+    of each side. The estimate is noisy: with 5 seeds an error of 50% is common. NaN with fewer
+    than two seeds or without any variance.
     """
     if len(arm_S) < 2:
         return math.nan
@@ -308,10 +323,11 @@ def pairing(arm_S: np.ndarray, baseline_S: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """How much a recipe's loss varies from seed to seed.
+    """How much the loss of a recipe varies between seeds.
 
     Attributes:
-        interval: of `sd`, by chi-square: exact for normal noise, and wide.
+        sd: sample standard deviation (ddof 1).
+        interval: of `sd`, by the chi-square distribution. It is exact for normal noise, and wide.
     """
 
     seeds: int
@@ -321,10 +337,10 @@ class Noise:
 
 
 def noise(losses_S: np.ndarray) -> Noise:
-    """The noise floor of a recipe from its losses, float (S,).
+    """The noise between seeds of a recipe from its losses, float (S,).
 
     Raises:
-        UserError: under two seeds.
+        UserError: with fewer than two seeds.
     """
     seeds = len(losses_S)
     if seeds < 2:
@@ -336,20 +352,23 @@ def noise(losses_S: np.ndarray) -> Noise:
 
 
 def difference_sd(sd: float, correlation: float) -> float:
-    """sd of paired differences where arm and baseline both have `sd` and correlate over seeds;
-    at 0 they are as good as unpaired."""
+    """Standard deviation of paired differences, if the losses of arm and baseline both have the
+    standard deviation `sd` and this correlation over seeds. Correlation 0: as without pairs."""
     return sd * math.sqrt(2 * (1 - correlation))
 
 
 def power(effect: float, sd: float, seeds: int) -> float:
-    """Probability that a true difference of `effect` is called by its right sign in a study of
-    one arm, where `sd` is the true one of the differences. More arms have less (Holm)."""
+    """Probability that a true difference `effect` is significant with the right sign, in a study of
+    one arm. `sd` is the true standard deviation of the differences. With more arms the power is
+    lower (Holm)."""
     return float(TTestPower().power(effect / sd, seeds, ALPHA / 2, alternative="larger"))
 
 
 def seeds_to_see(effect: float, sd: float) -> int | None:
-    """The fewest seeds whose `power` is 80%; None beyond MOST_SEEDS. A plan before any pair was
-    run, so `sd` (see `difference_sd`) is taken at its word: ask also for the end of its interval.
+    """The smallest number of seeds whose `power` is 80%; None if that is above MOST_SEEDS.
+
+    For planning before any pair was run: `sd` (see `difference_sd`) is taken as the true value. As
+    it is an estimate, compute the number also for the upper end of its interval.
     """
     if sd == 0:
         return FEWEST_SEEDS
@@ -359,7 +378,7 @@ def seeds_to_see(effect: float, sd: float) -> int | None:
 
 
 def smallest_effect(seeds: int, sd: float) -> float:
-    """The effect that `seeds` seeds see with 80% `power`; infinite under FEWEST_SEEDS."""
+    """The effect that `seeds` seeds detect with 80% `power`; infinite below FEWEST_SEEDS seeds."""
     if seeds < FEWEST_SEEDS:
         return math.inf
     return sd * optimize.brentq(lambda effect: power(effect, 1, seeds) - POWER, 0, 10)
@@ -367,14 +386,15 @@ def smallest_effect(seeds: int, sd: float) -> float:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of an arm's gain (minus its mean difference) at a larger scale.
+    """How the gain of an arm (minus its mean difference) changes from a small to a large scale.
 
     Attributes:
-        change: gain at the large scale less gain at the small one.
-        interval: of it, by Welch's t; it takes the two scales' runs to be independent.
-        verdict: SHRINKS or GROWS where that interval leaves out 0; HOLDS, which goes before them,
-            where the change is shown to be smaller than `smallest` (TOST); else UNDECIDED. Each
-            is false in at most 5%, for one arm: nothing corrects over several.
+        change: gain at the large scale minus gain at the small scale.
+        interval: of `change`, by Welch's t test. It assumes that the runs of the two scales are
+            independent.
+        verdict: HOLDS if the absolute change is shown to be smaller than `smallest` (TOST); else
+            SHRINKS or GROWS if the interval excludes 0; else UNDECIDED. Each claim is false with
+            probability at most 5% for one arm; there is no correction for several arms.
     """
 
     gain_small: float
@@ -385,22 +405,22 @@ class Change:
 
 
 def change_of_gain(small_S: np.ndarray, large_S: np.ndarray, smallest: float) -> Change:
-    """How the gain of an arm changes from paired differences at a small and at a large scale.
+    """How the gain of an arm changes, by paired differences (S,) at a small and at a large scale.
 
-    Undecided under FEWEST_SEEDS seeds at either, or where no difference varies.
+    UNDECIDED with fewer than FEWEST_SEEDS seeds at either scale, or if neither scale has variance.
     """
     gain_small, gain_large = _mean(np.negative(small_S)), _mean(np.negative(large_S))
     change = gain_large - gain_small
     too_few = min(len(small_S), len(large_S)) < FEWEST_SEEDS
     if too_few or (_no_spread(small_S) and _no_spread(large_S)):
         return Change(gain_small, gain_large, change, NO_INTERVAL, UNDECIDED)
-    # scipy warns where one of the two does not vary, and is right all the same: the other's
-    # variance is then the whole.
+    # scipy warns if one of the two has no variance. Its result is right: the variance of the sum is
+    # then that of the other.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         test = stats.ttest_ind(np.negative(large_S), np.negative(small_S), equal_var=False)
     ends = test.confidence_interval(1 - ALPHA)
-    inner = test.confidence_interval(1 - 2 * ALPHA)  # within +-smallest just where TOST says so
+    inner = test.confidence_interval(1 - 2 * ALPHA)  # inside +-smallest if and only if TOST rejects
     if -smallest < inner.low and inner.high < smallest:
         conclusion = HOLDS
     elif ends.high < 0:
