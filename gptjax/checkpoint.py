@@ -295,12 +295,12 @@ class Checkpoints:
         try:
             with link:
                 orbax.close()
-                lost = _lost(written, arrays) if jax.process_index() == 0 else []
-            if lost:
+                unwritten = _lost(written, arrays) if jax.process_index() == 0 else []
+            if unwritten:
                 raise UserError(
                     f"the checkpoint of step {step} in {self._folder} is not complete and was "
-                    f"dropped: of {len(arrays)} arrays {len(lost)} were not written, such as "
-                    f"{lost[0]}. Start the run again: it resumes from {self._resumes_from()}"
+                    f"dropped: of {len(arrays)} arrays {len(unwritten)} were not written, such as "
+                    f"{unwritten[0]}. Start the run again: it resumes from {self._resumes_from()}"
                 )
             if jax.process_index() == 0:
                 partial = self._partial(step)

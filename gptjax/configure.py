@@ -153,8 +153,12 @@ def editable(section: Any) -> ConfigDict:
 
 def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """{knob: (in a, in b)} of the knobs that differ."""
-    one, other = flatten(dataclasses.asdict(a)), flatten(dataclasses.asdict(b))
-    return {knob: (one[knob], other[knob]) for knob in one if one[knob] != other[knob]}
+    fields_a, fields_b = flatten(dataclasses.asdict(a)), flatten(dataclasses.asdict(b))
+    return {
+        knob: (fields_a[knob], fields_b[knob])
+        for knob in fields_a
+        if fields_a[knob] != fields_b[knob]
+    }
 
 
 def _override(settings: ConfigDict, overrides: Sequence[str]) -> Config:

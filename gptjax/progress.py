@@ -45,7 +45,9 @@ class Progress:
         transient: whether the bar vanishes at the end.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, transient: bool = False) -> None:
+    def __init__(
+        self, description: str, total: int, done: int = 0, transient: bool = False
+    ) -> None:
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -57,7 +59,7 @@ class Progress:
             disable=not console.is_terminal or jax.process_index() != 0,
             expand=True,
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, status="")
+        self._task = self._bar.add_task(description, total=total, completed=done, status="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -67,9 +69,9 @@ class Progress:
         self._bar.stop()
 
     @contextmanager
-    def task(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A bar of its own below, while the context lasts; yields how to advance it."""
-        task = self._bar.add_task(what, total=total, status="")
+        task = self._bar.add_task(description, total=total, status="")
         try:
             yield lambda units: self._bar.advance(task, units)
         finally:

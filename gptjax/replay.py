@@ -262,10 +262,10 @@ def verify_content(
         _same("the model of --from", initial, begin.fingerprint)
 
 
-def _same(what: str, was: str, current: str) -> None:
+def _same(name: str, was: str, current: str) -> None:
     if was != current:
         raise UserError(
-            f"{what} is not what the run read: its fingerprint was {was[:12]}, is {current[:12]}. "
+            f"{name} is not what the run read: its fingerprint was {was[:12]}, is {current[:12]}. "
             "Bring the old content back to replay the run"
         )
 

@@ -31,15 +31,15 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
         ConfigError: as `check_sample`.
     """
     ids = check_sample(config, tokenizer)
-    sample, one = config.sample, config.sample.batch_size == 1
+    sample, single = config.sample, config.sample.batch_size == 1
     stops = {*tokenizer.stops}
     if sample.stop is not None:
         stops.add(_one_token(sample.stop, tokenizer))
     weights = decode.cast(config.model, params)
-    if one:
+    if single:
         print_text(sample.prompt, end="")
-    texts = _write(config, weights, tokenizer, [ids] * sample.batch_size, stops, live=one)
-    for row, text in enumerate(texts) if not one else ():
+    texts = _write(config, weights, tokenizer, [ids] * sample.batch_size, stops, live=single)
+    for row, text in enumerate(texts) if not single else ():
         print_text(f"--- text {row}\n{sample.prompt}{text}")
     return texts
 

@@ -218,10 +218,10 @@ def evaluate(
 def figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The figures of each task in what `evaluate` returns, as JSON holds them: None for NaN."""
 
-    def known(value: Any) -> Any:
+    def finite_or_none(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {
-        name: {key: known(value) for key, value in values.items()}
+        name: {key: finite_or_none(value) for key, value in values.items()}
         for name, values in results["results"].items()
     }

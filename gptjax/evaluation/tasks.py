@@ -369,7 +369,7 @@ def _measure(
     figures = task.figures(
         lines, [[next(likelihoods) for _ in requests] for requests in requests_of_lines]
     )
-    known = lambda x: x if math.isfinite(x) else None  # noqa: E731
+    finite_or_none = lambda x: x if math.isfinite(x) else None  # noqa: E731
     return {
         "file": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -377,8 +377,10 @@ def _measure(
         "requests": len(flat),
         "tokens": tokens,
         "scored_tokens": sum(len(r.continuation) for r in flat),
-        **{figure: known(f.value) for figure, f in figures.items()},
-        "interval": {figure: [known(f.low), known(f.high)] for figure, f in figures.items()},
+        **{figure: finite_or_none(f.value) for figure, f in figures.items()},
+        "interval": {
+            figure: [finite_or_none(f.low), finite_or_none(f.high)] for figure, f in figures.items()
+        },
         "convention": task.convention,
     }
 

@@ -426,7 +426,7 @@ def undetermined(points: Points, law: Law) -> list[str]:
 
 
 def record(
-    points: Points, law: Law, drawn: Bootstrap, budgets: Sequence[float] = ()
+    points: Points, law: Law, resampled: Bootstrap, budgets: Sequence[float] = ()
 ) -> dict[str, Any]:
     """The law, its intervals and its checks, as JSON; None stands for a number that is not finite.
 
@@ -452,10 +452,10 @@ def record(
     return {
         "law": " + ".join(["E", *(FORMULA[name] for name in law.terms)]),
         "constants": {
-            name: _told(getattr(law, name), getattr(drawn.laws, name), drawn)
+            name: _with_interval(getattr(law, name), getattr(resampled.laws, name), resampled)
             for name in _names(law.terms)
         },
-        "interval_by": f"95% interval by {len(drawn.laws.E):,} bootstrap replicates of the points",
+        "interval_by": f"95% interval by {len(resampled.laws.E):,} bootstrap replicates of the points",
         "rms_error": float(np.sqrt((error_P**2).mean())),
         "largest_error": float(np.abs(error_P).max()),
         "notes": notes,
@@ -464,21 +464,21 @@ def record(
             for row in np.stack([*points, foretold_P, error_P], axis=1).tolist()
         ],
         "largest_left_out": held_out,
-        "optimum": [_shared(points, law, drawn, flops) for flops in budgets],
+        "optimum": [_optimum_record(points, law, resampled, flops) for flops in budgets],
     }
 
 
-def _shared(points: Points, law: Law, drawn: Bootstrap, flops: float) -> dict[str, Any]:
-    one, many = optimum(law, flops), optimum(drawn.laws, flops)
-    beyond = max(one[0] / points.parameters.max(), one[1] / points.tokens.max())
-    named = zip(Points._fields, one, many, strict=True)
+def _optimum_record(points: Points, law: Law, resampled: Bootstrap, flops: float) -> dict[str, Any]:
+    fitted, resampled_optima = optimum(law, flops), optimum(resampled.laws, flops)
+    beyond = max(fitted[0] / points.parameters.max(), fitted[1] / points.tokens.max())
+    named = zip(Points._fields, fitted, resampled_optima, strict=True)
     return {
         "flops": flops,
-        **{name: _told(value, values_R, drawn) for name, value, values_R in named},
+        **{name: _with_interval(value, values_R, resampled) for name, value, values_R in named},
         "beyond": float(beyond),  # times the largest size that was run, above 1: a guess
     }
 
 
-def _told(value: float, values_R: np.ndarray, drawn: Bootstrap) -> dict[str, Any]:
-    figures = [float(v) if np.isfinite(v) else None for v in (value, *drawn.interval(values_R))]
+def _with_interval(value: float, values_R: np.ndarray, resampled: Bootstrap) -> dict[str, Any]:
+    figures = [float(v) if np.isfinite(v) else None for v in (value, *resampled.interval(values_R))]
     return {"value": figures[0], "interval": figures[1:]}

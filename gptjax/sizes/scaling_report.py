@@ -71,7 +71,7 @@ def _cells(estimate: dict[str, Any]) -> tuple[str, str]:
     return value, f"{low} – {high}"
 
 
-def figure(points: Points, law: Law, drawn: Bootstrap) -> Figure:
+def figure(points: Points, law: Law, resampled: Bootstrap) -> Figure:
     """Loss against the size that varies, with the law and its 95% band: `savefig` writes it.
 
     In a law of both sizes there is a line for each number of tokens, or for the middle of each
@@ -84,11 +84,11 @@ def figure(points: Points, law: Law, drawn: Bootstrap) -> Figure:
     size_P = getattr(points, name)
     axes = new_axes(6.4, 4.2, name, "nats/token")
     grid = np.geomspace(size_P.min() / 1.2, size_P.max() * BEYOND, 200)
-    many = Law(*(constant[:, None] for constant in drawn.laws))
+    many = Law(*(constant[:, None] for constant in resampled.laws))
     for (tokens, mask_P), colour in zip(_groups(points, law), COLOURS, strict=False):
         sizes = (grid, tokens) if name == "parameters" else (tokens, grid)
         label = f"{tokens:.3g}" if len(law.terms) > 1 else None
-        low, high = drawn.interval(many.loss(*sizes))
+        low, high = resampled.interval(many.loss(*sizes))
         axes.fill_between(grid, low, high, color=colour, alpha=0.18, lw=0)
         axes.plot(grid, law.loss(*sizes), color=colour, lw=1.4, label=label)
         axes.plot(size_P[mask_P], points.loss[mask_P], "o", color=colour, ms=4)

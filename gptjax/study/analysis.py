@@ -206,11 +206,11 @@ def _verdict(
     """(verdict, its words, whether it may still change for want of runs)."""
     study = results.study
     preliminary = not all(_ended(results, scale, name) for name in (arm, study.baseline))
-    mine, base = (_divergence(results, scale, name) for name in (arm, study.baseline))
+    of_arm, base = (_divergence(results, scale, name) for name in (arm, study.baseline))
     if comparison is None:
-        return "", mine, preliminary
-    if mine:
-        verdict, words = DIVERGED, mine + (f"; the baseline {base}" if base else "")
+        return "", of_arm, preliminary
+    if of_arm:
+        verdict, words = DIVERGED, of_arm + (f"; the baseline {base}" if base else "")
     elif base:
         finished = _counts(results, scale, arm)["finished"]
         verdict = BASELINE_DIVERGED
@@ -249,8 +249,8 @@ def _untunable(results: Results, scale: str, arm: str) -> bool:
 
 
 def _difference(results: Results, scale: str, arm: str) -> np.ndarray:
-    mine, base = _pairs(results, scale, arm)
-    return np.array([a.metric - b.metric for a, b in zip(mine, base, strict=True)], np.float64)
+    of_arm, base = _pairs(results, scale, arm)
+    return np.array([a.metric - b.metric for a, b in zip(of_arm, base, strict=True)], np.float64)
 
 
 def _of(results: Results, scale: str, arm: str) -> list[Outcome]:
@@ -296,17 +296,17 @@ def curves(outcomes: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
 
 def difference_curves(results: Results, scale: str, arm: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps (E,), arm less baseline (S, E)) of the pairs that both finished."""
-    mine, base = _pairs(results, scale, arm)
-    steps_E, metric_SE = curves([*mine, *base])
-    return steps_E, metric_SE[: len(mine)] - metric_SE[len(mine) :]
+    of_arm, base = _pairs(results, scale, arm)
+    steps_E, metric_SE = curves([*of_arm, *base])
+    return steps_E, metric_SE[: len(of_arm)] - metric_SE[len(of_arm) :]
 
 
 def _reach(results: Results, scale: str, arm: str) -> Reach | None:
-    mine, base = _pairs(results, scale, arm)
-    if not mine:
+    of_arm, base = _pairs(results, scale, arm)
+    if not of_arm:
         return None
     (arm_steps, arm_E), (base_steps, base_E) = (
-        (steps, metric_SE.mean(0)) for steps, metric_SE in (curves(mine), curves(base))
+        (steps, metric_SE.mean(0)) for steps, metric_SE in (curves(of_arm), curves(base))
     )
     if arm_E[-1] < base_E[-1]:
         step = crossing(arm_steps, arm_E, base_E[-1])
