@@ -207,7 +207,7 @@ def train_group(group: Mapping[Path, Config]) -> None:
 
 def kills(folder: Path) -> int:
     """How many times in a row the process that trained a cell was killed."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return (folder / BEGUN).stat().st_size
     return 0
 
