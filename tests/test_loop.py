@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +23,10 @@ import pytest
 
 from gptjax import accounting, loop, setup, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, ConfigError, Mesh, UserError
+from gptjax.commands.runs import config as show_config
+from gptjax.config import Config, ConfigError, Mesh, Model, UserError
+from gptjax.layers.feedforward import FEEDFORWARD, Branch
+from gptjax.layers.parameter import parameter
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from tests import tiny
@@ -386,3 +391,33 @@ def test_nothing_is_compiled_twice_and_nothing_moves_unasked(
         loop.train(config, tmp_path)
     compiled = [r.getMessage().split()[1] for r in caplog.records if "Compiling" in r.getMessage()]
     assert compiled.count("jit(step)") == 1, compiled
+
+
+def test_a_model_whose_products_cannot_be_counted_trains_and_says_so(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A product in one branch of a `cond`: how often it is made depends on the values."""
+
+    def either(module: Any, c: Model, x_BTD: jax.Array, tap: Any) -> jax.Array:
+        w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
+        return jax.lax.cond(x_BTD.sum() > 0, lambda x: x + (x @ w).sum(), lambda x: x, x_BTD)
+
+    monkeypatch.setitem(FEEDFORWARD, "either", Branch(either, lambda width: width))
+    knobs = {"model__feedforward": "either", "train__steps": 3, "optim__warmup_steps": 1}
+    with jax.set_mesh(tiny.mesh()):
+        loop.train(tiny.config(store, **knobs), tmp_path)
+    reason = "products of 'cond' in .*feedforward.* cannot be counted"
+    said = capsys.readouterr().err
+    assert re.search(rf"FLOPs are not counted: {reason}\n", said)
+    assert re.search(rf"MFU is left out, FLOPs are not counted: {reason}\n", said)
+    lines = read_metrics(tmp_path)
+    assert any("tokens_per_second" in line for line in lines)
+    assert not any("mfu" in line for line in lines)
+    words = argparse.Namespace(config=tiny.RECIPE, diff=None, json=False)
+    show_config(words, tiny.overrides(store, **knobs))
+    shown = capsys.readouterr().out
+    assert re.search(r"# training: 384 tokens\n", shown)
+    assert re.search(rf"# FLOPs are not counted: {reason}\n", shown)
