@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ import pytest
 
 from gptjax import accounting, loop, setup, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.commands.runs import config as show_config
+from gptjax.cli import main
 from gptjax.config import Config, ConfigError, Mesh, Model, UserError
 from gptjax.layers.feedforward import FEEDFORWARD, Branch
 from gptjax.layers.parameter import parameter
@@ -416,8 +415,7 @@ def test_a_model_whose_products_cannot_be_counted_trains_and_says_so(
     lines = read_metrics(tmp_path)
     assert any("tokens_per_second" in line for line in lines)
     assert not any("mfu" in line for line in lines)
-    words = argparse.Namespace(config=tiny.RECIPE, diff=None, json=False)
-    show_config(words, tiny.overrides(store, **knobs))
+    assert main(["config", f"--config={tiny.RECIPE}", *tiny.overrides(store, **knobs)]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"# training: 384 tokens\n", shown)
     assert re.search(rf"# FLOPs are not counted: {reason}\n", shown)
