@@ -13,13 +13,17 @@ BIN := .venv/bin
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.13
 
+# Files of tests go to so many processes, of some 3 GB each.
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: train test quick check format docs lanes golden clean
 
 train: .venv/installed
 	$(BIN)/python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # No test starts after 70 s; a warm .jax_cache makes most of them short.
 quick: .venv/installed-test
@@ -46,7 +50,7 @@ docs: .venv/installed-docs
 # of compiled programs of its own.
 lanes: .lanes/oldest .lanes/newest
 	for lane in oldest newest; do JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.lanes/cache-$$lane \
-		.lanes/$$lane/bin/python -m pytest || exit; done
+		.lanes/$$lane/bin/python -m pytest $(PARALLEL) || exit; done
 
 .lanes/oldest: PYTHON = $(OLDEST_PYTHON)
 .lanes/oldest: RESOLUTION = lowest-direct

@@ -130,10 +130,9 @@ class Run:
                 self._events.close()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboardX.summary import scalar
-
+        scalar, protos = _tensorboard("summary").scalar, _tensorboard("proto.event_pb2")
         for name, value in values.items():
-            event = _protos().Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            event = protos.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
             self._events.write_event(event)
         if time.monotonic() - self._synced > FLUSH_SECONDS:
             self._events.flush()
@@ -349,22 +348,30 @@ def _events(folder: Path, start: int, resume_step: int | None) -> Any:
     the run then hangs on its queue. The suffix keeps two starts within a second apart, which
     would else overwrite each other.
     """
-    from tensorboardX.event_file_writer import EventsWriter
-
+    EventsWriter = _tensorboard("event_file_writer").EventsWriter
     folder.mkdir(exist_ok=True)
     writer = EventsWriter(str(folder / "events"), f".{start}")
     if start:
         purge = 0 if resume_step is None else resume_step + 1
-        pb = _protos()
+        pb = _tensorboard("proto.event_pb2")
         begin = pb.SessionLog(status=pb.SessionLog.START)
         writer.write_event(pb.Event(step=purge, wall_time=time.time(), session_log=begin))
     writer.flush()
     return writer
 
 
-def _protos() -> Any:
-    """TensorBoard's messages: generated classes, which no type checker can see."""
-    return importlib.import_module("tensorboardX.proto.event_pb2")
+def _tensorboard(module: str) -> Any:
+    """A module of tensorboardX; importing it leaves PyTorch out.
+
+    It imports PyTorch where that is installed, for two seconds and for nothing that a run needs.
+    """
+    if "torch" in sys.modules:
+        return importlib.import_module(f"tensorboardX.{module}")
+    sys.modules["torch"] = None  # type: ignore[assignment]  # so that `import torch` is refused
+    try:
+        return importlib.import_module(f"tensorboardX.{module}")
+    finally:
+        del sys.modules["torch"]
 
 
 def _keep_up_to(path: Path, step: int) -> None:

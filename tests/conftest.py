@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ STARTED = time.monotonic()
 
 # Before jax starts, which reads these once; subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Nearly all time of the suite is the compiler's: programs are optimised as text only (HLO), and
+# fusions emitted the older way, which newer jaxlibs do not know. Together that takes a quarter of
+# the time. A test of the last bit that users get compiles in a process of its own.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if version("jaxlib") < "0.11":
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Nearly all time of the suite is LLVM's: programs are optimised as text only (HLO), which takes
-# 0.4 of the time. A test of the last bit that users get asks for `optimised_programs`.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,18 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.monotonic() - STARTED > item.config.getoption("seconds"):
         pytest.skip("the time of --seconds is over; `make test` runs it")
-
-
-@pytest.fixture
-def optimised_programs() -> Iterator[None]:
-    """What is compiled in this test is compiled as for users."""
-    import jax
-
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
 
 
 @pytest.fixture

@@ -406,14 +406,10 @@ def test_a_failed_save_frees_its_space(
 
 
 def run_python(code: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
-    environ = os.environ | {
-        "PYTHONPATH": str(REPO),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *args],
-        env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=tiny.environment(devices) | {"PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 

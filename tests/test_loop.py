@@ -49,7 +49,7 @@ def run(store: Path, workdir: Path, prelude: str = "", devices: int = 1, **knobs
         capture_output=True,
         text=True,
         cwd=REPO,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=tiny.environment(devices),
         timeout=300,
     )
 
@@ -249,7 +249,7 @@ def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[subproces
             stderr=subprocess.PIPE,
             text=True,
             cwd=REPO,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            env=tiny.environment(2),
         )
         for i in range(2)
     ]

@@ -70,7 +70,7 @@ def start(file: Path, cells: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPO,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=tiny.environment(1),
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,12 @@ def data(**knobs: Any) -> Data:
 
 def train(**knobs: Any) -> Train:
     return dataclasses.replace(BASE.train, **knobs)
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a child process with so many virtual devices, which compiles as these tests do."""
+    flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def sample(**knobs: Any) -> Sample:
