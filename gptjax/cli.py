@@ -98,7 +98,7 @@ def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _overview(name: str) -> int:
     """Help without a command; an unknown one is an error."""
     asked_for_help = name in ("", "-h", "--help", "help")
-    lines = [f"  {n:<12}{c.summary}" for n, c in COMMANDS.items()]
+    lines = [f"  {n:<16}{c.summary}" for n, c in COMMANDS.items()]
     text = "\n".join(
         [
             "gptjax: a JAX/Flax GPT research codebase.",

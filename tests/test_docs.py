@@ -73,6 +73,7 @@ FEW: dict[str, list[str]] = {
     "study": [*STUDIED, "--seeds=1"],
     "report": [*STUDIED, "--seeds=1"],
     "noise": [*STUDIED, "--seeds=2"],
+    "data vocabulary": ["--size=270"],
     "coord-check": [*STUDIED, "--widths=64,128", "--steps=1", "--seeds=1"],
 }
 # Stands in for experiments/positions.py, which has five arms.

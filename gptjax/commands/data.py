@@ -32,19 +32,40 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
         )
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def _add_files(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "files", type=expand, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
     )
-    parser.add_argument("--out", type=expand, required=True, help="the store to make")
+    parser.add_argument("--out", type=expand, required=True, help=out)
     parser.add_argument(
-        "--tokenizer", default="gpt2", help="bytes, or a tiktoken encoding (%(default)s)"
+        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "the store to make")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        help="bytes, a tiktoken encoding, or a tokenizer folder (%(default)s)",
     )
     parser.add_argument(
         "--val_fraction", type=float, default=0.1, help="held out at the end (%(default)s)"
     )
+
+
+def data_vocabulary(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax.data.vocabulary import train_vocabulary
+
+    made = train_vocabulary(arguments.files, arguments.out, arguments.size, arguments.text_key)
+    print(f"{made.name}: {made.vocab_size:,} tokens, fingerprint {made.fingerprint[:12]}")
+
+
+def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "the tokenizer folder to make")
     parser.add_argument(
-        "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
+        "--size", type=int, required=True, help="tokens: 256 bytes, merges and end-of-text"
     )
 
 
@@ -82,9 +103,24 @@ COMMANDS: dict[str, Command] = {
         """\
 Tokenises once into OUT/train and OUT/val: memory-mapped shards with a sha256 manifest. In a text
 file the literal <|endoftext|> separates documents; a jsonl line or parquet row is a document.
-Use the store by --config.data.sources="('OUT',)". `data show` prints batches.
+Use the store by --config.data.sources="('OUT',)". `data show` prints batches, `data vocabulary`
+makes a tokenizer folder.
 
   data books/*.txt --out=data/books --tokenizer=gpt2
+""",
+    ),
+    "data vocabulary": Command(
+        data_vocabulary,
+        _add_vocabulary,
+        "Train a vocabulary on text, jsonl or parquet files.",
+        """\
+Byte-level BPE: 256 bytes, the merges of the most frequent pairs, and <|endoftext|>. OUT is a
+tokenizer folder as of Hugging Face, its content a part of each run's fingerprints. All text of the
+files is used: leave out what is to be held out. Both knobs change with the vocabulary:
+
+  data vocabulary books/*.txt --size=2048 --out=vocabularies/books
+  data books/*.txt --out=data/books --tokenizer=vocabularies/books
+  train --config.data.tokenizer=vocabularies/books --config.model.vocab_size=2048 ...
 """,
     ),
     "data show": Command(

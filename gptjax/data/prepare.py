@@ -53,7 +53,7 @@ def prepare(
         files: in the order given.
         out: folder to make; where it already holds this very text, tokenizer and
             val_fraction it is checked and left as it is.
-        tokenizer_name: a key of TOKENIZERS.
+        tokenizer_name: as for `tokenizer.load`.
         val_fraction: share of characters in [0, 1); 0 writes no OUT/val.
         text_key: the jsonl key or parquet column that holds the text.
 
