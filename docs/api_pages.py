@@ -49,7 +49,7 @@ def content(name: str, file: Path) -> str:
     lines = [f"::: {name}", "    options:", "      members: false", ""]
     for module, its_file in modules().items():
         if module.rpartition(".")[0] == name:
-            words = ast.get_docstring(ast.parse(its_file.read_text())) or ""
+            words = ast.get_docstring(ast.parse(its_file.read_text(encoding="utf-8"))) or ""
             lines.append(f"- [{module}][]: {words.partition(chr(10))[0]}")
     return "\n".join(lines)
 

@@ -121,15 +121,17 @@ def opened(
         config = setup.settle(model.config)
         sharding.check_model_divisible(abstract_params(config.model), jax.sharding.get_mesh().shape)
         tokenizer = setup.load_tokenizer(config)
+        if model.source is None:
+            architecture = configure.of_run(model.folder).model
+        else:
+            architecture = pretrained.adopt(config, model.source).model
+        _check_fits(config.model, architecture, model.folder)
         if check is not None:
             check(config, tokenizer)
-        if model.source is not None:
-            weights = pretrained.adopt(config, model.source).model
-            _check_fits(config.model, weights, model.folder)
-            yield Opened(config, 0, pretrained.load(model.source).params, tokenizer)
-        else:
-            _check_fits(config.model, configure.of_run(model.folder).model, model.folder)
+        if model.source is None:
             yield Opened(config, *_latest(config, model.folder), tokenizer)
+        else:
+            yield Opened(config, 0, pretrained.load(model.source).params, tokenizer)
 
 
 def _latest(config: Config, folder: Path) -> tuple[int, Params]:

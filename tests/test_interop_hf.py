@@ -357,8 +357,8 @@ print(imported, peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_importing_takes_little_more_memory_than_the_weights(folder, tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16}
-    config = transformers.LlamaConfig(**LLAMA | sizes | {"vocab_size": 32000})
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 20}
+    config = transformers.LlamaConfig(**LLAMA | sizes | {"vocab_size": 16000})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "big")
     paths = folder("llama"), tmp_path / "big", tmp_path / "out"
     words = [sys.executable, "-c", MEMORY, *map(str, paths)]
@@ -368,7 +368,7 @@ def test_importing_takes_little_more_memory_than_the_weights(folder, tmp_path):
     assert weights > 300e6
     imported, loaded = (int(word) / weights for word in run.stdout.split())
     assert imported < 0.7  # a tensor at a time, though never less than the largest
-    assert 0.95 < loaded < 1.3
+    assert 0.95 < loaded < 1.3  # the largest tensor, a table, is a tenth of the weights
 
 
 # --- training on ----------------------------------------------------------------------------

@@ -149,9 +149,10 @@ def test_meshes_give_the_same_losses_as_one_device(sizes, plain):
     np.testing.assert_allclose(metrics["loss"], plain[1]["loss"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(metrics["gradient_norm"], plain[1]["gradient_norm"], rtol=1e-3)
     same(metrics["tokens"], plain[1]["tokens"])
-    # A cosine in another program: the last bit, half a rounding of 2^-23 either way.
+    # A schedule in another program may round each of its four operations (a quotient, a cosine,
+    # a product, a sum) the other way.
     rates = metrics["learning_rate"], plain[1]["learning_rate"]
-    np.testing.assert_array_max_ulp(*rates, maxulp=1)
+    np.testing.assert_array_max_ulp(*rates, maxulp=4)
     assert make_step(CONFIG, sizes)._cache_size() == 1  # nothing was compiled anew on the way
 
 

@@ -584,15 +584,15 @@ def test_a_cell_that_ended_or_failed_was_not_killed(text: Path, whole: Whole, co
 
 
 @pytest.mark.slow
-def test_a_study_killed_ten_times_has_the_same_table(
+def test_a_study_killed_six_times_has_the_same_table(
     file: Path, whole: Whole, tmp_path: Path
 ) -> None:
     """Each start after a random number of steps, at any moment of the next, or of a save."""
     chance = random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         process = start(file, tmp_path)
         assert process.stderr is not None
-        left = chance.randrange(16)  # of 80 steps, and some are lost: ten starts do not finish
+        left = chance.randrange(20)  # of 80 steps, and some are lost: six starts do not finish
         for line in process.stderr:
             left -= line.startswith("step ")
             if left <= 0 and (begun(line) or line.startswith("step ")):
@@ -605,7 +605,7 @@ def test_a_study_killed_ten_times_has_the_same_table(
     begins = {
         n: [r["resume_step"] for r in read_environment(tmp_path / n)] for n in starts(tmp_path)
     }
-    assert len(begins) > 1 and sum(map(len, begins.values())) >= 8
+    assert len(begins) > 1 and sum(map(len, begins.values())) >= 5
     resumed = [step for begin in begins.values() for step in begin]
     assert None in resumed and any(resumed)
     process = start(file, tmp_path)

@@ -37,7 +37,7 @@ runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]), together=4)
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    words = tuple(tiny.overrides(tiny.make_store(folder), train__checkpoint_every=2))
+    words = tuple(tiny.overrides(tiny.make_store(folder)))
     (folder / "study.py").write_text(STUDY.format(overrides=words))
     return folder / "study.py"
 
