@@ -81,7 +81,9 @@ def train_vocabulary(files: list[Path], out: Path, size: int, text_key: str = "t
             "eos_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
         }
-        (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        (aside / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=1), encoding="utf-8"
+        )
     load.cache_clear()  # it may have read another one there before
     return load(str(out))
 
