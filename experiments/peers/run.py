@@ -75,7 +75,8 @@ VERSIONS = (
     "gptjax", "jax", "jaxlib", "numpy", "torch", "transformers", "tiktoken", "xllamacpp",
 )  # fmt: skip
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
-Run = dict[str, Any]  # {"subject", "task", "side", "round", "cache", "load"} and a `Result`
+ABOUT = ("subject", "task", "side", "round", "cache", "load")
+Run = dict[str, Any]  # `ABOUT`, and a `Result`
 
 
 class Turn(NamedTuple):
@@ -151,23 +152,22 @@ def derive(runs: list[Run]) -> list[Run]:
         if run["task"] == "train":
             flops = middle(run["tokens/s"]) * costs[run["subject"]]["flops_per_token"]
             run["MFU, %"] = 100 * flops / (1e9 * best("float32 product, GFLOP/s"))
-    for subject in dict.fromkeys(run["subject"] for run in derived if run["task"] == "decode"):
-        if costs[subject]["float32_bytes"] < IN_CACHE:
-            continue
-        texts_a_second = 1e9 * best("memory read, GB/s") / costs[subject]["float32_bytes"]
-        bound = {f"tokens/s, batch {rows}": rows * texts_a_second for rows in (1, 8)}
-        keys = {"subject": subject, "task": "decode", "side": "bound, float32"}
-        derived.append({**keys, "round": 0, "cache": "warm", "load": 0.0, **bound})
+    for run in [run for run in derived if (run["task"], run["side"]) == ("decode", "gptjax")]:
+        weights = costs[run["subject"]]["float32_bytes"]
+        if weights >= IN_CACHE:
+            readings = 1e9 * best("memory read, GB/s") / weights  # of all weights, a second
+            bound = {f"tokens/s, batch {rows}": rows * readings for rows in (1, 8)}
+            about = {key: run[key] for key in ABOUT}
+            derived.append(about | {"side": "bound, float32"} | bound)
     return derived
 
 
 def rows_of(runs: list[Run]) -> list[Row]:
     """The table, in the order of the runs."""
-    about = ("subject", "task", "side", "round", "cache", "load")
     values: dict[tuple[str, str], dict[str, dict[tuple[int, str], float]]] = {}
     for run in derive(runs):
         for key, value in run.items():
-            if key in about or value is None:
+            if key in ABOUT or value is None:
                 continue
             by_cache = run["task"] == "train" and key in ("first step, s", "peak memory, MB")
             what = f"{run['task']}: {key}" + f", {run['cache']}" * by_cache
@@ -194,12 +194,15 @@ def number(value: float, what: str) -> str:
 def table(record: dict[str, Any]) -> str:
     """The Markdown of a record of `main`."""
     machine, runs = record["machine"], record["runs"]
+    loads = [run["load"] for run in runs]
     lines = [
         f"Measured on {machine['date']} on {machine['processor']}, {machine['cores']} cores "
         f"({', '.join(machine['features'])}), {machine['memory']}, Python {machine['python']}; "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f". {record['rounds']} rounds; medians over processes, with the least and the most of "
-        "them. Ratios are those of the same round: median, least to most.",
+        + f". Rounds: {record['rounds']}. Medians over processes, with the least and the most of "
+        "them. Ratios are those of the same round: median, least to most. Load average before a "
+        f"measurement: {min(loads):.1f} to {max(loads):.1f}. Far above the cores, other work ran "
+        "beside, and no figure is to be trusted.",
         "",
         "| of | what | side | median | least to most | gptjax / it |",
         "| --- | --- | --- | ---: | ---: | ---: |",
@@ -391,6 +394,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"peers: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"peers: interrupted; {arguments.out} has what was measured", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"peers: {error.filename or arguments.out}: {error.strerror}", file=sys.stderr)
         return 2
