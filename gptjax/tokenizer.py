@@ -3,9 +3,10 @@
 `gpt2` (Radford et al. 2019) is built from ranks inside the package and needs neither network
 nor cache. `bytes` is the same machinery with no merges at all. The remaining names are OpenAI's
 later encodings, read from tiktoken's own cache or, where there is a network, downloaded by it.
-Any other name is a folder with a pretrained model's own `tokenizer.json` (byte-level BPE). That
-runs in the library which defines the format: tiktoken wants the order of merges to be that of
-ids, which SmolLM2's vocabulary, for one, is not.
+`shakespeare2k` ships as a folder with a `tokenizer.json` (byte-level BPE); any other name is such a
+folder, made by `data vocabulary` or a pretrained model's own. These run in the library which
+defines the format: tiktoken wants the order of merges to be that of ids, which SmolLM2's
+vocabulary, for one, is not.
 
 Text is always ordinary text: "<|endoftext|>" inside it is encoded letter by letter, so no
 document can smuggle in the id that ends a document.
@@ -34,7 +35,8 @@ TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 # The tokens with a part to play, as tokenizer_config.json and chat templates name them.
 NAMED = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-RANKS_FILE = Path(__file__).parent / "data" / "assets" / "r50k_base.tiktoken"
+ASSETS = Path(__file__).parent / "data" / "assets"
+RANKS_FILE = ASSETS / "r50k_base.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's pattern in the equivalent form that tiktoken runs fastest.
 GPT2_PATTERN = (
@@ -65,7 +67,7 @@ class Tokenizer:
     """A reversible map between text and ids in [0, vocab_size).
 
     Attributes:
-        name: the key in `TOKENIZERS`, or a folder.
+        name: the key in `TOKENIZERS` or `FOLDERS`, or a folder.
         vocab_size: one above the highest id; some encodings leave unused ids below it.
         eot: the id that follows every document; no text is ever encoded to it.
         fingerprint: sha256 over ranks, special tokens and pattern. Equal fingerprints mean
@@ -220,12 +222,19 @@ TOKENIZERS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+# Name -> a folder that ships. shakespeare2k is what `data vocabulary --size=2048` makes of the
+# training part of the built-in plays.
+FOLDERS: dict[str, Path] = {"shakespeare2k": ASSETS / "shakespeare2k"}
+
+
 def folder_of(name: str) -> Path | None:
-    """The folder of a pretrained model's own tokenizer; None for a row of `TOKENIZERS`.
+    """The folder of a tokenizer.json, a row of `FOLDERS` or a path; None: a row of `TOKENIZERS`.
 
     Raises:
         UserError: on a name that is neither, so that `load` would not know it. Nothing is read.
     """
+    if name in FOLDERS:
+        return FOLDERS[name]
     folder = expand(name)
     if (folder / TOKENIZER_FILE).is_file():
         return folder
@@ -234,15 +243,15 @@ def folder_of(name: str) -> Path | None:
     if name not in TOKENIZERS and folder.name != name:  # a path
         raise UserError(
             f"data.tokenizer={name!r}: there is no such folder; set it to where the folder is now, "
-            f"or to one of: {', '.join(TOKENIZERS)}"
+            f"or to one of: {', '.join({**TOKENIZERS, **FOLDERS})}"
         )
-    choose(TOKENIZERS, name, "data.tokenizer")
+    choose({**TOKENIZERS, **FOLDERS}, name, "data.tokenizer")
     return None
 
 
 @functools.cache
 def load(name: str) -> Tokenizer:
-    """The tokenizer `name`: one of `TOKENIZERS`, or a folder that holds a tokenizer.json.
+    """The tokenizer `name`: one of `TOKENIZERS` or `FOLDERS`, or a folder with a tokenizer.json.
 
     Raises:
         ConfigError: on an unknown name.
@@ -250,10 +259,9 @@ def load(name: str) -> Tokenizer:
             folder is not there or its tokenizer is no reversible byte-level BPE.
     """
     if (folder := folder_of(name)) is not None:
-        return _from_folder(folder)
-    build = choose(TOKENIZERS, name, "data.tokenizer")
+        return _from_folder(name if name in FOLDERS else str(folder), folder)
     try:
-        parts = build()
+        parts = TOKENIZERS[name]()
     except (OSError, ValueError) as error:
         raise UserError(
             f"tokenizer '{name}' is neither in tiktoken's cache nor to be downloaded "
@@ -396,7 +404,7 @@ def _check_pre_tokenizer(tree: dict[str, Any] | None) -> None:
         raise ValueError(f"its pre-tokeniser {tree['type']} changes text, or its like is not known")
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(name: str, folder: Path) -> Tokenizer:
     try:
         encoding = _ByteLevel(json.loads((folder / TOKENIZER_FILE).read_bytes()))
     except Exception as error:  # the library raises bare Exceptions
@@ -418,7 +426,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     stop = settled.get("eos_token_id")
     stops = {*(stop if isinstance(stop, list) else [stop])} - {None}
     return Tokenizer(
-        name=str(folder),
+        name=name,
         vocab_size=encoding.vocab_size,
         eot=encoding.specials[ends[0]],
         fingerprint=encoding.fingerprint,

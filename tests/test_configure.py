@@ -44,12 +44,15 @@ def test_a_local_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_recipes_of_two_checkouts_share_nothing(tmp_path: Path) -> None:
-    one, two = checkout(tmp_path / "one"), checkout(tmp_path / "two", layers="7", qk_norm="True")
+    one, two = (
+        checkout(tmp_path / "one"),
+        checkout(tmp_path / "two", layers="7", parallel_block="True"),
+    )
     for name in ("shakespeare.py", "modern.py", "base.py"):
         for _ in range(2):  # whichever was read before
             a, b = (from_file(str(place / "configs" / name)) for place in (one, two))
             differ = difference(a, b)
-            assert "model.qk_norm" in differ or name == "modern.py"
+            assert "model.parallel_block" in differ
             assert differ.get("model.layers") == (None if name == "modern.py" else (4, 7))
     assert not [n for n in sys.modules if n.startswith("configs.") and "one" in str(sys.modules[n])]
     assert str(one) not in sys.path and str(two) not in sys.path

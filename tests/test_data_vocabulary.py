@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizer as tokenizer_module
 from gptjax.cli import EXIT_USER_ERROR, main
-from gptjax.config import UserError
+from gptjax.config import ConfigError, UserError
 from gptjax.data import vocabulary
-from gptjax.data.sources import ASSETS
+from gptjax.data.sources import ASSETS, open_source
 from gptjax.data.vocabulary import train_vocabulary
+from gptjax.interop.vocabulary import write_tokenizer
 from gptjax.tokenizer import END_OF_TEXT, byte_alphabet, load
 from tests import tiny
 
@@ -84,12 +86,12 @@ def test_the_smallest_is_bytes_and_end_of_text(tmp_path: Path):
 )
 @settings(max_examples=200, deadline=None)
 def test_any_text_comes_back(folder: Path, text: str):
-    own = load(str(folder))
-    ids = own.encode(text)
-    assert own.decode_bytes(ids) == text.encode() and own.decode(ids) == text
-    assert own.bytes_per_token[ids].sum() == len(text.encode())
-    assert own.eot not in ids
-    assert [*map(int, own.encode_batch([text])[0])] == ids
+    for own in (load(str(folder)), load("shakespeare2k")):
+        ids = own.encode(text)
+        assert own.decode_bytes(ids) == text.encode() and own.decode(ids) == text
+        assert own.bytes_per_token[ids].sum() == len(text.encode())
+        assert own.eot not in ids
+        assert [*map(int, own.encode_batch([text])[0])] == ids
 
 
 def test_every_byte_has_an_id(folder: Path):
@@ -120,6 +122,34 @@ def test_transformers_reads_it(folder: Path):
     text = TEXT[-3000:]
     assert theirs.encode(text, add_special_tokens=False) == own.encode(text)
     assert (theirs.eos_token_id, len(theirs)) == (own.eot, own.vocab_size)
+
+
+def test_the_vocabulary_that_ships_is_of_the_training_part_of_the_plays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
+    plain, plays = load("bytes"), open_source("shakespeare", load("bytes"), "train")
+    ends = plays.document_ends.tolist()
+    texts = [plain.decode(plays.tokens(a, b - 1)) for a, b in itertools.pairwise([0, *ends])]
+    file = write(tmp_path / "plays.txt", f"{END_OF_TEXT}\n".join(texts))
+    made = train_vocabulary([file], tmp_path / "own", 2048)
+    shipped = load("shakespeare2k")
+    assert (shipped.name, shipped.vocab_size) == ("shakespeare2k", 2048)
+    # The fingerprint and not the file: another version of the library may spell it otherwise.
+    assert shipped.fingerprint == made.fingerprint
+    assert (tmp_path / "own/tokenizer_config.json").read_bytes() == (
+        tokenizer_module.FOLDERS["shakespeare2k"] / "tokenizer_config.json"
+    ).read_bytes()
+
+
+def test_a_folder_that_ships_is_known_by_its_name(tmp_path: Path):
+    write_tokenizer("shakespeare2k", tmp_path)
+    shipped, again = load("shakespeare2k"), load(str(tmp_path))
+    assert again.fingerprint == shipped.fingerprint and again.eot == shipped.eot
+    with pytest.raises(ConfigError, match="not one of: bytes, gpt2.*, shakespeare2k"):
+        load("shakespeare2")
+    with pytest.raises(UserError, match="there is no such folder.*shakespeare2k"):
+        load(str(tmp_path / "none"))
 
 
 # ---- refusals

@@ -9,9 +9,7 @@ from gptjax.config import UserError
 from gptjax.data.prepare import SPLITS, prepare
 from gptjax.data.store import MANIFEST, Store
 from gptjax.places import cache, expand
-from gptjax.tokenizer import Tokenizer
-
-ASSETS = Path(__file__).parent / "assets"
+from gptjax.tokenizer import ASSETS, Tokenizer
 
 # Name -> files of a text small enough to ship. The last tenth is held out.
 DATASETS: dict[str, tuple[Path, ...]] = {

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gptjax.tokenizer import TOKENIZER_FILE, TOKENIZERS, byte_alphabet, load
+from gptjax.tokenizer import TOKENIZER_FILE, TOKENIZERS, byte_alphabet, folder_of, load
 
 # What a folder may hold of a tokenizer and of how to talk with the model.
 FILES = (
@@ -24,10 +24,10 @@ BYTES: dict[str, Any] = {
 
 def write_tokenizer(name: str, folder: Path) -> None:
     """Writes the tokenizer `name` (see `tokenizer.load`) for `transformers` to find in `folder`."""
-    if name not in TOKENIZERS:
+    if (own := folder_of(name)) is not None:
         for file in FILES:
-            if (Path(name) / file).is_file():
-                shutil.copy(Path(name) / file, folder)
+            if (own / file).is_file():
+                shutil.copy(own / file, folder)
         return
     parts, eot = TOKENIZERS[name](), load(name).eot
     specials = parts["special_tokens"]
