@@ -11,9 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import sharding
 from gptjax.config import ConfigError, Model
 from gptjax.layers import attention
-from gptjax.layers.attention import ATTENTION, Row, Scores, choices, kernel_for, resolve, splash
+from gptjax.layers.attention import (
+    ATTENTION,
+    Row,
+    Scores,
+    block,
+    choices,
+    kernel_for,
+    resolve,
+    splash,
+)
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
 from gptjax.layers.norm import NORM, HeadNorm, Norm
@@ -171,6 +181,25 @@ def test_a_kernel_is_attention_by_loops_and_its_gradient_is_plains(name, changes
     np.testing.assert_allclose(o, expected, atol=2e-6)  # float32 sums of 128 at most
     for got, want in zip(gradients, run(ATTENTION["plain"].kernel, q, k, v)[1], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 5, "segments": True}])
+def test_blocks_on_a_mesh_are_those_of_one_device(changes, small_blocks):
+    inputs = [normal(4, 11, n, 8, seed=i) for i, n in enumerate((4, 2, 2, 4))]
+
+    @jax.jit
+    def run(q, k, v, do):
+        o, pull = jax.vjp(lambda *qkv: block(*qkv, scores_of(11, 4, **changes)), q, k, v)
+        return o, pull(do)
+
+    expected = run(*inputs)
+    with jax.set_mesh(sharding.make_mesh(tiny.CUBE)):
+        dims = ("BTNH", "BSKH", "BSKH", "BTNH")
+        got = run(*map(jax.device_put, inputs, map(sharding.out, dims)))
+        for x, d in zip(jax.tree.leaves(got), (dims[0], *dims[:3]), strict=True):
+            assert jax.typeof(x).sharding.spec == sharding.out(d)
+    # Rows and heads are apart: no sum is taken in another order.
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=1e-6), got, expected)
 
 
 def test_the_gradient_of_plain_is_that_of_finite_differences(small_blocks):

@@ -8,6 +8,7 @@ The row says what the kernel cannot do: there `auto` takes another, and its own 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,18 +127,121 @@ BLOCK = 64  # queries a step of `block`
 
 
 def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
-    """`plain` over blocks of queries, each against only the keys that its block can see.
+    """`plain` over blocks of queries, each against only the blocks of keys that it can see.
 
     Skips the masked upper triangle and what lies outside a static window; for CPUs.
     """
-    outputs = []
-    for start in range(0, q_BTNH.shape[1], BLOCK):
-        window = scores.window if isinstance(scores.window, int) else start + 1
-        queries = slice(start, start + BLOCK)
-        keys = slice(max(0, start - window + 1), start + BLOCK)
-        part = scores.part(queries, keys)
-        outputs.append(plain(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], part))
-    return jnp.concatenate(outputs, axis=1)
+    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    window = scores.window if isinstance(scores.window, int) else None
+    parts = _parts(T, window)
+    if len(parts) == 1 or scores.softcap is not None or scores.slopes_N is not None:
+        outputs = [
+            plain(q_BTNH[:, queries], k_BSKH[:, keys], v_BSKH[:, keys], scores.part(queries, keys))
+            for queries, keys in parts
+        ]
+        return jnp.concatenate(outputs, axis=1)
+    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    masks = [scores.part(queries, keys).visible() for queries, keys in parts]
+    o_BKGTH = _blocks(
+        window,
+        q_BTKGH.transpose(0, 2, 3, 1, 4),
+        k_BSKH.swapaxes(1, 2),
+        v_BSKH.swapaxes(1, 2),
+        masks,
+    )
+    o_BTKGH = o_BKGTH.transpose(0, 3, 1, 2, 4)
+    return jnp.reshape(o_BTKGH, (B, T, N, H), out_sharding=out("BTNH"))
+
+
+def _parts(T: int, window: int | None) -> list[tuple[slice, slice]]:
+    """The queries of each block and its keys, which begin with a block."""
+    return [
+        (slice(start, stop), slice(max(0, start - (window or T) + 1) // BLOCK * BLOCK, stop))
+        for start in range(0, T, BLOCK)
+        for stop in [min(start + BLOCK, T)]
+    ]
+
+
+Blocks = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(
+    window: int | None,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    masks: list[jax.Array],
+) -> jax.Array:
+    """o_BKGTH of queries that are scaled, by blocks; each query sees its own key at least.
+
+    The gradient is the usual one. jax's own rule pads that of each block's keys to all keys and
+    adds, and transposes weights where queries are narrower; that takes more time and memory.
+    """
+    return _blocks_forward(window, q_BKGTH, k_BKSH, v_BKSH, masks)[0]
+
+
+def _blocks_forward(
+    window: int | None,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    masks: list[jax.Array],
+) -> tuple[jax.Array, Blocks]:
+    outputs, weights = [], []
+    parts = _parts(q_BKGTH.shape[3], window)
+    for (queries, keys), mask_BTS in zip(parts, masks, strict=True):
+        scores_BKGTS = _product("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, queries], k_BKSH[:, :, keys])
+        lowest = jnp.finfo(jnp.float32).min
+        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, lowest)
+        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+        weights.append(weights_BKGTS)
+        outputs.append(_product("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH[:, :, keys]))
+    o_BKGTH = jnp.concatenate(outputs, axis=3).astype(v_BKSH.dtype)
+    return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, weights, o_BKGTH)
+
+
+def _blocks_backward(
+    window: int | None, residuals: Blocks, do_BKGTH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BKGTH, k_BKSH, v_BKSH, weights, o_BKGTH = residuals
+    # The mean of dweights under the weights (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
+    mean_BKGT = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
+    parts = _parts(q_BKGTH.shape[3], window)
+    dq, dk, dv = [], [], []
+    for (queries, keys), weights_BKGTS in zip(parts, weights, strict=True):
+        q, do = q_BKGTH[:, :, :, queries], do_BKGTH[:, :, :, queries]
+        dweights = _product("BKGTH,BKSH->BKGTS", do, v_BKSH[:, :, keys])
+        # What is masked has a weight of 0, and so no gradient.
+        dscores = weights_BKGTS * (dweights - mean_BKGT[:, :, :, queries, None])
+        dscores = dscores.astype(q.dtype)
+        dq.append(_product("BKGTS,BKSH->BKGTH", dscores, k_BKSH[:, :, keys]))
+        dk.append(_product("BKGTH,BKGTS->BKHS", q, dscores))
+        dv.append(_product("BKGTH,BKGTS->BKHS", do, weights_BKGTS))
+
+    def total(gradients: list[jax.Array], of_BKSH: jax.Array) -> jax.Array:
+        """Each block of keys has the sum of what the blocks that see it give."""
+        blocks = []
+        for own, _ in parts:
+            seen = [
+                jax.lax.slice_in_dim(d, own.start - keys.start, own.stop - keys.start, axis=3)
+                for (_, keys), d in zip(parts, gradients, strict=True)
+                if keys.start <= own.start < keys.stop
+            ]
+            blocks.append(functools.reduce(jnp.add, seen))
+        return jnp.concatenate(blocks, axis=3).swapaxes(2, 3).astype(of_BKSH.dtype)
+
+    dq_BKGTH = jnp.concatenate(dq, axis=3).astype(q_BKGTH.dtype)
+    return dq_BKGTH, total(dk, k_BKSH), total(dv, v_BKSH), None
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The einsum in float32, whatever is multiplied."""
+    dims = equation.partition("->")[2]
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, out_sharding=out(dims))
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 # Products under this name are those of pairs of tokens, of which `gptjax.accounting` counts those
