@@ -2,7 +2,7 @@
 
 Source:   what won the studies of experiments/ (RoPE, SwiGLU, QK-norm at a high rate, Muon), and a
           vocabulary of 2,048 tokens that was trained on the training part of the plays: GPT-2's
-          would hold nearly all parameters. Sizes chosen for five minutes on two CPU cores; see
+          would hold nearly all parameters. Sized for some ten minutes of CPU time; see
           "The default recipe" in experiments/README.md.
 Command:  make train
           python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
