@@ -360,6 +360,7 @@ def _events(folder: Path, start: int, resume_step: int | None) -> Any:
     return writer
 
 
+@functools.cache
 def _tensorboard(module: str) -> Any:
     """A module of tensorboardX; importing it leaves PyTorch out.
 
