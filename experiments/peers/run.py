@@ -50,6 +50,7 @@ from typing import Any, NamedTuple
 from measure import MEASURES, PROMPT, Result
 
 from gptjax.config import UserError, choose
+from gptjax.files import replace_file
 
 TEXT = Path(__file__).parents[2] / "gptjax" / "data" / "assets" / "shakespeare.txt"
 
@@ -336,20 +337,13 @@ def run(arguments: argparse.Namespace, out: Path) -> int:
                 print(f"{subject} {task} {side}, round {number}, {cache}: {shown}", flush=True)
                 if "absent" in result or "failed" in result:
                     gone.add(side)
-                replace(out / "results.json", json.dumps(record, indent=1) + "\n")
-                replace(out / "results.md", table(record))
+                replace_file(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+                replace_file(out / "results.md", table(record).encode())
             if task == "prepare" and gone:
                 raise UserError(runs[-1].get("failed") or runs[-1]["absent"])
     draw(record, out / "results.png")
     print(f"\n{table(record)}\nwritten: {out}/results.md, results.json, results.png")
     return int(any("failed" in run for run in runs))
-
-
-def replace(path: Path, content: str) -> None:
-    """Writes aside and renames, so that nobody reads half a file."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(content, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def chosen(words: str, table: dict[str, Any], name: str) -> list[str]:
