@@ -140,7 +140,8 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
             for queries, keys in parts
         ]
         return jnp.concatenate(outputs, axis=1)
-    q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+    # With one key-value head jax would split the heads of its group instead.
+    q_BTKGH = jnp.reshape(q_BTNH * H**-0.5, (B, T, K, N // K, H), out_sharding=out("BTKGH"))
     masks = [scores.part(queries, keys).visible() for queries, keys in parts]
     o_BKGTH = _blocks(
         window,
