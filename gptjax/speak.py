@@ -178,10 +178,6 @@ def check_sample(config: Config, tokenizer: Tokenizer) -> list[int]:
     """
     if config.sample.stop is not None:
         _one_token(config.sample.stop, tokenizer)
-    try:
-        config.sample.prompt.encode()
-    except UnicodeEncodeError:  # what a shell hands over that is no text
-        raise ConfigError("sample.prompt holds bytes that are no UTF-8: write it as text") from None
     ids = tokenizer.encode(config.sample.prompt)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos, *ids]

@@ -96,8 +96,13 @@ class Tokenizer:
         """The ids of ordinary text; special tokens in it count as plain characters.
 
         Raises:
-            UserError: on a character that the tokenizer has no token for.
+            UserError: on a character that the tokenizer has no token for, or a part of one.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # what a shell or terminal hands over that is no text
+            around = text[max(0, error.start - 20) : error.end + 20]
+            raise UserError(f"{around!r} holds bytes that are no UTF-8: write it as text") from None
         return [i for piece in self._pieces(text) for i in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

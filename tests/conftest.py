@@ -13,13 +13,16 @@ import pytest
 STARTED = time.monotonic()
 
 # Before jax starts, which reads these once; subprocesses of tests inherit them.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-# Nearly all time of the suite is the compiler's: programs are optimised as text only (HLO), and
-# fusions emitted the older way, which newer jaxlibs do not know. Together that takes a quarter of
-# the time. A test of the last bit that users get compiles in a process of its own.
+flags = ["--xla_force_host_platform_device_count=8"]
+# Half the time of the suite is the compiler's: programs are optimised as text only (HLO), emitted
+# as one module of LLVM and not as many at once, and fusions the older way, which newer jaxlibs do
+# not know. Together that takes a sixth of the time. A test of the last bit that users get compiles
+# in a process of its own.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+flags += ["--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib") < "0.11":
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    flags += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -64,6 +67,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.make_store(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def one_device() -> Iterator[None]:
+    from tests import tiny
+
+    with tiny.one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

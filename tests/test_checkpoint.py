@@ -12,8 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,8 @@ from gptjax.checkpoint import MANIFEST, META, Checkpoints
 from gptjax.config import UserError
 from gptjax.sharding import make_mesh
 from tests import tiny
+from tests.child import Child
 
-REPO = Path(__file__).parents[1]
 MESHES = {
     **{str(axes): tiny.mesh(**dataclasses.asdict(axes)) for axes in tiny.MESHES},
     "one": make_mesh(tiny.axes(), jax.devices()[3:4]),
@@ -211,12 +209,11 @@ def test_a_killed_writer_frees_the_folder(tmp_path: Path) -> None:
     print("held", flush=True)
     time.sleep(100)
     """
-    process = run_python(textwrap.dedent(code), str(tmp_path / "checkpoints"))
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    process = Child(code, tmp_path / "checkpoints")
+    assert next(process.lines("stdout")) == "held\n"
     with pytest.raises(checkpoint.Busy, match=f"is being trained by process {process.pid} on"):
         Checkpoints(tmp_path / "checkpoints", keep=1)
     process.kill()
-    process.communicate()
     with Checkpoints(tmp_path / "checkpoints", keep=1) as free:
         assert free.latest() is None
 
@@ -405,14 +402,6 @@ def test_a_failed_save_frees_its_space(
         raise KeyboardInterrupt
 
 
-def run_python(code: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *args],
-        env=tiny.environment(devices) | {"PYTHONPATH": str(REPO)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 # Saves steps 1, 2, ... until it is killed; the content of a step is a function of the step.
 SAVER = """
     import os, signal, sys
@@ -458,19 +447,16 @@ def assert_survived(folder: Path) -> int:
 
 def saver_killed(folder: Path, fatal: str, delay: float) -> None:
     """Kills the saver `delay` seconds after it began step 3, or waits for its own suicide."""
-    child = run_python(SAVER, str(folder), fatal)
+    child = Child(SAVER, folder, fatal)
     try:
-        assert child.stdout is not None
-        for line in child.stdout:
+        for line in child.lines("stdout"):
             if line.startswith("saving 3") and not fatal:
                 time.sleep(delay)
                 break
-            assert line.startswith("saving"), line + child.stdout.read()
     finally:
         if not fatal:
             child.kill()
-        rest = child.communicate(timeout=60)[0]
-        assert child.returncode == -signal.SIGKILL, rest
+    assert child.wait().returncode == -signal.SIGKILL, child.stderr
 
 
 @pytest.mark.parametrize("delay", [0.0, *random.Random(0).choices(range(1, 150), k=2)])
@@ -535,15 +521,10 @@ def test_two_processes_save_and_restore_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    workers = [run_python(WORKER, address, str(i), str(tmp_path), devices=4) for i in range(2)]
-    try:
-        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
-    for output in outputs:
+    workers = [Child(WORKER, address, str(i), tmp_path, devices=4) for i in range(2)]
+    for worker in workers:
+        assert worker.wait().returncode == 0, worker.stderr
+        output = worker.stdout
         assert "refused: checkpoint" in output and "state/_METADATA was altered" in output, output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003"]
     # One process reads what two wrote.

@@ -538,14 +538,14 @@ def test_a_folder_without_a_run(tmp_path: Path, workdir: Path) -> None:
 def test_another_model_or_config_in_the_same_folder(run: Trained, store: Path) -> None:
     before = files(run.workdir)
     here = f"--workdir={run.workdir}"
-    message = "does not fit the weights in .*: model.layers=3, where they have 2$"
+    message = "does not fit the weights in .*: model.layers=3, where they have 1$"
     for command in ("eval", "generate"):
         refused(message, command, here, "--config.model.layers=3")
         refused(
             "was tokenised|'gpt2' has 50257 tokens", command, here, "--config.data.tokenizer=gpt2"
         )
     refused("optim.peak_lr was 0.001, is 0.1", "train", here, *knobs(store, optim__peak_lr=0.1))
-    refused("model.layers was 2, is 3", "train", here, *knobs(store, model__layers=3))
+    refused("model.layers was 1, is 3", "train", here, *knobs(store, model__layers=3))
     assert files(run.workdir) == before
 
 
@@ -607,28 +607,13 @@ def on_one_device(store: Path) -> list[str]:
     return knobs(store, mesh__data=1, eval__max_tokens=32, train__eval_every=2)
 
 
-@contextlib.contextmanager
-def seeing_one_device() -> Iterator[None]:
-    """Commands see one device: the suite's eight would only be slower."""
-    devices = jax.devices
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *a: devices(*a)[:1])
-        yield
-
-
-@pytest.fixture
-def one_device() -> Iterator[None]:
-    with seeing_one_device():
-        yield
-
-
 @pytest.fixture(scope="module")
 def studied(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
     """A planted loss: the second arm learns at a ten-thousandth of the rate."""
     folder = tmp_path_factory.mktemp("study")
     axis = ["--axis", "optim.peak_lr=1e-2,1e-6", f"--store={folder / 'cells'}", "--seeds=3"]
     words = [*on_one_device(store), *axis]
-    with seeing_one_device():
+    with tiny.one_device():
         done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
     return Studied(folder / "cells", words, done)
 

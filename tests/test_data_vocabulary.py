@@ -18,7 +18,7 @@ from gptjax.config import ConfigError, UserError
 from gptjax.data import vocabulary
 from gptjax.data.sources import ASSETS, open_source
 from gptjax.data.vocabulary import train_vocabulary
-from gptjax.interop.vocabulary import write_tokenizer
+from gptjax.interop.tokenizer_files import write_tokenizer
 from gptjax.tokenizer import END_OF_TEXT, byte_alphabet, load
 from tests import tiny
 

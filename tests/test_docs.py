@@ -54,6 +54,7 @@ SMALL = {
 SMALL |= {
     "train.steps": 4,
     "model.vocab_size": 2048,
+    "model.layers": 2,
     "optim.warmup_steps": 1,
     "data.batch_size": 8,
     "train.accumulation": 1,
@@ -100,6 +101,7 @@ def test_every_command_is_shown() -> None:
     assert {name_of(words) for words in LAUNCHES} == set(COMMANDS)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPO / "configs")
@@ -227,10 +229,9 @@ def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_the_road_can_be_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    devices = jax.devices
-    monkeypatch.setattr(jax, "devices", lambda *a: devices(*a)[:1])  # eight would only be slower
     sections = re.split(r"^## ", ROAD, flags=re.MULTILINE)[1:]
     names: dict[str, object] = {}
     for section in sections:

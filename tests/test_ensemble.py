@@ -7,8 +7,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from gptjax.optim import OPTIMIZERS
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from tests import tiny
+from tests.child import Child
 
-REPO = Path(__file__).parents[1]
 ONE = jax.devices()[:1]
 CLOCK = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
 # Without biases: softmax knows no bias of the keys, whose gradient is rounding alone, and rows that
@@ -268,14 +266,7 @@ SAVED_FIRST: Any = None
 
 def test_a_killed_group_resumes_bitwise(store: Path, whole: list[Path], tmp_path: Path) -> None:
     """Killed when the first member had saved step 20, and the second had not."""
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, store, tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env=dict(os.environ),
-        timeout=300,
-    )
+    killed = Child(KILLED, store, tmp_path, devices=len(jax.devices())).wait()
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     configs, found = members(store, optim__peak_lr=2e-3), folders(tmp_path)
     latest = [Checkpoints(f / "checkpoints").latest() for f in found]

@@ -28,7 +28,7 @@ from gptjax.config import UserError
 from gptjax.evaluation import tasks
 from gptjax.evaluation.tasks import Request
 from gptjax.interop import hf, pretrained
-from gptjax.interop.vocabulary import split, tokenizer_json
+from gptjax.interop.tokenizer_files import split, tokenizer_json
 from gptjax.setup import load_tokenizer, settle
 from tests import tiny
 from tests.test_interop_tokenizer import CORPUS, PATTERN, SPECIALS

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import numpy as np
 import pytest
 
 from gptjax import cli, tokenizer
-from gptjax.interop import vocabulary
+from gptjax.interop import tokenizer_files
 from tests import tiny
-from tests.test_loop import REPO, free_port
+from tests.child import GPTJAX, Child
+from tests.test_loop import free_port
 
 SENTENCES = [f"the {a} sees the {b}.\n" for a in ("cat", "dog", "owl") for b in ("sun", "sea")]
 DOCUMENTS = [s * (1 + i % 3) for i, s in enumerate(SENTENCES * 4)]
@@ -155,17 +154,11 @@ def test_two_processes_give_the_number_of_one(
     port, page = free_port(), tmp_path / "page.html"
     words = [f"--workdir={run}", "--set", f"t={texts}/plain.txt", "--json", f"--html={page}"]
     pair = [
-        subprocess.Popen(
-            [sys.executable, "launch.py", "eval", *words, f"--distributed=localhost:{port},2,{i}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPO,
-        )
+        Child(GPTJAX, "eval", *words, f"--distributed=localhost:{port},2,{i}", devices=8)
         for i in range(2)
     ]
-    (out, first_err), (silent, second_err) = (p.communicate(timeout=200) for p in pair)
-    assert [p.returncode for p in pair] == [0, 0], (first_err, second_err)
+    assert [p.wait().returncode for p in pair] == [0, 0], [p.stderr for p in pair]
+    out, silent = (p.stdout for p in pair)
     # gloo itself writes on standard output, from threads whose lines may run into each other.
     assert "{" not in silent and page.is_file()
     found, alone = json.loads(out[out.index("{") :].splitlines()[0]), evaluate(capsys, *words[:-2])
@@ -192,7 +185,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in found.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     found.save_pretrained(folder)
-    vocabulary.write_tokenizer("bytes", folder)
+    tokenizer_files.write_tokenizer("bytes", folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from gptjax.config import ConfigError, UserError
 from gptjax.data.prepare import prepare
 from gptjax.data.store import Store
 from gptjax.interop.gguf import _LLAMA3
-from gptjax.interop.vocabulary import BYTES, split, tokenizer_json, write_tokenizer
+from gptjax.interop.tokenizer_files import BYTES, split, tokenizer_json, write_tokenizer
 from gptjax.tokenizer import byte_alphabet, load
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +27,8 @@ from gptjax.layers.parameter import parameter
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from tests import tiny
+from tests.child import GPTJAX, Child
 
-REPO = Path(__file__).parents[1]
 # The only records that tell one machine's day, or one start from another.
 CLOCK = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
 
@@ -40,18 +38,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_store(tmp_path_factory.mktemp("text"))
 
 
-def run(store: Path, workdir: Path, prelude: str = "", devices: int = 1, **knobs: Any) -> Any:
+def run(store: Path, workdir: Path, prelude: str = "", devices: int = 1, **knobs: Any) -> Child:
     """`gptjax train` in a process of its own, after `prelude`, which may plant a signal."""
-    code = f"{prelude}\nimport sys\nfrom gptjax.cli import main\nsys.exit(main(sys.argv[1:]))"
     words = ["train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"]
-    return subprocess.run(
-        [sys.executable, "-c", code, *words, *tiny.overrides(store, **knobs)],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env=tiny.environment(devices),
-        timeout=300,
-    )
+    code = f"{prelude}\n{GPTJAX}"
+    return Child(code, *words, *tiny.overrides(store, **knobs), devices=devices).wait()
 
 
 def at_step(step: int, then: str) -> str:
@@ -236,20 +227,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[subprocess.Popen[str]]]:
+def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[Child]]:
     """Two processes of two devices each that train together; none outlives the context."""
     port = free_port()
     pair = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "launch.py", "train", f"--config={tiny.RECIPE}"),
-                *(f"--workdir={workdir}", f"--distributed=localhost:{port},2,{i}"),
-                *tiny.overrides(store, **knobs),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPO,
-            env=tiny.environment(2),
+        Child(
+            *(GPTJAX, "train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"),
+            *(f"--distributed=localhost:{port},2,{i}", *tiny.overrides(store, **knobs)),
+            devices=2,
         )
         for i in range(2)
     ]
@@ -264,7 +249,7 @@ def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[subproces
 def test_two_processes_train_as_one(store: Path, tmp_path: Path) -> None:
     mesh = {"mesh__data": 2, "mesh__fsdp": 2}
     with pair_of(store, tmp_path / "pair", train__steps=10, **mesh) as pair:
-        outputs = [p.communicate(timeout=200)[1] for p in pair]
+        outputs = [p.wait().stderr for p in pair]
     assert [p.returncode for p in pair] == [0, 0], outputs
     one = run(store, tmp_path / "one", devices=4, train__steps=10, **mesh)
     assert one.returncode == 0, one.stderr
@@ -289,10 +274,10 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(store: Path, tmp_pat
         deadline = time.monotonic() + 120
         while not metrics.exists() or metrics.read_text().count("\n") < 20:
             assert time.monotonic() < deadline
-            assert all(p.poll() is None for p in pair), [p.communicate()[1] for p in pair]
+            assert all(p.returncode is None for p in pair), [p.stderr for p in pair]
             time.sleep(0.1)
-        pair[1].send_signal(signal.SIGTERM)
-        outputs = [p.communicate(timeout=120)[1] for p in pair]
+        pair[1].signal(signal.SIGTERM)
+        outputs = [p.wait().stderr for p in pair]
     assert [p.returncode for p in pair] == [75, 75], outputs
     assert "saved: run the same command" in outputs[0]
     assert Checkpoints(tmp_path / CHECKPOINTS).steps()

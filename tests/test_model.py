@@ -172,8 +172,8 @@ def values_and_gradients_by_place(config: Model, params: Any, rows: Any) -> tupl
     return logits_BTV, jax.tree.map(lambda g: g.sum(0), gradients), influence.reshape(B, T, B, T)
 
 
-def cached_logits(config: Model, params: Any, tokens_BT: np.ndarray, prefill: int) -> jax.Array:
-    """Logits of tokens that are fed in pieces: `prefill` at once, then one by one."""
+def cached_logits(config: Model, params: Any, tokens_BT: np.ndarray, pieces: int) -> Any:
+    """Logits of tokens that are fed in equal pieces; tests/test_decode.py feeds them one by one."""
 
     @jax.jit
     def feed(params: Any, tokens_BT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
@@ -181,12 +181,12 @@ def cached_logits(config: Model, params: Any, tokens_BT: np.ndarray, prefill: in
         return gpt.logits(config, params, x_BTD), cache
 
     cache: Any = gpt.init_cache(config, len(tokens_BT), T + 2)
-    pieces = []
-    for piece in np.split(tokens_BT, range(prefill, tokens_BT.shape[1]), axis=1):
-        logits_BTV, cache = feed(params, piece, cache)
-        pieces.append(np.asarray(logits_BTV))
+    logits = []
+    for piece_BT in np.split(tokens_BT, pieces, axis=1):
+        logits_BTV, cache = feed(params, piece_BT, cache)
+        logits.append(np.asarray(logits_BTV))
     assert (np.asarray(cache["length"]) == tokens_BT.shape[1]).all()
-    return np.concatenate(pieces, axis=1)
+    return np.concatenate(logits, axis=1)
 
 
 # Of a whole model's gradients, by any way of computing them: from the tokens to the loss and back
@@ -246,7 +246,7 @@ def test_an_architecture(combination):
 
     if segments:
         logits_BTV = jax.jit(functools.partial(gpt.apply, config))(params, TOKENS)
-    close(cached_logits(config, params, TOKENS, prefill=3), logits_BTV)
+    close(cached_logits(config, params, TOKENS, pieces=2), logits_BTV)
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION if name != "cudnn"])  # needs a GPU

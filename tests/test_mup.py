@@ -29,7 +29,11 @@ BASE = {"parametrisation": "mup_depth", "mup_base_width": 16, "mup_base_layers":
 def recipe(**knobs: Any) -> Config:
     """The tiny run, of width 16, 4 heads and 2 layers, with knobs of the model changed."""
     words = [f"--config.{name}={value}" for name, value in tiny.KNOBS.items()]
-    words += ["--config.data.sources=('shakespeare',)", "--config.optim.clip=None"]
+    words += [
+        "--config.model.layers=2",
+        "--config.data.sources=('shakespeare',)",
+        "--config.optim.clip=None",
+    ]
     words += [f"--config.{name.replace('__', '.')}={value}" for name, value in knobs.items()]
     return configure.from_file(tiny.RECIPE, words)
 

@@ -196,7 +196,7 @@ def test_a_run_begun_at_random_takes_no_model(finished: Path) -> None:
     "old, new, told",
     [
         (b'"seed": 0', b'"seed": 1', "seed was 0, is 1"),
-        (b'"layers": 2', b'"layers": 3', "model.layers was 2, is 3"),
+        (b'"layers": 1', b'"layers": 3', "model.layers was 1, is 3"),
         (b'"peak_lr"', b'"peak_lR"', "unknown config key 'optim.peak_lR' (did you mean"),
         (b'"train": {', b'"train":{', "each knob has its value, but is spelled in other bytes"),
         (b'"train": {', b'"train": [', "it is no config in JSON"),

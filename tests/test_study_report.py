@@ -262,9 +262,9 @@ def test_cost_is_told_beside_the_baseline(make):
     outcomes = runs(make, {"wide": -0.1}, knobs={"model.ff_dim": 128}, speed=500.0)
     found = analyse(Results(study("wide"), outcomes, [], {}))
     base, wide = found.rows
-    # Two matrices of 2 layers, 16 wide, go from 64 to 128 inner units; 8 rows of 16 tokens.
-    assert wide.cost.parameters - base.cost.parameters >= 2 * 2 * 16 * 64
-    assert wide.cost.flops_per_token - base.cost.flops_per_token == 6 * 2 * 2 * 16 * 64
+    # Two matrices, 16 wide, go from 64 to 128 inner units; 8 rows of 16 tokens.
+    assert wide.cost.parameters - base.cost.parameters >= 2 * 16 * 64
+    assert wide.cost.flops_per_token - base.cost.flops_per_token == 6 * 2 * 16 * 64
     assert base.cost.tokens == 400 * 8 * 16
     assert base.cost.flops == base.cost.tokens * base.cost.flops_per_token
     assert (base.cost.seconds, wide.cost.seconds) == (51.2, 102.4)

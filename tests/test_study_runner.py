@@ -10,8 +10,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +28,9 @@ from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, cells, load, tuning_cells
 from gptjax.study.store import COMPUTES
 from tests import tiny
+from tests.child import Child
 from tests.test_loop import timeless
 
-REPO = Path(__file__).parents[1]
 DEVICES = jax.devices()
 LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 
@@ -63,17 +61,6 @@ def file(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(file: Path, cells: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(file), str(cells)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-        env=tiny.environment(1),
-    )
-
-
 def table(stdout: str) -> list[Any]:
     """Its last line, below the samples."""
     return json.loads(stdout.splitlines()[-1])
@@ -101,11 +88,10 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     store = tmp_path_factory.mktemp("whole")
-    process = start(file, store)
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
-    assert begun(err) == LABELS
-    return Whole(load(file), store, table(out))
+    child = Child(SCRIPT, file, store).wait()
+    assert child.returncode == 0, child.stderr
+    assert begun(child.stderr) == LABELS
+    return Whole(load(file), store, table(child.stdout))
 
 
 @pytest.fixture
@@ -533,11 +519,10 @@ def test_sigterm_saves_stops_and_goes_on(
 
 
 def test_two_processes_share_the_cells(file: Path, whole: Whole, tmp_path: Path) -> None:
-    both = [start(file, tmp_path) for _ in range(2)]
-    ended = [process.communicate(timeout=500) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ended
-    assert [table(out) for out, _ in ended] == [whole.table] * 2
-    assert sorted(label for _, err in ended for label in begun(err)) == LABELS
+    both = [Child(SCRIPT, file, tmp_path) for _ in range(2)]
+    assert [c.wait().returncode for c in both] == [0, 0], [c.stderr for c in both]
+    assert [table(c.stdout) for c in both] == [whole.table] * 2
+    assert sorted(label for c in both for label in begun(c.stderr)) == LABELS
     assert set(starts(tmp_path).values()) == {1}
     assert logs(tmp_path) == logs(whole.cells)
 
@@ -556,9 +541,7 @@ runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
 def test_a_cell_that_was_killed_comes_after_the_others(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(file), str(tmp_path)], cwd=REPO, check=False
-    )
+    killed = Child(KILLED, file, tmp_path).wait()
     assert killed.returncode == -signal.SIGKILL
     one, two, *rest = [tmp_path / cell.address for cell in cells(load(file), {})]
     assert runner.kills(one) == 1 and not two.exists()
@@ -590,17 +573,15 @@ def test_a_study_killed_six_times_has_the_same_table(
     """Each start after a random number of steps, at any moment of the next, or of a save."""
     chance = random.Random(0)
     for _ in range(6):
-        process = start(file, tmp_path)
-        assert process.stderr is not None
+        child = Child(SCRIPT, file, tmp_path)
         left = chance.randrange(20)  # of 80 steps, and some are lost: six starts do not finish
-        for line in process.stderr:
+        for line in child.lines():
             left -= line.startswith("step ")
             if left <= 0 and (begun(line) or line.startswith("step ")):
                 break
         time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        _, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, err
+        child.kill()
+        assert child.returncode == -signal.SIGKILL, child.stderr
     # They found several cells at work, before their first checkpoint and after it.
     begins = {
         n: [r["resume_step"] for r in read_environment(tmp_path / n)] for n in starts(tmp_path)
@@ -608,8 +589,7 @@ def test_a_study_killed_six_times_has_the_same_table(
     assert len(begins) > 1 and sum(map(len, begins.values())) >= 5
     resumed = [step for begin in begins.values() for step in begin]
     assert None in resumed and any(resumed)
-    process = start(file, tmp_path)
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err
-    assert table(out) == whole.table
+    child = Child(SCRIPT, file, tmp_path).wait()
+    assert child.returncode == 0, child.stderr
+    assert table(child.stdout) == whole.table
     assert logs(tmp_path) == logs(whole.cells)

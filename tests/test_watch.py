@@ -90,7 +90,7 @@ def test_a_mesh_watches_what_one_device_does():
 
 
 def trained(store: Path, workdir: Path, until: int | None = None, **knobs: Any) -> list[Any]:
-    config = tiny.config(store, train__eval_every=20, **knobs)
+    config = tiny.config(store, model__layers=2, train__eval_every=20, **knobs)
     with jax.set_mesh(tiny.mesh()):
         loop.train(config, workdir, until=until)
     return read_metrics(workdir)

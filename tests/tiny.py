@@ -11,10 +11,13 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import pytest
 
 from gptjax import configure, sharding
 from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
@@ -52,6 +55,15 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags}
 
 
+@contextmanager
+def one_device() -> Iterator[None]:
+    """Commands see one device: the suite's eight would only be slower."""
+    devices = jax.devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices(*a)[:1])
+        yield
+
+
 def sample(**knobs: Any) -> Sample:
     return dataclasses.replace(BASE.sample, **knobs)
 
@@ -76,7 +88,7 @@ DATA, FSDP, CUBE, TENSOR = MESHES = (
 KNOBS = {
     "model.vocab_size": 264,  # 257 bytes, rounded up so that it divides over 8 devices
     "model.context": 16,
-    "model.layers": 2,
+    "model.layers": 1,
     "model.width": 16,
     "model.heads": 4,
     "data.tokenizer": "bytes",

@@ -21,7 +21,7 @@ import numpy as np
 from gptjax.config import Model, UserError, choose
 from gptjax.interop import hf
 from gptjax.interop.families import Keys, to_model
-from gptjax.interop.vocabulary import BYTES, split, tokenizer_json
+from gptjax.interop.tokenizer_files import BYTES, split, tokenizer_json
 from gptjax.layers.position import ROPE_SCALING, frequencies
 from gptjax.tokenizer import TOKENIZER_FILE
 

@@ -34,7 +34,7 @@ from gptjax import sharding, tokenizer
 from gptjax.config import ConfigError, Model, UserError, choose
 from gptjax.files import new_folder
 from gptjax.interop.families import Family, Row, to_theirs
-from gptjax.interop.vocabulary import write_tokenizer
+from gptjax.interop.tokenizer_files import write_tokenizer
 from gptjax.layers.parameter import Spec
 from gptjax.progress import say
 
