@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -107,8 +108,7 @@ class Product(NamedTuple):
     """Matrix products of a forward pass that are alike.
 
     Attributes:
-        part: the module of a block that multiplies, "scores" for attention's kernel, else
-            "unembedding".
+        part: of the model that multiplies, a value of `PARTS`.
         flops: of all devices together.
         bytes: of what it yields, on one device.
     """
@@ -160,7 +160,7 @@ def _walk(jaxpr: Any, scope: str, times: int) -> Iterator[Product]:
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            yield Product(_part_of(inside), 2 * times * out.size * width, times * _held(out))
+            yield Product(part_of(inside), 2 * times * out.size * width, times * _held(out))
         repeats = times * equation.params["length"] if name == "scan" else times
         products = [
             product
@@ -173,11 +173,29 @@ def _walk(jaxpr: Any, scope: str, times: int) -> Iterator[Product]:
         yield from products
 
 
-def _part_of(scope: str) -> str:
-    """Of a scope such as "//Block/attention/kernel", which Linen and `Attention` name."""
-    if KERNEL in scope.split("/"):
-        return "scores"
-    return scope.partition("Block/")[2].split("/")[0] or "unembedding"
+# Scopes of a program, those of Linen's modules and of `jax.named_scope`, and their parts.
+PARTS: dict[str, str] = {
+    "Embed": "embedding",
+    "parameters": "parameters",  # of each layer, cut from the stack
+    "Norm": "norm",
+    **{f"attention_norm_{place}": "norm" for place in ("in", "out", "stream")},
+    **{f"feedforward_norm_{place}": "norm" for place in ("in", "out", "stream")},
+    "attention": "attention",
+    KERNEL: "scores",
+    "feedforward": "feedforward",
+    "Block": "stream",  # sums of the residual stream, dropout
+    "unembedding": "unembedding",
+    "Unembed": "unembedding",
+    "loss": "loss",
+    "gradients": "gradients",  # summed over micro-batches
+    "optimizer": "optimizer",
+}
+
+
+def part_of(scope: str) -> str:
+    """Of a scope such as "jit(step)/jvp(Block)/attention/query": its innermost part, or "other"."""
+    words = re.split("[/()]", scope)
+    return next((PARTS[word] for word in reversed(words) if word in PARTS), "other")
 
 
 def _held(array: Any) -> int:

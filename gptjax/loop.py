@@ -29,6 +29,7 @@ from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
+from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, readable, say
 from gptjax.records import Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
@@ -59,13 +60,17 @@ class Diverged(UserError):
 
 
 def train(
-    config: Config, workdir: Path, begin: Start | None = None, until: int | None = None
+    config: Config,
+    workdir: Path,
+    begin: Start | None = None,
+    until: int | None = None,
+    profile: range = NOTHING,
 ) -> model.Params | None:
     """Trains to `train.steps`, from the latest checkpoint in `workdir` where there is one.
 
     A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`). A new run begins with the
     parameters of `begin`, or with those that the seed gives. An earlier step to end at, `until`,
-    changes nothing before it, and saves nothing by itself.
+    changes nothing before it, and saves nothing by itself. The steps of `profile` are traced.
 
     Returns:
         The parameters to evaluate and generate with; None where the run was done before.
@@ -83,6 +88,8 @@ def train(
             Checkpoints(workdir / CHECKPOINTS, config.train.keep_checkpoints)
         )
         saved = checkpoints.latest()
+        start, steps = saved or 0, config.train.steps
+        profiler = stack.enter_context(Profiler(profile, start, steps, workdir))
         run = stack.enter_context(open_run(workdir, record, fingerprints, saved))
         if saved == config.train.steps:
             say(f"{workdir} is done: {saved} of {saved} steps")
@@ -95,7 +102,6 @@ def train(
             train_state = checkpoints.restore(saved, state.abstract(config))
         where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
-        start, steps = saved or 0, config.train.steps
         meta = {"config": record, "fingerprints": fingerprints}
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(Progress("training", steps, start))
@@ -107,6 +113,7 @@ def train(
         watch = make_watch(config) if config.train.watch else None
         held_out: Mapping[str, float] = {}
         for step in range(start + 1, (steps if until is None else until) + 1):
+            profiler.start(step, train_state)
             batch = load_batch(setup, step - 1)
             watching = watch is not None and step % config.train.watch_every == 0
             before = jax.tree.map(jnp.copy, train_state.params) if watching else {}
@@ -114,8 +121,10 @@ def train(
             watched = watch(before, train_state, batch) if watch and watching else {}
             meter.add(step, (metrics, watched))
             due = due_at(step, config.train, stop.requested(step))
-            if due.evaluate or due.save:
+            pause = due.evaluate or due.save or profiler.ends(step)
+            if pause:
                 meter.catch_up()
+            profiler.stop(step, train_step)
             if due.evaluate:
                 # Records of a step precede its checkpoint, which stands for having written them.
                 params = state.evaluation_params(config, train_state)
@@ -125,7 +134,7 @@ def train(
             if due.save:
                 checkpoints.save(step, train_state, meta | {"step": step}, wait=due.end)
             checkpoints.check()
-            if due.evaluate or due.save:
+            if pause:
                 meter.restart()
             if due.end and step < steps:
                 raise stopped(step)

@@ -144,13 +144,14 @@ def _chunk(
     if width < columns:
         kernel = jax.lax.dynamic_slice_in_dim(kernel, start, width, C)
     if logits_BTVC is None:
-        logits_BTVC = jnp.einsum(
-            f"BTD,{dims}->BTVC",
-            x_BTD,
-            kernel,
-            preferred_element_type=jnp.float32,
-            out_sharding=out("BTVC"),
-        )
+        with jax.named_scope("unembedding"):
+            logits_BTVC = jnp.einsum(
+                f"BTD,{dims}->BTVC",
+                x_BTD,
+                kernel,
+                preferred_element_type=jnp.float32,
+                out_sharding=out("BTVC"),
+            )
         if softcap is not None:
             logits_BTVC = softcap * jnp.tanh(logits_BTVC / softcap)
     column_C = start + jnp.arange(width)
@@ -234,23 +235,24 @@ def _nll_backward(
         if softcap is not None:
             d_BTVC *= 1 - (c.logits_BTVC / softcap) ** 2
         d_BTVC = jnp.where(c.fresh_C, d_BTVC, 0).astype(x_BTD.dtype)
-        dx = jnp.einsum(
-            f"BTVC,{dims}->{dx_dims}",
-            d_BTVC,
-            c.kernel,
-            preferred_element_type=jnp.float32,
-            out_sharding=out(dx_dims),
-        )
-        # On a CPU the order of the operands that needs no transpose is up to 3 times faster.
-        operands = ("BTD", x_BTD), ("BTVC", d_BTVC)
-        (a_dims, a), (b_dims, b) = operands if dims[0] == "D" else operands[::-1]
-        dkernel = jnp.einsum(
-            f"{a_dims},{b_dims}->{dims}",
-            a,
-            b,
-            preferred_element_type=jnp.float32,
-            out_sharding=out(dims),
-        )
+        with jax.named_scope("unembedding"):
+            dx = jnp.einsum(
+                f"BTVC,{dims}->{dx_dims}",
+                d_BTVC,
+                c.kernel,
+                preferred_element_type=jnp.float32,
+                out_sharding=out(dx_dims),
+            )
+            # On a CPU the order of the operands that needs no transpose is up to 3 times faster.
+            operands = ("BTD", x_BTD), ("BTVC", d_BTVC)
+            (a_dims, a), (b_dims, b) = operands if dims[0] == "D" else operands[::-1]
+            dkernel = jnp.einsum(
+                f"{a_dims},{b_dims}->{dims}",
+                a,
+                b,
+                preferred_element_type=jnp.float32,
+                out_sharding=out(dims),
+            )
         return dx, dkernel.astype(kernel.dtype)
 
     def accumulate(

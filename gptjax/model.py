@@ -255,7 +255,8 @@ def split_layers(config: Model, params: Params) -> Params:
     `hidden` takes either. Sliced once, they are not sliced again for every token.
     """
     blocks = params["blocks"]
-    layers = tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(config.layers))
+    with jax.named_scope("parameters"):
+        layers = tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(config.layers))
     return params | {"blocks": layers}
 
 
@@ -339,22 +340,24 @@ def hidden(
 def unembedding(config: Model, params: Params) -> tuple[jax.Array, str]:
     """The output projection, ready for use, and its dims: "DV", or "VD" for the token table."""
     if config.tied:
-        return sharding.gather(params["embed"]["tokens"], "VD", config.dtype), "VD"
+        with jax.named_scope("unembedding"):
+            return sharding.gather(params["embed"]["tokens"], "VD", config.dtype), "VD"
     return _apply(Unembed(config), params, "unembed"), "DV"
 
 
 def logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
     """logits_BTV, float32, of the stream that `hidden` returns."""
     kernel, dims = unembedding(config, params)
-    logits_BTV = jnp.einsum(
-        f"BTD,{dims}->BTV",
-        x_BTD,
-        kernel,
-        preferred_element_type=jnp.float32,
-        out_sharding=sharding.out("BTV"),
-    )
-    cap = config.logit_softcap
-    return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+    with jax.named_scope("unembedding"):
+        logits_BTV = jnp.einsum(
+            f"BTD,{dims}->BTV",
+            x_BTD,
+            kernel,
+            preferred_element_type=jnp.float32,
+            out_sharding=sharding.out("BTV"),
+        )
+        cap = config.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 
 
 def apply(config: Model, params: Params, tokens_BT: jax.Array, **kwargs: Any) -> jax.Array:

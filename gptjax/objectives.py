@@ -61,16 +61,17 @@ def next_token(
         dropout_key=dropout_key,
     )
     kernel, dims = model.unembedding(config.model, params)
-    sums = cross_entropy(
-        x_BTD,
-        kernel,
-        dims,
-        batch.targets,
-        batch.weights,
-        chunk=config.optim.loss_vocab_chunk,
-        softcap=config.model.logit_softcap,
-        z_loss=config.optim.z_loss,
-    )
+    with jax.named_scope("loss"):
+        sums = cross_entropy(
+            x_BTD,
+            kernel,
+            dims,
+            batch.targets,
+            batch.weights,
+            chunk=config.optim.loss_vocab_chunk,
+            softcap=config.model.logit_softcap,
+            z_loss=config.optim.z_loss,
+        )
     auxiliary = {n: sums.weight * x.sum() for n, x in heard.items() if n.startswith(LOSS)}
     objective = sum(auxiliary.values(), start=sums.objective)
     return Totals(objective, {"loss": sums.nll, "z": sums.z} | auxiliary, sums.weight)

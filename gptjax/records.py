@@ -70,7 +70,7 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 NOT_COMPUTING = (
     *("commands", "evaluation", "report", "sizes", "study"),
     *("accounting.py", "chat.py", "cli.py", "configure.py", "decode.py", "files.py"),
-    *("progress.py", "records.py", "replay.py", "speak.py", "trained.py"),
+    *("profile.py", "progress.py", "records.py", "replay.py", "speak.py", "trained.py"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

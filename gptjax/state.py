@@ -136,16 +136,17 @@ def make_train_step(
         grads, sums = _accumulate(totals, config.train.accumulation)(
             state.params, batch, key, scale
         )
-        norm = optax.global_norm(grads)
-        done = _updates(state.opt_state)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema, decay = state.ema, config.optim.ema_decay
-        if ema is not None and decay is not None:
-            ema = optim.ema_update(ema, params, decay, done)
-        finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
-        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            done = _updates(state.opt_state)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema, decay = state.ema, config.optim.ema_decay
+            if ema is not None and decay is not None:
+                ema = optim.ema_update(ema, params, decay, done)
+            finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
+            new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+            accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         weight = jnp.maximum(sums.weight, 1)
         metrics = {name: value / weight for name, value in sums.metrics.items()} | {
             "gradient_norm": norm,
@@ -174,7 +175,9 @@ def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) ->
             return grad(params, micro, jax.random.fold_in(key, index), scale)
 
         def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, part(index)), None
+            gradient_and_sums = part(index)
+            with jax.named_scope("gradients"):
+                return jax.tree.map(jnp.add, total, gradient_and_sums), None
 
         _, sums = jax.eval_shape(part, jnp.zeros((), jnp.int32))
         zero = jnp.zeros(())

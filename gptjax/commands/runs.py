@@ -31,16 +31,17 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import configure, loop, setup, speak, trained
+    from gptjax import configure, loop, profile, setup, speak, trained
     from gptjax.sharding import make_mesh
 
+    steps = profile.parse_steps(arguments.profile)
     config, begin = configure.from_file(arguments.config, overrides), None
     if arguments.start is not None:
         config, begin = trained.start_from(config, arguments.start, overrides)
     workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check_sample(config, setup.load_tokenizer(config))
-        params = loop.train(config, workdir, begin)
+        params = loop.train(config, workdir, begin, profile=steps)
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
         else:
@@ -60,6 +61,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         type=expand,
         metavar="DIR",
         help="fine-tune this pretrained model: its parameters, architecture and tokenizer",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace these steps, both included, and print their time by part of the model",
     )
     add_distributed(parser)
 
@@ -284,6 +290,7 @@ goes on beyond its end where that leaves its learning rates so far as they were 
 before its decay), or once optim.schedule_steps says where they ended.
 
   train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
+  train --profile=10:13 --workdir=runs/mine
 
 {OVERRIDES}
 {EXITS}""",
