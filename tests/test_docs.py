@@ -1,6 +1,7 @@
 """What the documents say holds: commands run, names are there, links lead somewhere.
 
-The commands of the README and of docs/features.md run in their order, in this process.
+The commands of the README, of docs/features.md and docs/speed.md run in their order, in this
+process.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from tests import tiny
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
-FEATURES, ADDING, READING, ROAD = (
-    (REPO / "docs" / f"{name}.md").read_text() for name in ("features", "adding", "reading", "road")
+FEATURES, SPEED, ADDING, READING, ROAD = (
+    (REPO / "docs" / f"{name}.md").read_text()
+    for name in ("features", "speed", "adding", "reading", "road")
 )
 WORDS = 900  # of the README at most: a reader is to finish it
 
@@ -43,7 +45,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 LINES = [
     line
-    for block in blocks(README, "sh") + blocks(FEATURES, "sh")
+    for document in (README, FEATURES, SPEED)
+    for block in blocks(document, "sh")
     for line in block.replace("\\\n", " ").splitlines()
 ]
 LAUNCHES = [shlex.split(line, comments=True)[2:] for line in LINES if "launch.py" in line]
@@ -121,6 +124,8 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
             more = [*more, "--config.sample.max_new_tokens=4", "--config.sample.prompt=A"]
         if words[0] == "import":  # the model that was exported stands in for one that is not here
             words = ["import", "models/mine", *words[2:]]
+        if any(word.startswith("--profile") for word in words):
+            more = [*more, "--profile=2:3"]  # of the few steps here
         more = [*more, *FEW.get(name_of(words), [])]
         assert main(words + more) == 0, words
         if words[0] == "import":
