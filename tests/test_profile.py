@@ -178,7 +178,7 @@ def test_the_products_of_a_step_are_of_the_parts_that_are_counted(
     variant: str, store: Path
 ) -> None:
     """Three of each forward product, wherever the scope went: backward, scanned, summed."""
-    config = tiny.config(store, model__attention="plain", **VARIANTS[variant])
+    config = tiny.config(store, model__layers=2, model__attention="plain", **VARIANTS[variant])
     with jax.set_mesh(tiny.mesh()):
         step, *arguments = lower(config)
         jaxpr = jax.make_jaxpr(step)(*arguments)
