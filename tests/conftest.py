@@ -1,5 +1,6 @@
 """Eight virtual CPU devices stand for a pod; compiled programs are kept between runs."""
 
+import functools
 import math
 import os
 import subprocess
@@ -67,6 +68,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.make_store(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scaling` draws its intervals in half a second; they are held in test_sizes_scaling.py."""
+    from gptjax.sizes import scaling
+
+    monkeypatch.setattr(scaling, "bootstrap", functools.partial(scaling.bootstrap, replicates=50))
 
 
 @pytest.fixture

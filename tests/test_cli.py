@@ -680,7 +680,8 @@ def test_runs_that_compute_something_else_are_not_mixed(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ladder_of_runs_is_fitted(one_device: None, store: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_replicates", "one_device")
+def test_a_ladder_of_runs_is_fitted(store: Path, tmp_path: Path) -> None:
     """Of the same rungs, by the runs and by a table of what they logged, the same law."""
     cells, picture = tmp_path / "cells", tmp_path / "law.png"
     words = ["--axis", "train.steps=4,8,16,32", f"--store={cells}", "--seeds=1"]

@@ -104,7 +104,7 @@ def test_every_command_is_shown() -> None:
     assert {name_of(words) for words in LAUNCHES} == set(COMMANDS)
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.mark.usefixtures("few_replicates", "one_device")
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPO / "configs")
