@@ -27,12 +27,16 @@ SEEDS, STEPS, TURNS = 8, 10, 5
 
 
 def main(recipe: str, *overrides: str) -> None:
-    base = configure.from_file(recipe, list(overrides))
+    compare(configure.from_file(recipe, list(overrides)))
+
+
+def compare(base: Config, turns: int = TURNS) -> list[float]:
+    """The ratio of throughputs in each turn, together over one by one."""
     configs = [dataclasses.replace(base, seed=base.seed + i) for i in range(SEEDS)]
     batches = [batch(config) for config in configs]
     sides = {"one by one": one_by_one(configs, batches), "together": together(configs, batches)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(TURNS):
+    for turn in range(turns):
         for name, run in sides.items():
             begin = time.perf_counter()
             losses = run()
@@ -45,6 +49,7 @@ def main(recipe: str, *overrides: str) -> None:
         f"{statistics.median(ratios):.2f} times the throughput ({min(ratios):.2f} to "
         f"{max(ratios):.2f})"
     )
+    return ratios
 
 
 def batch(config: Config) -> Batch[np.ndarray]:

@@ -146,6 +146,7 @@ class Model:
     scan_layers: bool = field(metadata=off(False))
     remat: str = field(metadata=off("none"))
     dtype: str = field(metadata=off("float32"))
+    products: str = field(metadata=off("dtype"))
 
     def __post_init__(self) -> None:
         _numbers(self)

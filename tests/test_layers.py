@@ -26,6 +26,7 @@ from gptjax.layers.attention import (
 )
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
+from gptjax.layers.linear import linear
 from gptjax.layers.norm import NORM, HeadNorm, Norm
 from gptjax.layers.parameter import INIT, Spec, draw
 from gptjax.layers.position import alibi_slopes, rope, sinusoid
@@ -365,6 +366,62 @@ def test_an_unknown_kernel_is_one_line_with_the_choices():
         resolve(model(attention="flash"), "cpu")
     with pytest.raises(ConfigError, match=message):
         kernel_for(model(attention="flash"), 8)
+
+
+# Products.
+
+
+def on_grid(x, mantissa: int, least: int, largest: float) -> np.ndarray:
+    """x in float64 on a grid of floats, its largest number scaled to the grid's."""
+    x = np.asarray(x, np.float64)
+    scale = abs(x).max() / largest
+    exponent = np.maximum(np.frexp(x / scale)[1] - 1, least)
+    spacing = 2.0 ** (exponent - mantissa)
+    return np.round(x / scale / spacing) * spacing * scale  # np.round: ties to even
+
+
+# Mantissa bits, exponent of the least normal number, largest number: Micikevicius et al. 2022.
+E4M3, E5M2 = (3, -6, 448.0), (2, -14, 57344.0)
+
+
+def test_fp8_products_are_those_of_numbers_on_its_grids():
+    x, kernel, g = normal(2, 5, 16), normal(16, 4, 8, seed=1), normal(2, 5, 4, 8, seed=2)
+    y, pull = jax.vjp(lambda x, k: linear("BTD,DNH->BTNH", x, k, "fp8"), x, kernel)
+    for got, equation, a, b in (
+        (y, "BTD,DNH->BTNH", on_grid(x, *E4M3), on_grid(kernel, *E4M3)),
+        (pull(g)[0], "BTNH,DNH->BTD", on_grid(g, *E5M2), on_grid(kernel, *E4M3)),
+        (pull(g)[1], "BTD,BTNH->DNH", on_grid(x, *E4M3), on_grid(g, *E5M2)),
+    ):
+        # Float32 sums of 32 products at most, and three roundings of scales.
+        most = np.einsum(equation, abs(a), abs(b)).max()
+        np.testing.assert_allclose(got, np.einsum(equation, a, b), atol=35 * 2**-24 * most)
+
+
+def test_fp8_products_of_zeros_are_zeros_and_what_is_not_finite_shows():
+    x, kernel = normal(1, 3, 8), normal(8, 4, seed=1)
+    product = jax.jit(lambda x, kernel: linear("BTD,DF->BTF", x, kernel, "fp8"))
+    assert (product(0 * x, kernel) == 0).all() and (product(x, 0 * kernel) == 0).all()
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        assert jnp.isnan(product(x.at[0, 1, 2].set(bad), kernel)).any()
+    assert product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_fp8_products_on_a_mesh_are_those_of_one_device():
+    inputs = normal(4, 6, 16), normal(16, 8, seed=1), normal(4, 6, 8, seed=2)
+
+    @jax.jit
+    def run(x, kernel, g):
+        y, pull = jax.vjp(lambda x, k: linear("BTD,DF->BTF", x, k, "fp8"), x, kernel)
+        return y, *pull(g)
+
+    expected = run(*inputs)
+    with jax.set_mesh(sharding.make_mesh(tiny.CUBE)):
+        dims = ("BTD", "DF", "BTF")
+        got = run(*map(jax.device_put, inputs, map(sharding.out, dims)))
+        for x, d in zip(got, ("BTF", "BTD", "DF"), strict=True):
+            assert jax.typeof(x).sharding.spec == sharding.out(d)
+    # The scales are equal, as is each number on its grid: only sums of 24 at most differ.
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-5), got, expected)
 
 
 # Positions.

@@ -36,7 +36,7 @@ def test_sides_take_turns() -> None:
 RESULTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("limits", "jax"): [{"float32 product, GFLOP/s": [90, 100, 110], "memory read, GB/s": 20}] * 3,
     ("limits", "PyTorch"): [{"float32 product, GFLOP/s": 200, "memory read, GB/s": 10}] * 3,
-    ("prepare", "gptjax"): [{"flops_per_token": 5e6, "float32_bytes": 5e8}],
+    ("prepare", "gptjax"): [{"flops_per_token": 5e6, "parameters": 1.25e8}],
     ("train", "gptjax"): [
         {"tokens/s": speed, "first step, s": 6.0, "loss, first step": 4.125}
         for speed in (1000, 1100, 1500, 1200, 900, 1000)

@@ -1,15 +1,18 @@
-"""One measurement of one side, in a process of its own: what `run.py` starts.
+"""One measurement of one side, in a process of its own: what `run.py` and `gpu.py` start.
 
     python experiments/peers/measure.py '{"task": "train", "side": "gptjax", ...}'
 
 The last line of standard output is the result as JSON: numbers, and lists of one number for each
 of several turns within the process. Each side imports only what it needs, when it starts, so that
-memory and time to the first step are its own. `MEASURES` says which sides a task has.
+memory and time to the first step are its own. `MEASURES` says which sides a task has. A job names
+its device, "cpu" or "cuda", and its dtype: in "bfloat16" gptjax computes in it, PyTorch under
+autocast; parameters, their updates and the losses are float32 on every side.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import statistics
@@ -57,8 +60,19 @@ def rates(amount: float, seconds: list[float]) -> list[float]:
     return [amount / s for s in seconds]
 
 
-def peak_memory() -> float | None:
-    """The largest resident memory of this process so far, MB; None where /proc does not tell."""
+def peak_memory(job: Job) -> float | None:
+    """The most memory of the job so far, MB; None where nothing tells.
+
+    On a GPU what its arrays held there, else what of this process was resident.
+    """
+    if job["device"] == "cuda" and job["side"] == "gptjax":
+        import jax
+
+        return 1e-6 * jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    if job["device"] == "cuda":
+        import torch
+
+        return 1e-6 * torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1.024e-3 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
@@ -108,7 +122,7 @@ def prepare(job: Job) -> Result:
     weights = sum(math.prod(s.shape) for s in jax.tree.leaves(model.abstract_params(config)))
     return {
         "flops_per_token": accounting.train_flops_per_token(config, causal=True),
-        "float32_bytes": 4 * weights,
+        "parameters": weights,
     }
 
 
@@ -129,18 +143,23 @@ def encode(text: str, vocab_size: int) -> np.ndarray:
 
 
 def gptjax_config(job: Job, *overrides: str) -> Any:
-    """The recipe of a shape: AdamW at a constant rate, no biases, as nanoGPT trains."""
+    """The recipe of a shape: AdamW at a constant rate, no biases, as nanoGPT trains.
+
+    Other words for it, those of the job and then `overrides`, come last.
+    """
     from gptjax import configure
 
     s = job["shape"]
     knobs = {
         "model.vocab_size": s["vocab_size"], "model.context": s["context"],
         "model.layers": s["layers"], "model.width": s["width"], "model.heads": s["heads"],
-        "model.bias": False, "data.batch_size": s["rows"], "optim.peak_lr": s["rate"],
-        "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.b2": 0.99,
+        "model.bias": False, "model.dtype": job["dtype"], "data.batch_size": s["rows"],
+        "train.accumulation": 1, "optim.peak_lr": s["rate"], "optim.schedule": "constant",
+        "optim.warmup_steps": 0, "optim.b2": 0.99,
     }  # fmt: skip
     words = [f"--config.{knob}={value}" for knob, value in knobs.items()]
-    return configure.from_file(str(configure.RECIPES / "base.py"), [*words, *overrides])
+    recipe = str(configure.RECIPES / s.get("recipe", "base.py"))
+    return configure.from_file(recipe, [*words, *job.get("overrides", ()), *overrides])
 
 
 @contextlib.contextmanager
@@ -156,30 +175,42 @@ def gptjax_started(mesh: Any) -> Iterator[None]:
         yield
 
 
-def gptjax_batch(tokens: np.ndarray, targets: np.ndarray, dims: str) -> Any:
+def gptjax_batch(
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    dims: str,
+    accumulation: int = 1,
+    documents: int | None = None,
+) -> Any:
+    """The batch on the mesh; each row is one document, or so many that do not see each other."""
     from gptjax import sharding
     from gptjax.data.batches import Batch
 
-    shape = (len(tokens), *(1 for _ in dims[1:-1]), -1)  # one micro-batch, where dims have one
+    rows, micro = len(tokens) // accumulation, [accumulation] * dims.count("A")
+    shape = (rows, *micro, tokens.shape[1])
     arrays = [tokens.astype(np.int32), targets.astype(np.int32), np.ones(tokens.shape, np.float32)]
+    if documents is not None:
+        index = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        arrays += divmod(index, np.int32(tokens.shape[1] // documents))
     whole = Batch(*(array.reshape(shape) for array in arrays))
     return sharding.place(
         lambda start, stop: whole._make(a if a is None else a[start:stop] for a in whole),
-        len(tokens),
+        rows,
         dims,
     )
 
 
 @contextlib.contextmanager
 def gptjax_model(job: Job) -> Iterator[tuple[Any, Any]]:
-    """The settled config and the parameters of the prepared model."""
+    """The settled config and the parameters of the prepared model, which computes in the dtype."""
     from gptjax import setup, trained
     from gptjax.interop import pretrained
 
     source = trained.find(Path(job["folder"], "model"))
     assert source.source is not None
     with gptjax_started(source.config.mesh):
-        yield setup.settle(source.config).model, pretrained.load(source.source).params
+        config = dataclasses.replace(setup.settle(source.config).model, dtype=job["dtype"])
+        yield config, pretrained.load(source.source).params
 
 
 def train_gptjax(job: Job) -> Result:
@@ -195,7 +226,8 @@ def train_gptjax(job: Job) -> Result:
 
         def step() -> Any:
             nonlocal train_state, compiled
-            batch = gptjax_batch(*next(data), "BAT")
+            micros, documents = config.train.accumulation, job.get("documents")
+            batch = gptjax_batch(*next(data), "BAT", micros, documents)
             if compiled is None:
                 step = state.make_train_step(config)
                 compiled, _ = loop.compile_step(step, train_state, batch)
@@ -216,9 +248,10 @@ def train(job: Job, step: Callable[[], Any], wait: Callable[[], object]) -> Resu
     return {
         "tokens/s": rates(tokens, taken),
         "first step, s": first,
-        "peak memory, MB": peak_memory(),
+        "peak memory, MB": peak_memory(job),
         "loss, first step": losses[0],
         "loss, last equal step": losses[-1],
+        **({"losses": losses} if job.get("curve") else {}),
     }
 
 
@@ -253,7 +286,7 @@ def decode(job: Job, write: Callable[[list[list[int]]], int]) -> Result:
         assert made == rows * job["new_tokens"], f"{made} tokens made"
         taken = turns(lambda p=prompts: write(p), lambda: None, job["seconds"] / 2)
         result[f"tokens/s, batch {rows}"] = rates(made, taken)
-    return {**result, "peak memory, MB": peak_memory()}
+    return {**result, "peak memory, MB": peak_memory(job)}
 
 
 def score_gptjax(job: Job) -> Result:
@@ -277,7 +310,7 @@ def scored(job: Job, score: Callable[[np.ndarray, np.ndarray], float]) -> Result
     return {
         "tokens/s": rates(tokens, taken),
         "loss": statistics.fmean(losses),
-        "peak memory, MB": peak_memory(),
+        "peak memory, MB": peak_memory(job),
     }
 
 
@@ -313,8 +346,8 @@ def train_nanogpt(job: Job) -> Result:
         block_size=s["context"], vocab_size=s["vocab_size"], n_layer=s["layers"],
         n_head=s["heads"], n_embd=s["width"], dropout=0.0, bias=False,
     )  # fmt: skip
-    model = GPT(config)
-    optimizer = model.configure_optimizers(0.1, s["rate"], (0.9, 0.99), "cpu")
+    model = GPT(config).to(torch_device(job))
+    optimizer = model.configure_optimizers(0.1, s["rate"], (0.9, 0.99), job["device"])
     return train_torch(job, model, optimizer)
 
 
@@ -324,11 +357,33 @@ def train_plain(job: Job) -> Result:
 
     s = job["shape"]
     model = GPT(s["vocab_size"], s["context"], s["layers"], s["width"], s["heads"])
+    model.to(torch_device(job))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=s["rate"], betas=(0.9, 0.99), fused=True)
     return train_torch(job, model, optimizer)
+
+
+def torch_device(job: Job) -> Any:
+    """The device of a job.
+
+    Raises:
+        Absent: if PyTorch does not see it.
+    """
+    import torch
+
+    if job["device"] == "cuda" and not torch.cuda.is_available():
+        raise Absent("PyTorch sees no GPU")
+    return torch.device(job["device"])
+
+
+def torch_wait(job: Job) -> None:
+    """Returns when all that was asked of the device is done."""
+    import torch
+
+    if job["device"] == "cuda":
+        torch.cuda.synchronize()
 
 
 def train_torch(job: Job, model: Any, optimizer: Any) -> Result:
@@ -337,26 +392,36 @@ def train_torch(job: Job, model: Any, optimizer: Any) -> Result:
     from safetensors.torch import load_file
 
     load_gpt2(model, load_file(Path(job["folder"], "model", "model.safetensors")))
-    compiled, data = torch.compile(model), batches(job)
+    compiled, data = torch.compile(model, disable=job.get("smoke", False)), batches(job)
+    narrow = torch.autocast(job["device"], torch.bfloat16, enabled=job["dtype"] == "bfloat16")
+
+    def place(ids: np.ndarray) -> Any:
+        """As nanoGPT's train.py does: pinned, so that the copy does not wait."""
+        tensor = torch.from_numpy(ids)
+        if job["device"] == "cuda":
+            tensor = tensor.pin_memory().to("cuda", non_blocking=True)
+        return tensor
 
     def step() -> Any:
-        tokens, targets = map(torch.from_numpy, next(data))
-        _, loss = compiled(tokens, targets)
+        tokens, targets = map(place, next(data))
+        with narrow:
+            _, loss = compiled(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return train(job, step, lambda: None)
+    return train(job, step, lambda: torch_wait(job))
 
 
 def transformers_model(job: Job) -> Any:
     import torch
     import transformers
 
-    folder = Path(job["folder"], "model")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    folder, dtype = Path(job["folder"], "model"), getattr(torch, job["dtype"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(torch_device(job))
 
 
 def decode_transformers(job: Job) -> Result:
@@ -366,9 +431,9 @@ def decode_transformers(job: Job) -> Result:
     model.generation_config.eos_token_id = None
 
     def write(prompts: list[list[int]]) -> int:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=model.device)
         options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options).cpu()
         return out.numel() - ids.numel()
 
     return decode(job, write)
@@ -381,9 +446,9 @@ def score_transformers(job: Job) -> Result:
 
     @torch.inference_mode()
     def score(tokens: np.ndarray, targets: np.ndarray) -> float:
-        logits = model(torch.from_numpy(tokens)).logits
-        cross_entropy = torch.nn.functional.cross_entropy
-        return float(cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten()))
+        ids, wanted = (torch.from_numpy(a).to(model.device) for a in (tokens, targets))
+        logits_RV = model(ids).logits.flatten(0, 1).float()
+        return float(torch.nn.functional.cross_entropy(logits_RV, wanted.flatten()))
 
     return scored(job, score)
 
@@ -427,16 +492,15 @@ def tokenise_tiktoken(job: Job) -> Result:
 
 # --- the bare limits ---------------------------------------------------------------------------
 
-SIDE = 4096  # of the large matrix; a product with it is 137 GFLOP
-LONG = (16_384, 8_192)  # 512 MiB, more than caches hold
-
 
 def limits_jax(job: Job) -> Result:
     import jax
     import jax.numpy as jnp
 
     multiply = jax.jit(jnp.matmul)
-    a, m, v = jnp.ones((SIDE, SIDE)), jnp.ones(LONG), jnp.ones(LONG[1])
+    a, m, v = (
+        jax.random.normal(jax.random.key(0), shape, job["dtype"]) for shape in limit_shapes(job)
+    )
     return limits(
         job, lambda: multiply(a, a).block_until_ready(), lambda: multiply(m, v).block_until_ready()
     )
@@ -445,21 +509,75 @@ def limits_jax(job: Job) -> Result:
 def limits_torch(job: Job) -> Result:
     import torch
 
-    a, m, v = torch.ones(SIDE, SIDE), torch.ones(LONG), torch.ones(LONG[1])
-    return limits(job, lambda: a @ a, lambda: m @ v)
+    device, dtype = torch_device(job), getattr(torch, job["dtype"])
+    a, m, v = (torch.randn(shape, dtype=dtype, device=device) for shape in limit_shapes(job))
+
+    def product() -> None:
+        a @ a
+        torch_wait(job)
+
+    def read() -> None:
+        m @ v
+        torch_wait(job)
+
+    return limits(job, product, read)
+
+
+def limit_shapes(job: Job) -> tuple[tuple[int, ...], ...]:
+    """Of a large square matrix, of a longer one that caches do not hold, and of a vector for it."""
+    side = job["matrix_side"]
+    return (side, side), (4 * side, 2 * side), (2 * side,)
 
 
 def limits(job: Job, product: Callable[[], object], read: Callable[[], object]) -> Result:
-    """FLOP/s of a large float32 product, and bytes/s of a matrix times a vector, which reads it."""
+    """FLOP/s of a large product, and bytes/s of a matrix times a vector, which reads it.
+
+    The numbers are random: on ones or zeros processors draw less power, and some run faster.
+    """
     product(), read()
-    seconds = job["seconds"] / 2
+    square, matrix, _ = limit_shapes(job)
+    flops = 2 * square[0] ** 3
+    size = math.prod(matrix) * (2 if job["dtype"] == "bfloat16" else 4)
+    seconds, nothing = job["seconds"] / 2, lambda: None
     return {
-        "float32 product, GFLOP/s": rates(2e-9 * SIDE**3, turns(product, lambda: None, seconds)),
-        "memory read, GB/s": rates(4e-9 * math.prod(LONG), turns(read, lambda: None, seconds)),
+        f"{job['dtype']} product, GFLOP/s": rates(1e-9 * flops, turns(product, nothing, seconds)),
+        "memory read, GB/s": rates(1e-9 * size, turns(read, nothing, seconds)),
     }
 
 
+# --- of a GPU -----------------------------------------------------------------------------------
+
+
+def device_gptjax(job: Job) -> Result:
+    """What jax runs on, in words, and its published peak of bf16 products, or None."""
+    import jax
+
+    from gptjax import accounting
+
+    device = jax.devices()[0]
+    peak, source = accounting.peak_flops(device)
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "peak, GFLOP/s": None if peak is None else 1e-9 * peak,
+        "peak from": source,
+    }
+
+
+def seeds_gptjax(job: Job) -> Result:
+    """Of seeds trained together, the throughput over that of one after another, of each turn."""
+    from gptjax.commands import command
+
+    sys.path.append(str(Path(__file__).parents[2] / "docs"))
+    import bench_ensemble
+
+    command.prepare_jax(None)
+    turns = 1 if job["smoke"] else bench_ensemble.TURNS
+    return {"times one after another": bench_ensemble.compare(gptjax_config(job), turns)}
+
+
 MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
+    "device": {"gptjax": device_gptjax},
     "limits": {"jax": limits_jax, "PyTorch": limits_torch},
     "prepare": {"gptjax": prepare},
     "train": {"gptjax": train_gptjax, "nanoGPT": train_nanogpt, "plain PyTorch": train_plain},
@@ -468,20 +586,20 @@ MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
         "transformers": decode_transformers,
         "llama.cpp": decode_llamacpp,
     },
+    "seeds": {"gptjax": seeds_gptjax},
     "score": {"gptjax": score_gptjax, "transformers": score_transformers},
     "tokenise": {"gptjax": tokenise_gptjax, "tiktoken": tokenise_tiktoken},
 }
 
 
-def main(job: Job) -> None:
+def answer(job: Job) -> Result:
     try:
-        result = MEASURES[job["task"]][job["side"]](job)
+        return MEASURES[job["task"]][job["side"]](job)
     except Absent as reason:
-        result = {"absent": str(reason)}
+        return {"absent": str(reason)}
     except ModuleNotFoundError as error:
-        result = {"absent": f"{error.name} is not installed"}
-    print(json.dumps(result))
+        return {"absent": f"{error.name} is not installed"}
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    print(json.dumps(answer(json.loads(sys.argv[1]))))

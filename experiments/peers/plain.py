@@ -65,7 +65,8 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, T, V) and the mean loss in nats per token, as nanoGPT's model returns them."""
         t = self.transformer
-        x_BTD = t.wte(tokens_BT) + t.wpe(torch.arange(tokens_BT.shape[1]))
+        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = t.wte(tokens_BT) + t.wpe(places_T)
         for block in t.h:
             x_BTD = block(x_BTD)
         logits_BTV = t.ln_f(x_BTD) @ t.wte.weight.T

@@ -27,22 +27,24 @@ What is measured:
 
 Decoding and scoring use GPT-2 of the shape with random weights, or --model. Of the peers, what is
 not installed is left out and named: `pip install -e ".[peers]"` gets all but nanoGPT, of which
-you make a checkout.
+you make a checkout. All of it runs on the CPU, in float32; `gpu.py` measures a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,9 +73,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MODEL = {"rows": 2, "context": 1024}  # windows that --model scores
 IN_CACHE = 256e6  # bytes of weights below which caches may hold them, and memory is no bound
-TASKS = [task for task in MEASURES if task != "prepare"]
+TASKS = ("limits", "train", "decode", "score", "tokenise")
 VERSIONS = (
-    "gptjax", "jax", "jaxlib", "numpy", "torch", "transformers", "tiktoken", "xllamacpp",
+    "gptjax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13", "numpy", "torch", "transformers", "tiktoken", "xllamacpp",
 )  # fmt: skip
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
 ABOUT = ("subject", "task", "side", "round", "cache", "load")
@@ -94,19 +97,36 @@ def order(sides: Sequence[str], rounds: int, caches: Sequence[str]) -> Iterator[
                 yield Turn(number, cache, side)
 
 
-def measure(job: dict[str, Any], cache: Path) -> Result:
-    """Runs one measurement in a process of its own, which keeps compiled programs in `cache`."""
+def measure(job: dict[str, Any], cache: Path, limit: float | None = None) -> Result:
+    """Runs one measurement in a process of its own, which keeps compiled programs in `cache`.
+
+    Args:
+        limit: seconds, after which it is stopped and has failed.
+    """
     kept_by_jax = {"JAX_COMPILATION_CACHE_DIR": ""}  # empty: gptjax keeps them as its commands do
     caches = {"GPTJAX_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     program = Path(__file__).with_name("measure.py")
     command = [sys.executable, str(program), json.dumps(job | {"started": time.time()})]
-    environment = os.environ | caches | kept_by_jax
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", done.stderr, re.MULTILINE)
-        reason = (errors or done.stderr.split("\n"))[-1] or f"exit status {done.returncode}"
-        return {"failed": reason, "stderr": done.stderr[-4000:]}
-    return json.loads(done.stdout.splitlines()[-1])
+    hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {}
+    environment = os.environ | caches | kept_by_jax | hidden | job.get("environment", {})
+    # A session of its own, so that what it starts ends with it.
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"stopped after {limit:.0f} s"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        lines = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", errors, re.MULTILINE)
+        reason = (lines or errors.split("\n"))[-1] or f"exit status {process.returncode}"
+        return {"failed": reason, "stderr": errors[-4000:]}
+    return json.loads(output.splitlines()[-1])
 
 
 # --- the table and the picture -----------------------------------------------------------------
@@ -154,7 +174,7 @@ def derive(runs: list[Run]) -> list[Run]:
             flops = middle(run["tokens/s"]) * costs[run["subject"]]["flops_per_token"]
             run["MFU, %"] = 100 * flops / (1e9 * best("float32 product, GFLOP/s"))
     for run in [run for run in derived if (run["task"], run["side"]) == ("decode", "gptjax")]:
-        weights = costs[run["subject"]]["float32_bytes"]
+        weights = 4 * costs[run["subject"]]["parameters"]
         if weights >= IN_CACHE:
             readings = 1e9 * best("memory read, GB/s") / weights  # of all weights, a second
             bound = {f"tokens/s, batch {rows}": rows * readings for rows in (1, 8)}
@@ -293,7 +313,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, An
     tasks, model = arguments.tasks, arguments.model
     for task in ("limits", "tokenise"):
         if task in tasks:
-            yield "machine", task, {}
+            yield "machine", task, {"matrix_side": 4096}
     on_model = [task for task in ("decode", "score") if task in tasks]
     for name in arguments.shapes:
         wanted = [*(["train"] if "train" in tasks else []), *([] if model else on_model)]
@@ -311,6 +331,8 @@ def run(arguments: argparse.Namespace, out: Path) -> int:
     runs: list[Run] = []
     record = {"machine": describe_machine(), "rounds": arguments.rounds, "runs": runs}
     general = {
+        "device": "cpu",
+        "dtype": "float32",
         "seconds": arguments.seconds,
         "nanogpt": arguments.nanogpt and str(arguments.nanogpt.resolve()),
         "text": str(arguments.text.resolve()),
@@ -371,28 +393,42 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--model", type=Path, help="Hugging Face folder or .gguf file to decode and score")
     add("--text", type=Path, default=TEXT, help="UTF-8, 1 MB or more, default the shipped plays")
     arguments = parser.parse_args(words)
-    try:
+
+    def check_and_run() -> int:
         arguments.shapes = chosen(arguments.shapes, SHAPES, "--shapes")
         arguments.tasks = chosen(arguments.tasks, dict.fromkeys(TASKS), "--tasks")
         if arguments.rounds < 1 or not 0 < arguments.seconds < 3600:
             raise UserError("--rounds must be at least 1, and --seconds above 0 and below 3,600")
-        if arguments.nanogpt and not (arguments.nanogpt / "model.py").is_file():
-            raise UserError(f"--nanogpt={arguments.nanogpt} holds no model.py: clone nanoGPT there")
-        for path in filter(None, (arguments.model, arguments.text)):
-            if not path.exists():
-                raise UserError(f"{path} is not there: name another")
-        if (arguments.out / "results.json").exists():
-            raise UserError(f"{arguments.out} holds results: name another folder with --out")
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        check_paths(arguments.out, arguments.nanogpt, arguments.model, arguments.text)
         return run(arguments, arguments.out)
+
+    return guarded("peers", arguments.out, check_and_run)
+
+
+def check_paths(out: Path, nanogpt: Path | None, *paths: Path | None) -> None:
+    """Makes the folder of the results; refuses one that has any, and what is not there."""
+    if nanogpt and not (nanogpt / "model.py").is_file():
+        raise UserError(f"--nanogpt={nanogpt} holds no model.py: clone nanoGPT there")
+    for path in filter(None, paths):
+        if not path.exists():
+            raise UserError(f"{path} is not there: name another")
+    if (out / "results.json").exists():
+        raise UserError(f"{out} holds results: name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def guarded(name: str, out: Path, command: Callable[[], int]) -> int:
+    """The exit status of a command, whose mistakes become a line."""
+    try:
+        return command()
     except UserError as error:
-        print(f"peers: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"peers: interrupted; {arguments.out} has what was measured", file=sys.stderr)
+        print(f"{name}: interrupted; {out} has what was measured", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"peers: {error.filename or arguments.out}: {error.strerror}", file=sys.stderr)
+        print(f"{name}: {error.filename or out}: {error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -64,7 +64,9 @@ class Family(NamedTuple):
 
 
 # Fields that say how a model is run or trained, not what function it is.
-RUN_FIELDS = ("dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype")
+RUN_FIELDS = (
+    "dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype", "products",
+)  # fmt: skip
 
 
 # Keys of a config.json that leave the logits of a pretrained model as they are, whatever they say:

@@ -541,7 +541,7 @@ class Attention(nn.Module):
             self, c, name, f"D{letter}H", (c.width, heads, c.H), "matrix", fan_in="D"
         )
         to = f"BT{letter}H"
-        y = linear(f"BTD,D{letter}H->{to}", x_BTD, kernel)
+        y = linear(f"BTD,D{letter}H->{to}", x_BTD, kernel, c.products)
         if name in c.biased:
             y += parameter(self, c, f"{name}_bias", f"{letter}H", (heads, c.H), "bias")
         return y
@@ -556,7 +556,7 @@ class Attention(nn.Module):
         c = self.config
         shape = (c.heads, c.H, c.width)
         kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in="NH")
-        y = linear("BTNH,NHD->BTD", o_BTNH, kernel)
+        y = linear("BTNH,NHD->BTD", o_BTNH, kernel, c.products)
         if "out" in c.biased:
             y += parameter(self, c, "out_bias", "D", (c.width,), "bias")
         return y

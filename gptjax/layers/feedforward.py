@@ -62,14 +62,14 @@ def gated(activation: Activation) -> Branch:
 def _up(module: nn.Module, c: Model, name: str, x_BTD: jax.Array) -> jax.Array:
     F = hidden_width(c)
     kernel = parameter(module, c, name, "DF", (c.width, F), "matrix", fan_in="D")
-    y_BTF = linear("BTD,DF->BTF", x_BTD, kernel)
+    y_BTF = linear("BTD,DF->BTF", x_BTD, kernel, c.products)
     return y_BTF + parameter(module, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y_BTF
 
 
 def _down(module: nn.Module, c: Model, h_BTF: jax.Array, tap: Tap) -> jax.Array:
     h_BTF = tap("feedforward_hidden", h_BTF)
     kernel = parameter(module, c, "down", "FD", (hidden_width(c), c.width), "residual", fan_in="F")
-    y_BTD = linear("BTF,FD->BTD", h_BTF, kernel)
+    y_BTD = linear("BTF,FD->BTD", h_BTF, kernel, c.products)
     return y_BTD + parameter(module, c, "down_bias", "D", (c.width,), "bias") if c.bias else y_BTD
 
 
