@@ -122,10 +122,14 @@ def test_products_in_fp8_are_products_of_8_bits_for_the_compiler(text: Path, cud
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", [*gpu.FLAGS.values()])
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+FLAGS = {*gpu.FLAGS.values(), *re.findall(r"--xla_gpu_\w+=\w*", DOCUMENT)}
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS))
 def test_the_flags_are_those_of_the_compiler(flag: str) -> None:
     name, _, value = flag.removeprefix("--").partition("=")
-    option = {"true": True, "false": False}.get(value, value)
+    option = json.loads(value) if value else value
     jax.jit(jnp.negative).lower(1.0).compile({name: option})
     with pytest.raises(Exception, match="No such compile option"):
         jax.jit(jnp.negative).lower(1.0).compile({f"{name}s": option})

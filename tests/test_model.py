@@ -629,7 +629,8 @@ def test_initial_values_are_bitwise_equal_on_every_mesh(shape):
 
 
 @pytest.mark.parametrize(
-    "knob", ["position", "norm", "norm_placement", "feedforward", "init", "remat", "attention"]
+    "knob",
+    ["position", "norm", "norm_placement", "feedforward", "init", "remat", "attention", "products"],
 )
 def test_an_unknown_choice_is_one_line_with_the_choices(knob):
     config = model(**{knob: "nonesuch"})
