@@ -83,7 +83,7 @@ def test_the_recipes_fit_in_80_gb(size: str) -> None:
 
 SMALL = {
     "model__context": 64, "model__width": 32, "model__heads": 4, "model__dtype": "bfloat16",
-    "data__batch_size": 2,
+    "model__layers": 2, "data__batch_size": 2,
 }  # fmt: skip
 
 
