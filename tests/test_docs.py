@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import io
 import json
 import pkgutil
@@ -25,16 +24,16 @@ import pytest
 import yaml
 
 import gptjax
-from gptjax import configure, model
+from gptjax import model
 from gptjax.cli import COMMANDS, main
 from gptjax.layers import feedforward
 from tests import tiny
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
-FEATURES, SPEED, ADDING, READING, ROAD, GPU = (
+FEATURES, SPEED, ADDING, READING, ROAD = (
     (REPO / "docs" / f"{name}.md").read_text()
-    for name in ("features", "speed", "adding", "reading", "road", "gpu")
+    for name in ("features", "speed", "adding", "reading", "road")
 )
 WORDS = 900  # of the README at most: a reader is to finish it
 
@@ -135,34 +134,6 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
     assert "<svg" in (tmp_path / "runs/studies/positions/report.html").read_text()
     # Two arms, two rates and, for the noise, two seeds of one: what is asked twice ran once.
     assert len(list((tmp_path / "runs/cells").glob("*/config.json"))) == 5
-
-
-def test_the_commands_of_a_gpu_are_as_they_are_parsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They want a GPU: its script stops before it measures, a training run before it trains."""
-    monkeypatch.syspath_prepend(str(REPO / "experiments" / "peers"))
-    gpu = importlib.import_module("gpu")
-    parts: list[list[str]] = []
-    monkeypatch.setattr(gpu, "run_parts", lambda arguments: parts.append(arguments.parts) or 0)
-    lines = [line for block in blocks(GPU, "sh") for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines]
-    (tmp_path / "nanoGPT").mkdir()
-    (tmp_path / "nanoGPT/model.py").touch()
-    for words in commands:
-        if "experiments/peers/gpu.py" in words:
-            options = [re.sub(r"^--(out|nanogpt)=.*/", rf"--\1={tmp_path}/", w) for w in words[2:]]
-            assert gpu.main(options) == 0, words
-        elif "launch.py" in words:
-            command, *options = words[words.index("launch.py") + 1 :]
-            recipe, *overrides = (w for w in options if w.startswith("--config"))
-            configure.from_file(recipe.removeprefix("--config="), overrides)
-            assert command in COMMANDS
-    assert len(parts) == 5
-    # What a loan is split into is all of it.
-    assert {part for some in parts[2:] for part in some} == set(gpu.PARTS)
-    told = re.findall(r"^\| `(\w+)` \|", GPU.partition("## Training")[0], re.MULTILINE)
-    assert told == list(gpu.PARTS)
 
 
 def test_studies_that_are_shown_are_there() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from gptjax import accounting, configure, sharding, state
+from gptjax.cli import COMMANDS
 from gptjax.config import Config
 from gptjax.data.batches import Batch
 from tests import tiny
@@ -302,3 +304,28 @@ def test_without_a_gpu_it_says_what_to_do(
     assert gpu.main([f"--out={tmp_path}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("gpu: jax sees no GPU but 'cpu'") and said.count("\n") == 1
+
+
+def test_the_commands_of_the_document_are_as_they_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They want a GPU: its script stops before it measures, a training run before it trains."""
+    parts: list[list[str]] = []
+    monkeypatch.setattr(gpu, "run_parts", lambda arguments: parts.append(arguments.parts) or 0)
+    (tmp_path / "nanoGPT").mkdir()
+    (tmp_path / "nanoGPT/model.py").touch()
+    shown = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+    for words in (shlex.split(line, comments=True) for line in "".join(shown).splitlines()):
+        if "experiments/peers/gpu.py" in words:
+            options = [re.sub(r"^--(out|nanogpt)=.*/", rf"--\1={tmp_path}/", w) for w in words[2:]]
+            assert gpu.main(options) == 0, words
+        elif "launch.py" in words:
+            command, *options = words[words.index("launch.py") + 1 :]
+            recipe, *overrides = (w for w in options if w.startswith("--config"))
+            configure.from_file(recipe.removeprefix("--config="), overrides)
+            assert command in COMMANDS
+    # What a loan is split into is all that there is, and the table says what.
+    assert len(parts) == 5
+    assert {part for some in parts[2:] for part in some} == set(gpu.PARTS)
+    table = DOCUMENT.partition("## Training")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(gpu.PARTS)
