@@ -48,8 +48,8 @@ def token(slots: int) -> float:
     config = tiny.model(vocab_size=256, context=SLOTS[1], width=256, ff_dim=1024)
     sample = tiny.sample(max_new_tokens=slots - 1)
     options = {"seed": 0, "vocab_size": 256, "end_of_text": 255, "chunk": TOKENS}
-    params = model.init(config, 0)
-    return least(lambda: next(decode.stream(config, params, [[1]], sample, **options))) / TOKENS
+    weights = decode.cast(config, model.init(config, 0))
+    return least(lambda: next(decode.stream(config, weights, [[1]], sample, **options))) / TOKENS
 
 
 def main() -> None:

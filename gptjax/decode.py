@@ -145,22 +145,60 @@ def cast(config: Model, params: Params) -> Weights:
     return Weights(gpt.split_layers(config, jax.tree.map(store, params, specs)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "width"))
+@dataclasses.dataclass
+class Kept:
+    """The cache of texts that are over, for texts that begin alike: the turns of a dialogue.
+
+    Attributes:
+        texts: the tokens of each row whose keys and values are cached.
+        layers: those, of `model.init_cache`; None before the first text.
+        tokens_read: tokens a row of the last prompts that were read, padding left out.
+    """
+
+    texts: list[list[int]] = dataclasses.field(default_factory=list)
+    layers: Any = None
+    tokens_read: int = 0
+
+    @property
+    def room(self) -> int:
+        return self.layers[0]["key"].shape[1]
+
+    def common(self, texts: Sequence[Sequence[int]]) -> int:
+        """How many first tokens every row shares with what is cached; 0 of other rows."""
+        if self.layers is None or len(texts) != len(self.texts):
+            return 0
+        return min(map(_common, texts, self.texts))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    same = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(same, min(len(a), len(b)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "room"))
+@sharding.phase("decoding")
+def _empty(config: Model, rows: int, room: int) -> Any:
+    return gpt.init_cache(config, rows, room)["layers"]
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="layers")
 @sharding.phase("decoding")
 def _begin(
     config: Model,
     params: Params,
+    layers: Any,
+    start_B: jax.Array,
+    unread_BT: jax.Array,
     tokens_BS: jax.Array,
     n_B: jax.Array,
     end_B: jax.Array,
-    width: int,
 ) -> State:
-    """Reads the first `width` columns, which hold all but the last of each row's n_B tokens."""
-    tokens_BS = sharding.shard(tokens_BS, "BS")
-    n_B, end_B = sharding.shard(n_B, "B"), sharding.shard(end_B, "B")
-    cache: Any = gpt.init_cache(config, *tokens_BS.shape)
-    if width:
-        cache = gpt.hidden(config, params, tokens_BS[:, :width], cache=cache).cache
+    """Reads what a cache of `start_B` tokens lacks of all but the last of each row's n_B tokens."""
+    tokens_BS, unread_BT = sharding.shard(tokens_BS, "BS"), sharding.shard(unread_BT, "BT")
+    start_B, n_B, end_B = (sharding.shard(a, "B") for a in (start_B, n_B, end_B))
+    cache: Any = {"layers": layers, "length": start_B}
+    if unread_BT.shape[1]:
+        cache = gpt.hidden(config, params, unread_BT, cache=cache).cache
     return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B)
 
 
@@ -203,15 +241,13 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _grow(state: State, size: int) -> State:
-    """The same texts with room for `size` tokens a row."""
+def _grow(arrays: Any, size: int) -> Any:
+    """Arrays whose second dim is S with room for `size` tokens a row."""
 
     def pad(a: jax.Array) -> jax.Array:
         return jnp.pad(a, [(0, 0), (0, size - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
 
-    layers = jax.tree.map(pad, state.cache["layers"])
-    cache = state.cache | {"layers": layers}
-    return state._replace(cache=cache, tokens_BS=pad(state.tokens_BS))
+    return jax.tree.map(pad, arrays)
 
 
 def _draw(
@@ -264,6 +300,7 @@ def stream(
     end_of_text: int,
     stop_ids: Collection[int] = (),
     chunk: int = 1,
+    kept: Kept | None = None,
 ) -> Iterator[list[Text]]:
     """Continues each prompt and yields the new tokens of every row as they are made.
 
@@ -280,6 +317,9 @@ def stream(
         end_of_text: ends a text, like the ids of `stop_ids`.
         stop_ids: further ids that end a text.
         chunk: tokens a row between two yields, at most.
+        kept: the cache of the prompts and texts of an earlier call with these weights. Of
+            prompts that begin like them only the rest is read; it is brought up to date at each
+            yield.
 
     Raises:
         UserError: without a prompt, on one longer than the context or with an id outside the
@@ -293,28 +333,44 @@ def stream(
     # No text is longer than the context; more could not be counted in 32 bits.
     stops, most = sorted({end_of_text, *stop_ids}), min(sample.max_new_tokens, config.context)
     longest = max(map(len, texts))
-    size = min(config.context, _round_up(longest + most))
+    # A dialogue goes on: sizes that do not depend on one turn's length share their programs.
+    whole = min(config.context, _round_up(longest + most))
+    size = whole if kept is None else config.context
     check_length(config, longest + most)
     surplus = sharding.round_up(len(texts), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     room = _room(longest, size)
+    start = 0 if kept is None else min(kept.common(texts), longest - 1)
+    if kept is not None and start:
+        room = max(room, kept.room)
+        layers = kept.layers if room == kept.room else _grow(kept.layers, room)
+    else:
+        layers = _empty(config, len(n_B), room)
+    # So many columns, from `start`, hold what is unread; earlier ones are read again if need be.
+    width = min(room, _round_up(longest - 1 - start))
+    start = min(start, room - width)
+    read = longest - 1 - start
     tokens_BS = np.zeros((len(n_B), room), np.int32)
     for row, text in enumerate(texts):
         tokens_BS[row, : len(text)] = text
     end_B = np.minimum(n_B + most, config.context)
     end_B[len(texts) :] = 0  # surplus rows have ended before they begin
-    params = weights.params
-    state = _begin(config, params, tokens_BS, n_B, end_B, min(room, _round_up(longest - 1)))
+    params, start_B = weights.params, np.full(len(n_B), start, np.int32)
+    unread_BT = tokens_BS[:, start : start + width]
+    state = _begin(config, params, layers, start_B, unread_BT, tokens_BS, n_B, end_B)
     key, stop_array = jax.random.key(seed), np.array(stops, np.int32)
     length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
     while going:
+        if kept is not None:
+            kept.layers = None  # given away
         left = chunk
         while True:
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
-                state = _grow(state, room)
+                layers, tokens = _grow((state.cache["layers"], state.tokens_BS), room)
+                state = State(state.cache | {"layers": layers}, tokens, *state[2:])
             count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
@@ -332,6 +388,9 @@ def stream(
                 ids, ended = ids[:-1], "stop"
             new.append(Text(ids[sent[row] :], ended))
             sent[row] = len(ids)
+        if kept is not None:
+            kept.layers, kept.tokens_read = state.cache["layers"], read
+            kept.texts = [tokens[row, : length_B[row]].tolist() for row in range(len(texts))]
         yield new
         going = any(text.ended is None for text in new)
 

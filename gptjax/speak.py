@@ -60,12 +60,16 @@ def answer(
 
 
 def _answer(
-    config: Config, weights: decode.Weights, tokenizer: Tokenizer, dialogue_ids: list[int]
+    config: Config,
+    weights: decode.Weights,
+    tokenizer: Tokenizer,
+    dialogue_ids: list[int],
+    kept: decode.Kept | None = None,
 ) -> str:
     _check_room(config, dialogue_ids)
     # A turn ends with a token of its own, which `stops` has beside end-of-text.
     stops = set(tokenizer.stops)
-    return _write(config, weights, tokenizer, [dialogue_ids], stops, live=True)[0].strip()
+    return _write(config, weights, tokenizer, [dialogue_ids], stops, True, kept)[0].strip()
 
 
 def chat(
@@ -73,8 +77,11 @@ def chat(
 ) -> None:
     """A dialogue with whoever types into standard input, until an empty line or its end.
 
-    When the dialogue with an answer no longer fits into the context, the oldest turns go.
+    Of each turn only what is new is read: the cache of the turns before it is kept. When the
+    dialogue with an answer no longer fits into the context, the oldest turns go, and what is left
+    is read anew.
     """
+    kept = decode.Kept()
     first = system_turn(system)
     turns: list[dict[str, str]] = []
     room = config.model.context - min(config.sample.max_new_tokens, config.model.context // 2)
@@ -83,7 +90,7 @@ def chat(
         while len(ids := encode_dialogue(tokenizer, first + turns)) > room and len(turns) > 1:
             del turns[:2]
             say("(the context is full: the oldest turns are forgotten)")
-        reply = _answer(config, weights, tokenizer, ids)
+        reply = _answer(config, weights, tokenizer, ids, kept)
         turns.append({"role": "assistant", "content": reply})
 
 
@@ -135,6 +142,7 @@ def _write(
     prompts: list[list[int]],
     stops: set[int],
     live: bool,
+    kept: decode.Kept | None = None,
 ) -> list[str]:
     """The continuation of each prompt; `live` prints the first while it is made."""
     writers = [_Writer(tokenizer) for _ in prompts]
@@ -150,6 +158,7 @@ def _write(
         stop_ids=stops,
         # Alike on all processes of a cluster: they compute along though only one prints.
         chunk=CHUNK if live else config.sample.max_new_tokens,
+        kept=kept,
     ):
         for row, (writer, new) in enumerate(zip(writers, news, strict=True)):
             text = writer.add(new.ids)

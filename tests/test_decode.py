@@ -66,6 +66,12 @@ def texts(sample: Sample = DRAWN, *rows: int, seed: int = 0) -> list[Text]:
     return generate(MODEL, parameters(MODEL), prompts, sample, **OPTIONS | {"seed": seed})
 
 
+def begun(config: Model, params: Any, tokens_BS: Any, n_B: Any, end_B: Any) -> decode.State:
+    """Prompts read into an empty cache."""
+    layers = decode._empty(config, *tokens_BS.shape)
+    return decode._begin(config, params, layers, 0 * n_B, tokens_BS, tokens_BS, n_B, end_B)
+
+
 def full_logits(config: Model, params: Any, rows: list[list[int]]) -> np.ndarray:
     """logits_BTV by `model.apply` over whole texts; by causality those of every prefix."""
     tokens_BT = np.zeros((len(rows), CONTEXT), np.int32)
@@ -137,7 +143,7 @@ def test_cached_logits_after_a_padded_prompt_are_those_of_the_full_forward(chang
         return gpt.logits(config, params, gpt.hidden(config, params, last_BT, cache=cache)[0])[:, 0]
 
     ready = decode.cast(config, params).params
-    got = last_logits(ready, decode._begin(config, ready, tokens_BS, n_B, n_B, CONTEXT).cache)
+    got = last_logits(ready, begun(config, ready, tokens_BS, n_B, n_B).cache)
     want = full_logits(config, params, list(PROMPTS))[np.arange(3), n_B - 1]
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
@@ -392,7 +398,7 @@ def test_weights_are_gathered_once_and_not_for_each_token():
     with jax.set_mesh(tiny.mesh(fsdp=8)):
         weights = decode.cast(MODEL, jax.jit(lambda: gpt.init(MODEL, 0))()).params
         lengths = np.full(8, 2, np.int32)
-        state = decode._begin(MODEL, weights, np.zeros((8, 8), np.int32), lengths, lengths + 2, 1)
+        state = begun(MODEL, weights, np.zeros((8, 8), np.int32), lengths, lengths + 2)
         arguments = (decode._sampling(GREEDY), np.array([EOT]), jax.random.key(0), 2)
         lowered = decode._advance.lower(MODEL, KNOWN, weights, state, *arguments)
     moved = re.findall(r"= \(?(\w+)\[[\d,]*\]\S* all-gather", lowered.compile().as_text())
@@ -424,3 +430,79 @@ def test_casting_once_changes_nothing():
     ready = decode.cast(config, params).params
     assert ready["embed"]["tokens"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(cached(ready), cached(params))
+
+
+# A cache that is kept, and what a step's program does.
+
+
+def programs() -> int:
+    """Programs compiled for texts so far."""
+    compiled: list[Any] = [decode._empty, decode._begin, decode._grow, decode._advance]
+    return sum(program._cache_size() for program in compiled)
+
+
+@pytest.mark.parametrize("changes", [*VARIANTS[: len(POSITION)], {"windows": (3, None)}], ids=named)
+def test_a_kept_cache_gives_the_texts_of_a_new_one(changes, monkeypatch):
+    """Turns of two dialogues that go on, grow, differ in the middle, are shorter, and change."""
+    monkeypatch.setattr(decode, "ROUND", 4)
+    monkeypatch.setattr(decode, "ROOM", 8)
+    config = dataclasses.replace(MODEL, **changes)
+    weights, kept = cast(config, parameters(config)), decode.Kept()
+    sample = dataclasses.replace(GREEDY, max_new_tokens=3)
+
+    def answers(rows: list[list[int]], kept: decode.Kept | None) -> list[list[int]]:
+        parts = stream(config, weights, rows, sample, chunk=2, kept=kept, **OPTIONS)
+        return [[i for text in row for i in text.ids] for row in zip(*parts, strict=True)]
+
+    read = []
+    rows = [[5, 6, 7], [8, 9, 10, 11]]
+    for turn in range(4):
+        want = answers(rows, None)
+        assert answers(rows, kept) == want
+        read.append(kept.tokens_read)
+        new = [[20 + turn], [30, 31]]
+        rows = [row + text + more for row, text, more in zip(rows, want, new, strict=True)]
+    # Of (prompt, 3 tokens, new ones) all but the last is read; what is cached lacks the third
+    # token. The shorter row has one less. Of 24 slots the last turn wants 4 from the 19th on.
+    assert read == [3, 3, 3, 3]
+    for other in (
+        [rows[0][:9], rows[1][:9]],  # an earlier state of the dialogues: all but one is cached
+        [[*rows[0][:5], 1, 2], [*rows[1][:7], 1]],
+        [[1, 2, 3], rows[1][:4]],  # one of them is another
+        [rows[1][:4]],  # there is one less
+        [[1] * CONTEXT],  # full at once
+        [[1, 1, 1]],
+    ):
+        want = answers(other, None)
+        assert answers(other, kept) == want
+        read.append(kept.tokens_read)
+    assert read[4:] == [0, 2, 3, 3, 23, 0]
+
+
+def test_a_decoder_that_is_warm_compiles_nothing():
+    """Whatever the length of prompts and texts within the same rounding, cached or not."""
+    weights, kept = cast(MODEL, parameters(MODEL)), decode.Kept()
+    draw = functools.partial(stream, MODEL, weights, chunk=4, **OPTIONS)
+    list(draw([[1, 2]], GREEDY))
+    list(draw([[1, 2]], GREEDY, kept=kept))
+    warm = programs()
+    for prompt in ([1], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11]):
+        list(draw([prompt], dataclasses.replace(GREEDY, max_new_tokens=7)))
+        list(draw([prompt], dataclasses.replace(GREEDY, max_new_tokens=9), kept=kept))
+    assert programs() == warm
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_step_casts_or_copies_a_weight(tied):
+    """In float32 a step reads each weight where it lies."""
+    # No activation is as large as a weight, so that one is known by its size.
+    config = dataclasses.replace(MODEL, tied=tied, width=64, ff_dim=256, vocab_size=1024)
+    weights = cast(config, gpt.init(config, 0)).params
+    n_B = np.full(1, 2, np.int32)
+    state = begun(config, weights, np.zeros((1, 8), np.int32), n_B, n_B + 2)
+    arguments = (decode._sampling(GREEDY), np.array([EOT]), jax.random.key(0), 2)
+    lowered = decode._advance.lower(config, KNOWN, weights, state, *arguments)
+    text = lowered.compile().as_text()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|convert|transpose|fusion)\(", text)
+    assert made
+    assert max(np.prod([int(n) for n in dims.split(",")]) for dims in made) < 64 * 64

@@ -131,6 +131,36 @@ def test_a_question_is_shown_once(monkeypatch: pytest.MonkeyPatch, process: int)
     assert out.getvalue() == ("" if process else "> why?\n> [/b]\n")
 
 
+def test_a_chat_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers are those to each whole dialogue; what is forgotten makes it read anew."""
+    template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}\n{% endfor %}a"
+    own = dataclasses.replace(BYTES, chat_template=template)
+    config, typed = (
+        configure(max_new_tokens=8, temperature=0.0),
+        ["one", "two", "three", "four", ""],
+    )
+    answered: list[tuple[list[int], int]] = []
+    monkeypatch.setattr("builtins.input", lambda _: typed.pop(0))
+    with jax.set_mesh(tiny.mesh(data=8)), redirect_stdout(io.StringIO()):
+        weights = decode.cast(config.model, PARAMS)
+        answer = speak._answer
+
+        def compare(*words: Any) -> str:
+            *same, ids, kept = words
+            reply = answer(*words)
+            assert reply == answer(*same, ids, None)
+            answered.append((ids, kept.tokens_read))
+            return reply
+
+        monkeypatch.setattr(speak, "_answer", compare)
+        with redirect_stderr(io.StringIO()) as err:
+            speak.chat(config, weights, own)
+    assert "forgotten" in err.getvalue()
+    (first, read_first), (second, read_second), *_ = answered
+    assert read_first == len(first) - 1
+    assert 0 < read_second < len(second) - len(first)
+
+
 @pytest.mark.parametrize("process", [0, 1])
 def test_only_process_0_reads_what_is_typed(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
     """The other processes get its lines, and say the same dialogue without a word."""
@@ -153,7 +183,7 @@ def test_only_process_0_reads_what_is_typed(monkeypatch: pytest.MonkeyPatch, pro
     monkeypatch.setattr(speak, "encode_dialogue", encode)
     monkeypatch.setattr(speak, "_answer", lambda *_: "because")
     with redirect_stdout(io.StringIO()) as out:
-        speak.chat(configure(), {}, BYTES)
+        speak.chat(configure(), decode.Weights({}), BYTES)
     assert heard == [[{"role": "user", "content": "why?"}]]
     assert prompts == ([] if process else ["> ", "> "]) and not out.getvalue()
 
