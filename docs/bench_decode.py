@@ -36,12 +36,12 @@ def least(run: Callable[[], object]) -> float:
 
 def write(slots: int, writes: int = 500_000) -> float:
     @jax.jit
-    def fill(cache_BSKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-        step = lambda i, cache: _extend(cache, new_BTKH + i, jnp.full(ROWS, i % SLOTS[0]))  # noqa: E731
-        return jax.lax.fori_loop(0, writes, step, cache_BSKH)
+    def fill(cache_BKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
+        step = lambda i, cache: _extend(cache, new_BKTH + i, jnp.full(ROWS, i % SLOTS[0]))  # noqa: E731
+        return jax.lax.fori_loop(0, writes, step, cache_BKSH)
 
-    cache_BSKH, new_BTKH = jnp.zeros((ROWS, slots, K, H)), jnp.ones((ROWS, 1, K, H))
-    return least(lambda: fill(cache_BSKH, new_BTKH)) / writes
+    cache_BKSH, new_BKTH = jnp.zeros((ROWS, K, slots, H)), jnp.ones((ROWS, K, 1, H))
+    return least(lambda: fill(cache_BKSH, new_BKTH)) / writes
 
 
 def token(slots: int) -> float:

@@ -161,7 +161,8 @@ class Kept:
 
     @property
     def room(self) -> int:
-        return self.layers[0]["key"].shape[1]
+        """Slots a row."""
+        return self.layers[0]["key"].shape[2]
 
     def common(self, texts: Sequence[Sequence[int]]) -> int:
         """How many first tokens every row shares with what is cached; 0 of other rows."""
@@ -194,10 +195,11 @@ def _begin(
     end_B: jax.Array,
 ) -> State:
     """Reads what a cache of `start_B` tokens lacks of all but the last of each row's n_B tokens."""
-    tokens_BS, unread_BT = sharding.shard(tokens_BS, "BS"), sharding.shard(unread_BT, "BT")
+    tokens_BS = sharding.shard(tokens_BS, "BS")
     start_B, n_B, end_B = (sharding.shard(a, "B") for a in (start_B, n_B, end_B))
     cache: Any = {"layers": layers, "length": start_B}
     if unread_BT.shape[1]:
+        unread_BT = sharding.shard(unread_BT, "BT")
         cache = gpt.hidden(config, params, unread_BT, cache=cache).cache
     return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B)
 
@@ -240,12 +242,14 @@ def _advance(
     return state, view if sharding.out("B") is None else jax.reshard(view, P())
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _grow(arrays: Any, size: int) -> Any:
-    """Arrays whose second dim is S with room for `size` tokens a row."""
+@functools.partial(jax.jit, static_argnames="room")
+def _grow(arrays: Any, room: int) -> Any:
+    """A cache, or tokens_BS too, with room for more tokens a row."""
 
     def pad(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [(0, 0), (0, size - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+        before = [(0, 0)] * (2 if a.ndim == 4 else 1)  # BKSH, or BS
+        shape = [*before, (0, room - a.shape[len(before)])]
+        return jnp.pad(a, shape + [(0, 0)] * (a.ndim - len(shape)))
 
     return jax.tree.map(pad, arrays)
 
@@ -369,8 +373,8 @@ def stream(
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
-                layers, tokens = _grow((state.cache["layers"], state.tokens_BS), room)
-                state = State(state.cache | {"layers": layers}, tokens, *state[2:])
+                layers, tokens_BS = _grow((state.cache["layers"], state.tokens_BS), room)
+                state = State(state.cache | {"layers": layers}, tokens_BS, *state[2:])
             count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
@@ -408,10 +412,11 @@ def generate(
 
 
 def _sampling(sample: Sample) -> Sampling:
+    greedy = sample.temperature == 0  # the largest logit is always kept
     return Sampling(
-        sample.temperature or None,
-        sample.top_k,
-        None if sample.top_p == 1 else sample.top_p,
+        None if greedy else sample.temperature,
+        None if greedy else sample.top_k,
+        None if greedy or sample.top_p == 1 else sample.top_p,
         None if sample.repetition_penalty == 1 else sample.repetition_penalty,
     )
 

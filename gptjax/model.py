@@ -238,13 +238,14 @@ def init(config: Model, seed: int) -> Params:
 def init_cache(config: Model, rows: int, length: int) -> Params:
     """An empty key-value cache for `rows` rows of at most `length` tokens.
 
-    Each layer's arrays stand apart, so that a loop over tokens writes them in place.
+    Each layer's arrays stand apart, so that a loop over tokens writes them in place; a head's keys
+    lie together, as products take them.
     """
 
     def zeros(dims: str, dtype: jax.typing.DTypeLike, *shape: int) -> jax.Array:
         return sharding.shard(jnp.zeros((rows, *shape), dtype), dims)
 
-    kv = lambda: zeros("BSKH", config.dtype, length, config.K, config.H)  # noqa: E731
+    kv = lambda: zeros("BKSH", config.dtype, config.K, length, config.H)  # noqa: E731
     layers = tuple({"key": kv(), "value": kv()} for _ in range(config.layers))
     return {"layers": layers, "length": zeros("B", jnp.int32)}
 

@@ -458,20 +458,30 @@ def _refusal(name: str, lacking: str) -> ConfigError:
     )
 
 
-def _extend(cache_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
-    """The cache with T new entries written from each row's own start."""
+def _extend(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
+    """The cache with T new entries written from each row's own start, which leaves room for them."""
 
     def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), (start, 0, 0))
+        return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
+
+    def one_by_one(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        def row(b: jax.Array, cache: jax.Array) -> jax.Array:
+            one = jax.lax.dynamic_slice_in_dim(new, b, 1)
+            return jax.lax.dynamic_update_slice(cache, one, (b, 0, start[b], 0))
+
+        return jax.lax.fori_loop(0, len(start), row, cache)
 
     def rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.vmap(write)(cache, new, start)
+        # Of rows at once XLA makes a scatter, which on CPUs copies the whole cache for each token.
+        return jax.lax.platform_dependent(
+            cache, new.astype(cache.dtype), start, cpu=one_by_one, default=jax.vmap(write)
+        )
 
     if out("B") is None:
-        return rows(cache_BSKH, new_BTKH, start_B)
-    specs = (spec("BSKH"), spec("BTKH"), spec("B"))
-    return jax.shard_map(rows, in_specs=specs, out_specs=spec("BSKH"))(
-        cache_BSKH, new_BTKH, start_B
+        return rows(cache_BKSH, new_BKTH, start_B)
+    specs = (spec("BKSH"), spec("BKTH"), spec("B"))
+    return jax.shard_map(rows, in_specs=specs, out_specs=spec("BKSH"))(
+        cache_BKSH, new_BKTH, start_B
     )
 
 
@@ -515,9 +525,9 @@ class Attention(nn.Module):
         k_index_BS, k_segments_BS, cache = context.index_BT, context.segments_BT, context.cache
         if cache is not None:
             assert context.start_B is not None, "a cache needs context.start_B"
-            k_BTKH = _extend(cache["key"], k_BTKH, context.start_B)
-            v_BTKH = _extend(cache["value"], v_BTKH, context.start_B)
-            cache = {"key": k_BTKH, "value": v_BTKH}
+            new = {"key": k_BTKH.swapaxes(1, 2), "value": v_BTKH.swapaxes(1, 2)}
+            cache = {name: _extend(cache[name], new[name], context.start_B) for name in new}
+            k_BTKH, v_BTKH = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
             k_index_BS = jnp.arange(k_BTKH.shape[1])[None]
         scores = Scores(
             q_index_BT=context.index_BT,
@@ -532,7 +542,7 @@ class Attention(nn.Module):
         )
         with jax.named_scope(KERNEL):
             o_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, scores)
-        return self._output(tap("heads", o_BTNH)), own_value_BTKH, cache
+        return self._output(tap("heads", o_BTNH), cache is not None), own_value_BTKH, cache
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         c, letter = self.config, "N" if name == "query" else "K"
@@ -552,11 +562,14 @@ class Attention(nn.Module):
         share_first = parameter(self, self.config, "value_first", "", (), "gain", mean=0.5)
         return share_own * own + share_first * first
 
-    def _output(self, o_BTNH: jax.Array) -> jax.Array:
+    def _output(self, o_BTNH: jax.Array, cached: bool) -> jax.Array:
         c = self.config
         shape = (c.heads, c.H, c.width)
         kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in="NH")
-        y = linear("BTNH,NHD->BTD", o_BTNH, kernel, c.products)
+        # An einsum sums in the order of the alphabet. Of H before N XLA transposes the kernel, in
+        # decoding for each token.
+        H = "X" if cached else "H"
+        y = linear(f"BTN{H},N{H}D->BTD", o_BTNH, kernel, c.products)
         if "out" in c.biased:
             y += parameter(self, c, "out_bias", "D", (c.width,), "bias")
         return y

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ConfigError, choose
 
-Cache = dict[str, jax.Array]  # "key" and "value", each (B, S, K, H), slot s holds index s
+Cache = dict[str, jax.Array]  # "key" and "value", each (B, K, S, H), slot s holds index s
 # (value at the point, number of the layer) -> value of the same shape and dtype. The number is
 # an int32 scalar where layers share one compiled body; it is -1 outside the blocks.
 Edit = Callable[[jax.Array, int | jax.Array], jax.Array]
