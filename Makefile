@@ -66,7 +66,7 @@ lanes: .lanes/oldest .lanes/newest
 # After an intended change of a recipe, of a sharding or of the numerics: write what the tests
 # compare with anew, and read the difference before committing it.
 golden: .venv/installed-test
-	GPTJAX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/test_configs.py tests/test_curve.py
+	GPTJAX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/test_configs.py tests/test_curve.py tests/test_speed.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

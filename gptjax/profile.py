@@ -50,7 +50,7 @@ def parse_steps(text: str | None) -> range:
     """
     if text is None:
         return NOTHING
-    match = re.fullmatch("([0-9]+)(?::([0-9]+))?", text)
+    match = re.fullmatch("([0-9]{1,12})(?::([0-9]{1,12}))?", text)
     first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
     if not 1 <= first <= last:
         raise UserError(

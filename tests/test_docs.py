@@ -142,6 +142,22 @@ def test_studies_that_are_shown_are_there() -> None:
     assert all((REPO / file).is_file() for file in files)
 
 
+@pytest.mark.usefixtures("one_device")
+def test_scripts_that_are_shown_run(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = [shlex.split(line)[1:] for line in LINES if line.startswith("python docs/")]
+    assert shown
+    knobs = ("vocab_size", "context", "layers", "width", "heads")
+    small = [f"--config.model.{name}={SMALL[f'model.{name}']}" for name in knobs]
+    for file, *words in shown:
+        main = runpy.run_path(str(REPO / file))["main"]
+        names = main.__globals__
+        few = dict(list(names["KNOBS"].items())[:2])
+        names.update(STEPS=1, TURNS=1, KNOBS=few)
+        main(*words, *small)
+        said = capsys.readouterr().out
+        assert all(name in said for name in few)
+
+
 def test_make_has_its_targets() -> None:
     for line in LINES:
         if line.startswith("make "):

@@ -362,21 +362,6 @@ def test_a_vocabulary_larger_than_the_models_is_refused(store: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_compiled_twice_and_nothing_moves_unasked(
-    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The step is compiled once; what crosses between host and device does so by request."""
-    config = tiny.config(store, train__eval_every=3, train__checkpoint_every=4)
-    with (
-        jax.set_mesh(make_mesh(config.mesh)),
-        jax.transfer_guard_device_to_host("disallow"),
-        jax.log_compiles(),
-    ):
-        loop.train(config, tmp_path)
-    compiled = [r.getMessage().split()[1] for r in caplog.records if "Compiling" in r.getMessage()]
-    assert compiled.count("jit(step)") == 1, compiled
-
-
 def test_a_model_whose_products_cannot_be_counted_trains_and_says_so(
     store: Path,
     tmp_path: Path,

@@ -49,7 +49,24 @@ def test_steps_are_a_first_and_a_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":", "0", "0:3", "5:4", "-1", "3:", ":3", "1:2:3", "ten", "1.5", "1-3", " 1", "१"]
+    "text",
+    [
+        "",
+        ":",
+        "0",
+        "0:3",
+        "5:4",
+        "-1",
+        "3:",
+        ":3",
+        "1:2:3",
+        "ten",
+        "1.5",
+        "1-3",
+        " 1",
+        "१",
+        "1" * 5000,
+    ],
 )
 def test_other_words_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"is neither a step nor FIRST:LAST, such as 10:13.*count"):
