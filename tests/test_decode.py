@@ -419,6 +419,22 @@ def test_rows_added_for_the_mesh_keep_nobody_waiting(monkeypatch):
     assert done == [False] * 3 + [True] * 5
 
 
+def test_no_product_in_bfloat16_has_one_row(monkeypatch):
+    """The second row is computed along, to no effect."""
+    config, begin, rows = dataclasses.replace(MODEL, dtype="bfloat16"), decode._begin, []
+    params = parameters(config)
+
+    def watched(*args: Any) -> decode.State:
+        state = begin(*args)
+        rows.append(len(state.done_B))
+        return state
+
+    monkeypatch.setattr(decode, "_begin", watched)
+    alone = generate(config, params, PROMPTS[:1], GREEDY, **OPTIONS)
+    assert alone == generate(config, params, [PROMPTS[0], PROMPTS[0]], GREEDY, **OPTIONS)[:1]
+    assert len(alone) == 1 and rows == [2, 2]
+
+
 def test_casting_once_changes_nothing():
     config = dataclasses.replace(MODEL, dtype="bfloat16")
     params, tokens_BT = parameters(config), np.array([PROMPTS[0]], np.int32)
@@ -485,9 +501,10 @@ def test_a_decoder_that_is_warm_compiles_nothing():
     weights, kept = cast(MODEL, parameters(MODEL)), decode.Kept()
     draw = functools.partial(stream, MODEL, weights, chunk=4, **OPTIONS)
     list(draw([[1, 2]], GREEDY))
-    list(draw([[1, 2]], GREEDY, kept=kept))
+    for prompt in ([1, 2], [1, 2, 3]):  # a first turn and a second one
+        list(draw([prompt], GREEDY, kept=kept))
     warm = programs()
-    for prompt in ([1], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11]):
+    for prompt in ([1, 2, 3], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11]):
         list(draw([prompt], dataclasses.replace(GREEDY, max_new_tokens=7)))
         list(draw([prompt], dataclasses.replace(GREEDY, max_new_tokens=9), kept=kept))
     assert programs() == warm
