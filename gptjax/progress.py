@@ -39,7 +39,7 @@ class Progress:
     Where standard error is no terminal nothing moves: there, `line` is printed instead.
 
     Args:
-        what: stands before the bar.
+        description: stands before the bar.
         total: units of work.
         done: units that are done at the start.
         transient: whether the bar vanishes at the end.

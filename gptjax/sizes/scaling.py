@@ -432,7 +432,7 @@ def record(
 
     Args:
         law: what `fit` returns.
-        drawn: what `bootstrap` returns.
+        resampled: what `bootstrap` returns.
         budgets: in FLOPs, each to be shared out by `optimum`.
     """
     foretold_P = law.loss(points.parameters, points.tokens)
