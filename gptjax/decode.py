@@ -376,7 +376,8 @@ def stream(
             if longest >= room:
                 room = _room(longest, size)
                 layers, tokens_BS = _grow((state.cache["layers"], state.tokens_BS), room)
-                state = State(state.cache | {"layers": layers}, tokens_BS, *state[2:])
+                cache = state.cache | {"layers": layers}
+                state = state._replace(cache=cache, tokens_BS=tokens_BS)
             count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
