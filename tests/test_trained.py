@@ -39,9 +39,7 @@ def launch(*words: object) -> int:
 @pytest.fixture(scope="module")
 def one_device() -> Any:
     """Commands see one device."""
-    devices = jax.devices
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *a: devices(*a)[:1])
+    with tiny.one_device():
         yield
 
 
