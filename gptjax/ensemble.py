@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -368,6 +369,7 @@ def over_members(devices: Sequence[jax.Device]) -> NamedSharding:
     return NamedSharding(mesh, P("member"))
 
 
+@functools.lru_cache(maxsize=64)
 def make_step(
     config: Config, split: NamedSharding
 ) -> Callable[..., tuple[state.TrainState, state.Metrics]]:
@@ -383,18 +385,23 @@ def make_step(
         split: of `over_members`, where the arguments lie and the results shall.
 
     Returns:
-        (states, batches, knobs) -> (states, metrics): those of `state.make_train_step` and of
+        (states, batches, knobs) -> (states, metrics): those of `state.update` and of
         `stack_knobs`, each with a leading dim of members.
     """
 
+    every = functools.partial(_update_all, config, split)
+    return jax.jit(every, donate_argnums=0, out_shardings=split)
+
+
+def _update_all(config: Config, split: NamedSharding, *members: Any) -> Any:
     def one(
         train_state: state.TrainState, batch: Batch[jax.Array], knobs: dict[str, jax.Array]
     ) -> tuple[state.TrainState, state.Metrics]:
-        return state.make_train_step(_with(config, knobs))(train_state, batch)
+        update = functools.partial(state.update, _with(config, knobs))
+        return jax.jit(update)(train_state, batch)
 
     cpu = split.mesh.devices.flat[0].platform == "cpu"
-    every = _in_turn(one, split.mesh.size) if cpu else jax.vmap(one)
-    return jax.jit(every, donate_argnums=0, out_shardings=split)
+    return (_in_turn(one, split.mesh.size) if cpu else jax.vmap(one))(*members)
 
 
 def _in_turn(one: Callable[..., Any], ways: int) -> Callable[..., Any]:

@@ -225,14 +225,14 @@ def init(config: Model, seed: int) -> Params:
 
     Where a mesh is set they are born sharded: no device ever holds a whole one.
     """
+    return _draw_all(config, jax.random.key(check_seed(seed)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_all(config: Model, key: jax.Array) -> Params:
+    name = lambda path: "/".join(part.key for part in path)  # noqa: E731
     specs = abstract_params(config)
-
-    @jax.jit
-    def make(key: jax.Array) -> Params:
-        name = lambda path: "/".join(part.key for part in path)  # noqa: E731
-        return jax.tree.map_with_path(lambda path, s: draw(s, name(path), key), specs)
-
-    return make(jax.random.key(check_seed(seed)))
+    return jax.tree.map_with_path(lambda path, s: draw(s, name(path), key), specs)
 
 
 def init_cache(config: Model, rows: int, length: int) -> Params:

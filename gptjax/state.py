@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,11 +68,16 @@ def create(config: Config, params: model.Params | None = None) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(make_optimizer(config).init)(params),
+        opt_state=_init_optimizer(dataclasses.replace(config, seed=0), params),
         # A copy: the state is donated, and one buffer cannot be given away twice.
         ema=None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
         frozen=frozen,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_optimizer(config: Config, params: model.Params) -> optax.OptState:
+    return make_optimizer(config).init(params)
 
 
 def abstract(config: Config) -> TrainState:
@@ -104,7 +111,23 @@ def _updates(opt_state: optax.OptState) -> jax.Array:
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch[jax.Array]], tuple[TrainState, Metrics]]:
-    """The jitted update; it donates the state.
+    """`update` for a config, jitted; it donates the state.
+
+    Runs in one process that differ in no number of the program share it: without dropout, those
+    of all seeds.
+    """
+    return _jitted_update(config if config.model.dropout else dataclasses.replace(config, seed=0))
+
+
+@functools.lru_cache(maxsize=64)
+def _jitted_update(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
+    return jax.jit(functools.partial(update, config), donate_argnums=0)
+
+
+def update(
+    config: Config, state: TrainState, batch: Batch[jax.Array]
+) -> tuple[TrainState, Metrics]:
+    """One step of training.
 
     The arrays of the batch have the shape (B, A, T): A micro-batches of B rows, one after
     another. The gradient is that of the objective's mean over all of them.
@@ -119,45 +142,37 @@ def make_train_step(
     schedule = optim.make_schedule(config.optim, config.train.steps)
     objective = choose(OBJECTIVE, config.train.objective, "train.objective")
     realise = trainable(config).realise
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-    def step(state: TrainState, batch: Batch[jax.Array]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    def totals(
+        params: model.Params, micro: Batch[jax.Array], key: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, Totals]:
+        all_params = realise(params, state.frozen)
+        sums = objective.totals(config, all_params, micro, key if config.model.dropout else None)
+        return sums.objective * scale, sums
 
-        def totals(
-            params: model.Params, micro: Batch[jax.Array], key: jax.Array, scale: jax.Array
-        ) -> tuple[jax.Array, Totals]:
-            all_params = realise(params, state.frozen)
-            sums = objective.totals(
-                config, all_params, micro, key if config.model.dropout else None
-            )
-            return sums.objective * scale, sums
-
-        scale = 1 / jnp.maximum(objective.weight(batch), 1)
-        grads, sums = _accumulate(totals, config.train.accumulation)(
-            state.params, batch, key, scale
-        )
-        with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
-            done = _updates(state.opt_state)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema, decay = state.ema, config.optim.ema_decay
-            if ema is not None and decay is not None:
-                ema = optim.ema_update(ema, params, decay, done)
-            finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
-            new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-            accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        weight = jnp.maximum(sums.weight, 1)
-        metrics = {name: value / weight for name, value in sums.metrics.items()} | {
-            "gradient_norm": norm,
-            "learning_rate": schedule(done),
-            "tokens": sums.weight,
-            "skipped": 1.0 - finite,
-        }
-        params, opt_state, ema = accepted
-        return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
-
-    return jax.jit(step, donate_argnums=0)
+    scale = 1 / jnp.maximum(objective.weight(batch), 1)
+    grads, sums = _accumulate(totals, config.train.accumulation)(state.params, batch, key, scale)
+    with jax.named_scope("optimizer"):
+        norm = optax.global_norm(grads)
+        done = _updates(state.opt_state)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema, decay = state.ema, config.optim.ema_decay
+        if ema is not None and decay is not None:
+            ema = optim.ema_update(ema, params, decay, done)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    weight = jnp.maximum(sums.weight, 1)
+    metrics = {name: value / weight for name, value in sums.metrics.items()} | {
+        "gradient_norm": norm,
+        "learning_rate": schedule(done),
+        "tokens": sums.weight,
+        "skipped": 1.0 - finite,
+    }
+    params, opt_state, ema = accepted
+    return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
 
 def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) -> Callable[..., Any]:

@@ -277,7 +277,7 @@ MESHES = [tiny.axes(), tiny.CUBE, tiny.TENSOR]
 def check_memory(config: Config, axes: Mesh) -> None:
     """Against what a device of a real mesh holds of the state that training begins with."""
     mesh = dataclasses.asdict(axes)
-    devices = jax.devices()[: math.prod(mesh.values())]
+    devices = tiny.devices()[: math.prod(mesh.values())]
     with jax.set_mesh(sharding.make_mesh(axes, devices)):
         real = state.abstract(config)
 
@@ -402,7 +402,7 @@ def test_a_planted_layer_is_counted_as_it_is(knob, monkeypatch):
         check_memory(whole(model), axes)
 
 
-def test_a_row_written_anew_under_its_name_is_counted_anew(monkeypatch):
+def test_a_row_written_anew_under_its_name_is_counted_anew(monkeypatch, fresh_programs):
     before = parameters(small())["total"], train_flops_per_token(small(), True)
     monkeypatch.setitem(FEEDFORWARD, small().feedforward, PLANTED["feedforward"][1])
     monkeypatch.setitem(NORM, small().norm, tanh_norm)
@@ -471,7 +471,7 @@ def test_published_peaks(kind, peak):
 
 
 def test_a_cpu_is_measured_and_its_devices_share_it():
-    devices = jax.devices()
+    devices = tiny.devices()
     peak, source = peak_flops(devices[0])
     assert "measured" in source and peak is not None
     # Between a slow core and a very large server.

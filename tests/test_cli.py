@@ -346,6 +346,7 @@ def test_generation_is_seeded(run: Trained) -> None:
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_sharded_run_is_used_on_another_mesh(tmp_path: Path, run: Trained, store: Path) -> None:
     sharded = train(tmp_path / "run", store, mesh__fsdp=2, mesh__tensor=2)
     kept = json.loads((sharded.workdir / records.CONFIG).read_text())
@@ -406,6 +407,7 @@ MISTAKES: list[tuple[str, Sequence[str]]] = [
 
 
 @pytest.mark.parametrize(("message", "overrides"), MISTAKES, ids=[" ".join(w) for _, w in MISTAKES])
+@pytest.mark.usefixtures("eight_devices")
 def test_a_mistake_is_told_before_anything_is_written(
     message: str, overrides: Sequence[str], store: Path, tmp_path: Path
 ) -> None:
@@ -613,14 +615,11 @@ def studied(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
     folder = tmp_path_factory.mktemp("study")
     axis = ["--axis", "optim.peak_lr=1e-2,1e-6", f"--store={folder / 'cells'}", "--seeds=3"]
     words = [*on_one_device(store), *axis]
-    with tiny.one_device():
-        done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
+    done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
     return Studied(folder / "cells", words, done)
 
 
-def test_a_study_runs_once_and_is_reported(
-    one_device: None, studied: Studied, tmp_path: Path
-) -> None:
+def test_a_study_runs_once_and_is_reported(studied: Studied, tmp_path: Path) -> None:
     assert "6 runs: 0 there, 6 to run" in studied.done.err
     assert "worse" in studied.done.out and "1 worse of 1 comparison" in studied.done.out
     made = {folder.name for folder in studied.store.glob("*")}
@@ -642,7 +641,7 @@ def test_a_study_runs_once_and_is_reported(
     assert {folder.name for folder in studied.store.glob("*")} == made
 
 
-def test_noise_of_runs_that_a_study_made(one_device: None, studied: Studied, store: Path) -> None:
+def test_noise_of_runs_that_a_study_made(studied: Studied, store: Path) -> None:
     folders = [file.parent for file in studied.store.glob(f"*/{records.CONFIG}")]
     losses = [
         read_metrics(folder)[-1]["val_loss"]
@@ -660,9 +659,7 @@ def test_noise_of_runs_that_a_study_made(one_device: None, studied: Studied, sto
     assert re.search(r"^  a difference of \S+: 18 seeds \(", done.out, re.MULTILINE)
 
 
-def test_runs_that_compute_something_else_are_not_mixed(
-    one_device: None, studied: Studied, tmp_path: Path
-) -> None:
+def test_runs_that_compute_something_else_are_not_mixed(studied: Studied, tmp_path: Path) -> None:
     """Code that computes the same may differ: a comment outlaws no finished run."""
     cells = shutil.copytree(studied.store, tmp_path / "cells")
     path = min(cells.glob(f"*/{records.ENVIRONMENT}"))
@@ -680,7 +677,7 @@ def test_runs_that_compute_something_else_are_not_mixed(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("few_replicates", "one_device")
+@pytest.mark.usefixtures("few_replicates")
 def test_a_ladder_of_runs_is_fitted(store: Path, tmp_path: Path) -> None:
     """Of the same rungs, by the runs and by a table of what they logged, the same law."""
     cells, picture = tmp_path / "cells", tmp_path / "law.png"
@@ -776,7 +773,7 @@ def test_what_coord_check_refuses(tmp_path: Path) -> None:
     refused("--html=x.txt must end in .html", *words, "--widths=16,32", "--html=x.txt")
 
 
-def test_coord_check_tells_by_its_status(one_device: None, store: Path, tmp_path: Path) -> None:
+def test_coord_check_tells_by_its_status(store: Path, tmp_path: Path) -> None:
     """Without muP updates grow with the width."""
     words = [*on_one_device(store), "--widths=16,64", "--steps=1", "--seeds=1"]
     done = gptjax(

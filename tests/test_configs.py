@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -104,7 +105,12 @@ def test_the_whole_step_has_matching_shapes_and_shardings(name, rows, devices):
         data = dataclasses.replace(config.data, batch_size=rows * config.train.accumulation)
         config = dataclasses.replace(config, data=data)
     mesh = tiny.mesh(fsdp=devices)
-    sharding.check_divisible(config, model.abstract_params(config.model), mesh.shape)
+    specs = model.abstract_params(config.model)
+    sharding.check_divisible(config, specs, mesh.shape)
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(specs)]
+    assert sum(sizes) == parameters(config.model)["total"]
+    # Every layer is traced as the first two.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=2))
     with jax.set_mesh(mesh):
         before, micro = state.abstract(config), config.train.accumulation
         shape = (config.data.batch_size // micro, micro, config.model.context)
@@ -119,8 +125,6 @@ def test_the_whole_step_has_matching_shapes_and_shardings(name, rows, devices):
 
     # The step yields exactly what it takes, so that the next one need not be compiled anew.
     assert jax.tree.map(facts, after) == jax.tree.map(facts, before)
-    sizes = [leaf.size for leaf in jax.tree.leaves(before.params)]
-    assert sum(sizes) == parameters(config.model)["total"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(before.params)} == {"float32"}
 
 

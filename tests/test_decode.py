@@ -381,7 +381,7 @@ def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():
 @pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.TENSOR, tiny.DATA], ids=str)
 @pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
 def test_a_mesh_does_not_change_the_text(sizes, rows):
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    with jax.set_mesh(tiny.mesh_of(sizes)):
         specs = gpt.abstract_params(MODEL)
         params = jax.tree.map(
             lambda p, spec: jax.device_put(p, sharding.parameter_spec(spec.dims)),

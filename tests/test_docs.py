@@ -104,7 +104,7 @@ def test_every_command_is_shown() -> None:
     assert {name_of(words) for words in LAUNCHES} == set(COMMANDS)
 
 
-@pytest.mark.usefixtures("few_replicates", "one_device")
+@pytest.mark.usefixtures("few_replicates")
 def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPO / "configs")
@@ -142,7 +142,6 @@ def test_studies_that_are_shown_are_there() -> None:
     assert all((REPO / file).is_file() for file in files)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_scripts_that_are_shown_run(capsys: pytest.CaptureFixture[str]) -> None:
     shown = [shlex.split(line)[1:] for line in LINES if line.startswith("python docs/")]
     assert shown
@@ -250,7 +249,6 @@ def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
 def test_the_road_can_be_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sections = re.split(r"^## ", ROAD, flags=re.MULTILINE)[1:]

@@ -22,7 +22,6 @@ from gptjax.evaluation.measure import Scored, Sums, account, blocks, joined, sco
 from gptjax.evaluation.summary import show
 from gptjax.evaluation.texts import Reading, Text, open_text
 from gptjax.perplexity import Evaluator
-from gptjax.sharding import make_mesh
 from tests import tiny
 
 BYTES, GPT2 = tokenizer.load("bytes"), tokenizer.load("gpt2")
@@ -348,7 +347,7 @@ def test_meshes_and_batches_change_no_figure(tmp_path, prefix):
     found, digests = [], set()
     for sizes, rows in ((tiny.DATA, 8), (tiny.CUBE, 3), (tiny.TENSOR, 64)):
         config = configure(batch_size=rows, stride=5, prefix=prefix)
-        with jax.set_mesh(make_mesh(sizes)):
+        with jax.set_mesh(tiny.mesh_of(sizes)):
             params = model.init(config.model, 0)
             scored = score(config, params, text, BYTES)
             digests.add(audit.fingerprint(params))

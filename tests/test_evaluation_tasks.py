@@ -22,7 +22,6 @@ from gptjax.config import Mesh, Model, UserError
 from gptjax.evaluation import tasks
 from gptjax.evaluation.tasks import TASKS, Figure, Likelihood, Request, encode, loglikelihoods
 from gptjax.interop import hf
-from gptjax.sharding import make_mesh
 from tests import tiny
 
 BYTES = tokenizer.load("bytes")
@@ -45,7 +44,7 @@ def parameters() -> model.Params:
 def ask(
     requests: list[Request], config: Model = MODEL, sizes: Mesh = tiny.DATA, params: Any = None
 ) -> list[Likelihood]:
-    with jax.set_mesh(make_mesh(sizes)):
+    with jax.set_mesh(tiny.mesh_of(sizes)):
         return loglikelihoods(config, params or parameters(), requests)
 
 

@@ -141,7 +141,6 @@ def test_the_flags_are_those_of_the_compiler(flag: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_device")
 def test_every_part_runs_with_tiny_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the knobs: those are the same with other configs, which the next test resolves."""
     answer, answers = measure.answer, {}

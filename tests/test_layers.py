@@ -194,7 +194,7 @@ def test_blocks_on_a_mesh_are_those_of_one_device(changes, small_blocks):
         return o, pull(do)
 
     expected = run(*inputs)
-    with jax.set_mesh(sharding.make_mesh(tiny.CUBE)):
+    with jax.set_mesh(tiny.mesh_of(tiny.CUBE)):
         dims = ("BTNH", "BSKH", "BSKH", "BTNH")
         got = run(*map(jax.device_put, inputs, map(sharding.out, dims)))
         for x, d in zip(jax.tree.leaves(got), (dims[0], *dims[:3]), strict=True):
@@ -415,7 +415,7 @@ def test_fp8_products_on_a_mesh_are_those_of_one_device():
         return y, *pull(g)
 
     expected = run(*inputs)
-    with jax.set_mesh(sharding.make_mesh(tiny.CUBE)):
+    with jax.set_mesh(tiny.mesh_of(tiny.CUBE)):
         dims = ("BTD", "DF", "BTF")
         got = run(*map(jax.device_put, inputs, map(sharding.out, dims)))
         for x, d in zip(got, ("BTF", "BTD", "DF"), strict=True):

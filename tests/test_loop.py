@@ -172,7 +172,7 @@ def on_meshes(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any
     for shape in tiny.MESHES:
         config = on(store, shape, 10)
         folders[shape] = tmp_path_factory.mktemp("mesh")
-        with jax.set_mesh(make_mesh(config.mesh)):
+        with jax.set_mesh(tiny.mesh_of(config.mesh)):
             loop.train(config, folders[shape])
     return folders
 
@@ -186,7 +186,7 @@ def test_a_run_moves_to_any_mesh(saved: Any, store: Path, on_meshes: dict[Any, P
     states = []
     for shape in tiny.MESHES:
         config = on(store, shape, 10)
-        with jax.set_mesh(make_mesh(config.mesh)):
+        with jax.set_mesh(tiny.mesh_of(config.mesh)):
             with Checkpoints(on_meshes[saved] / CHECKPOINTS) as checkpoints:
                 found = checkpoints.restore(10, state.abstract(setup.settle(config)))
             tokens = found.params["embed"]["tokens"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptjax.losses import Sums, cross_entropy, token_nll
-from gptjax.sharding import make_mesh, out
+from gptjax.sharding import out
 from tests import tiny
 
 B, T, D, V = 4, 6, 16, 24
@@ -162,7 +162,7 @@ def test_meshes_agree_with_no_mesh(shape, chunk, dims):
     x_BTD, kernel, targets_BT, weights_BT = make(dims)
     knobs = {"chunk": chunk, "softcap": 5.0, "z_loss": 0.1}
     expected = value_and_grads(x_BTD, kernel, dims, targets_BT, weights_BT, **knobs)
-    with jax.set_mesh(make_mesh(shape)):
+    with jax.set_mesh(tiny.mesh_of(shape)):
         placed = [
             jax.device_put(array, out(letters))
             for array, letters in ((x_BTD, "BTD"), (kernel, dims), (targets_BT, "BT"))

@@ -615,7 +615,7 @@ def test_a_layer_starts_alike_at_every_depth():
 @pytest.mark.parametrize("shape", tiny.MESHES, ids=str)
 def test_initial_values_are_bitwise_equal_on_every_mesh(shape):
     config = model(init="fan_in", tied=False, qk_norm=True, value_residual=True)
-    mesh = sharding.make_mesh(shape)
+    mesh = tiny.mesh_of(shape)
     with jax.set_mesh(mesh):
         params = gpt.init(config, 0)
         specs = named(gpt.abstract_params(config))

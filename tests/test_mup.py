@@ -318,7 +318,7 @@ WRONG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", *WRONG])
-def test_any_other_power_fails_and_is_named(name, monkeypatch):
+def test_any_other_power_fails_and_is_named(name, monkeypatch, fresh_programs):
     wanted = "feedforward: its change grows"
     if name in WRONG:
         rules, wanted = WRONG[name]

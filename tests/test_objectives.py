@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import model, objectives, sharding, state
+from gptjax import model, objectives, setup, sharding, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ConfigError
 from gptjax.data.batches import Batch
@@ -44,15 +43,10 @@ def rows(seed: int = 0, micros: int = 1) -> Batch[jax.Array]:
     return Batch(tokens, targets, weights)
 
 
-@functools.cache
-def make_step(config: Config) -> Any:
-    return state.make_train_step(config)
-
-
 def train(config: Config, steps: int = 3) -> tuple[state.TrainState, dict[str, float]]:
     now = state.create(config)
     for i in range(steps):
-        now, metrics = make_step(config)(now, rows(i, config.train.accumulation))
+        now, metrics = state.make_train_step(config)(now, rows(i, config.train.accumulation))
     return now, metrics
 
 
@@ -133,7 +127,7 @@ def test_the_losses_of_layers_are_minimised_and_told(scan, monkeypatch):
 
 def test_an_unknown_objective_is_refused_with_the_rows():
     with pytest.raises(ConfigError, match=r"train.objective='next' is not one of: next_token"):
-        state.make_train_step(configure(objective="next"))
+        setup.check_names(configure(objective="next"))
 
 
 # --- what is trained --------------------------------------------------------------------------
@@ -221,7 +215,7 @@ def test_a_frozen_state_is_saved_and_restored_on_a_mesh_bit_for_bit(tmp_path):
 )
 def test_patterns_that_do_not_fit_are_refused(train, message):
     with pytest.raises(ConfigError, match=message):
-        state.make_train_step(configure(**train))
+        setup.check_names(configure(**train))
 
 
 def test_every_row_of_trainable_has_the_seams(monkeypatch):

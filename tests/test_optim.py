@@ -24,7 +24,7 @@ from gptjax.optim import (
     make_schedule,
     state_specs,
 )
-from gptjax.sharding import make_mesh, parameter_spec
+from gptjax.sharding import parameter_spec
 from tests import tiny
 
 SIZES = {"L": 3, "D": 32, "N": 4, "H": 8, "F": 64, "V": 48}
@@ -392,7 +392,7 @@ def test_meshes_agree_with_no_mesh(name, shape):
     def place(tree):
         return jax.tree.map(lambda a, d: jax.device_put(a, parameter_spec(d)), tree, DIMS)
 
-    with jax.set_mesh(make_mesh(shape)):
+    with jax.set_mesh(tiny.mesh_of(shape)):
         placed = place(params)
         optimizer = make_optimizer(o, 100, SPECS)
         born = jax.jit(optimizer.init)(placed)

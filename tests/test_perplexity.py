@@ -20,7 +20,6 @@ from gptjax.config import Config, ConfigError, Mesh, UserError
 from gptjax.data.batches import PACKING
 from gptjax.data.store import Store, StoreWriter
 from gptjax.perplexity import Convention, Evaluator, Score
-from gptjax.sharding import make_mesh
 from tests import tiny
 
 BYTES = tokenizer.load("bytes")
@@ -79,7 +78,7 @@ def token_nats(
     config: Config, store: Store, sizes: Mesh = tiny.DATA, params: Any = None
 ) -> np.ndarray:
     # On eight devices rows beyond the last window occur.
-    with jax.set_mesh(make_mesh(sizes)):
+    with jax.set_mesh(tiny.mesh_of(sizes)):
         return Evaluator(config, store, BYTES).token_nats(params or parameters())
 
 

@@ -79,6 +79,7 @@ def log(run: records.Run, steps: range) -> None:
         run.log(step, {"loss": 1 / step, "lr": np.float32(step)})
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_run_leaves_its_config_environment_metrics_and_curves(tmp_path: Path) -> None:
     with open_run(tmp_path / "a" / "run", CONFIG, PRINTS, None) as run:
         run.log(1, {"loss": 2.5, "eval/perplexity": jax.numpy.float32(0.1)})

@@ -24,7 +24,6 @@ from tests.test_interop_tokenizer import trained, write
 
 KNOBS: dict[str, Any] = {"train__steps": 6, "train__eval_every": 3, "train__checkpoint_every": 2}
 COUNTED = 6 * 6 + 2 * 3  # loss, z, norm, rate, tokens, skipped; val_loss, perplexity, bits per byte
-DEVICES = jax.devices()
 
 
 def train(config: Config, folder: Path, *how: Any, tensor: int = 1) -> Path:
@@ -79,13 +78,17 @@ def test_a_run_recurs_bit_for_bit(finished: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_run_recurs_on_its_mesh_and_elsewhere_within_the_bound(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Path,
+    tmp_path: Path,
+    eight_devices: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A tensor split adds in another order: about 1e-6 in the loss."""
     folder = train(tiny.config(store, **KNOBS), tmp_path / "run", tensor=4)
     record = replay.replay_run(folder)
     assert (record["differs"], record["bitwise"]) == ([], True)
-    monkeypatch.setattr(jax, "devices", lambda: DEVICES[:1])
+    monkeypatch.setattr(jax, "devices", lambda: tiny.devices()[:1])
     record = replay.replay_run(folder)
     assert record["differs"] == ["mesh.tensor was 4, is 1"]
     assert record["same"] and not record["bitwise"]
@@ -152,7 +155,7 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
         for seed in (0, 1, 2)
     ]
     folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
-    ensemble.train_together(group, folders, DEVICES[:1])
+    ensemble.train_together(group, folders, tiny.devices()[:1])
     past = replay.verify(folders[1])
     assert (past.group, past.member, past.config) == (group, 1, group[1])
     record = replay.replay_run(folders[1])

@@ -31,6 +31,8 @@ from gptjax.sharding import (
 )
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
+
 CONFIG = dataclasses.replace(
     tiny.BASE,
     model=tiny.model(

@@ -51,7 +51,7 @@ CONFIG = configure()
 
 def on(sizes: Mesh | None):
     """Sets a mesh; None is plain jax on one device."""
-    return contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(sizes))
+    return contextlib.nullcontext() if sizes is None else jax.set_mesh(tiny.mesh_of(sizes))
 
 
 def arrays(step: int, weights: np.ndarray | None = None) -> Batch[np.ndarray]:
@@ -84,21 +84,17 @@ def batch(config: Config, whole: Batch[np.ndarray]) -> Batch[jax.Array]:
     return sharding.place(rows, ROWS // A, "BAT")
 
 
-@functools.cache
-def make_step(config: Config, sizes):
-    """The step of a config on a mesh, compiled once for all tests."""
-    return state.make_train_step(config)
-
-
 def run(config: Config, sizes, steps: int):
     """The state after so many steps, and the metrics of each."""
     with on(sizes):
-        now, step, metrics = state.create(config), make_step(config, sizes), []
+        now, step, metrics = state.create(config), state.make_train_step(config), []
+        programs = step._cache_size()
         for i in range(steps):
             placed = batch(config, arrays(i))
             with jax.transfer_guard("disallow"):  # a step waits for nothing
                 now, found = step(now, placed)
             metrics.append(found)
+        assert step._cache_size() <= programs + 1  # nothing was compiled anew on the way
         return now, {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
 
 
@@ -139,7 +135,6 @@ def test_the_model_learns(plain):
     loss = metrics["loss"]
     assert loss[0] == pytest.approx(np.log(V), abs=0.05) and loss[-1] < 0.85 * loss[0]
     assert not metrics["skipped"].any()
-    assert make_step(CONFIG, None)._cache_size() == 1
 
 
 @pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
@@ -153,7 +148,6 @@ def test_meshes_give_the_same_losses_as_one_device(sizes, plain):
     # a product, a sum) the other way.
     rates = metrics["learning_rate"], plain[1]["learning_rate"]
     np.testing.assert_array_max_ulp(*rates, maxulp=4)
-    assert make_step(CONFIG, sizes)._cache_size() == 1  # nothing was compiled anew on the way
 
 
 def test_the_same_mesh_twice_is_bitwise_equal():
@@ -199,7 +193,7 @@ def test_metrics_are_those_of_the_model_with_documents_apart(one_step):
 def test_the_loss_depends_on_the_documents(name, one_step):
     whole = arrays(0)
     whole = whole._replace(**{name: getattr(arrays(1), name)})
-    _, metrics = make_step(CONFIG, None)(state.create(CONFIG), batch(CONFIG, whole))
+    _, metrics = state.make_train_step(CONFIG)(state.create(CONFIG), batch(CONFIG, whole))
     assert abs(metrics["loss"] - one_step[1]["loss"][0]) > 1e-5
 
 
@@ -217,7 +211,7 @@ def test_accumulation_changes_nothing(sizes, scored):
     for micros in (1, 4):
         config = configure(accumulation=micros)
         with on(sizes):
-            found.append(make_step(config, sizes)(state.create(config), batch(config, whole)))
+            found.append(state.make_train_step(config)(state.create(config), batch(config, whole)))
     (one, one_metrics), (four, four_metrics) = found
     # Only the order of float32 sums differs.
     alike(first_moment(one), first_moment(four), 3e-6)
@@ -228,7 +222,7 @@ def test_accumulation_changes_nothing(sizes, scored):
 
 def test_a_batch_without_scored_tokens_has_no_gradient():
     whole = arrays(0, np.zeros((ROWS, T)))
-    _, metrics = make_step(CONFIG, None)(state.create(CONFIG), batch(CONFIG, whole))
+    _, metrics = state.make_train_step(CONFIG)(state.create(CONFIG), batch(CONFIG, whole))
     assert metrics["loss"] == metrics["tokens"] == metrics["gradient_norm"] == 0
     assert metrics["skipped"] == 0
 
@@ -284,7 +278,8 @@ def test_dropout_is_reproducible_fresh_each_step_and_the_same_on_every_mesh(plai
     start = state.create(config)
     later = dataclasses.replace(jax.tree.map(jnp.copy, start), step=jnp.ones((), jnp.int32))
     losses = [
-        make_step(config, None)(s, batch(config, arrays(0)))[1]["loss"] for s in (start, later)
+        state.make_train_step(config)(s, batch(config, arrays(0)))[1]["loss"]
+        for s in (start, later)
     ]
     assert losses[0] != losses[1]
 
@@ -297,7 +292,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_whole(sizes):
     poison = arrays(0)
     poison.targets[3, 5], poison.weights[3, 5] = V, 1  # outside the vocabulary: NaN
     with on(sizes):
-        step = make_step(CONFIG, sizes)
+        step = state.make_train_step(CONFIG)
         start = state.create(CONFIG)
         before = jax.device_get(start)
         now, metrics = step(start, batch(CONFIG, poison))
@@ -322,7 +317,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too():
     attention = start.params["blocks"]["attention"]
     attention |= {"value": attention["value"] * 1e25, "out": attention["out"] * 1e-25}
     kept = jax.device_get(start.params)
-    now, metrics = make_step(CONFIG, None)(start, batch(CONFIG, arrays(0)))
+    now, metrics = state.make_train_step(CONFIG)(start, batch(CONFIG, arrays(0)))
     assert np.isinf(metrics["gradient_norm"]) and np.isfinite(metrics["loss"])
     assert metrics["skipped"] == 1
     same(now.params, kept)
@@ -331,7 +326,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_left_out_too():
 def test_the_average_is_the_debiased_exponential_one():
     now, seen = state.create(CONFIG), []
     for i in range(4):
-        now, _ = make_step(CONFIG, None)(now, batch(CONFIG, arrays(i)))
+        now, _ = state.make_train_step(CONFIG)(now, batch(CONFIG, arrays(i)))
         seen.append(jax.device_get(now.params))
     weights = 0.9 ** np.arange(3, -1, -1)
     weights /= weights.sum()
@@ -382,13 +377,13 @@ def test_the_rate_follows_the_schedule(plain):
 def test_the_state_is_donated(sizes):
     with on(sizes):
         old = state.create(CONFIG)
-        now, _ = make_step(CONFIG, sizes)(old, batch(CONFIG, arrays(0)))
+        now, _ = state.make_train_step(CONFIG)(old, batch(CONFIG, arrays(0)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(now))
 
 
 def test_the_guard_of_these_tests_notices_a_batch_that_was_not_placed():
-    start, step = state.create(CONFIG), make_step(CONFIG, None)
+    start, step = state.create(CONFIG), state.make_train_step(CONFIG)
     whole = jax.tree.map(lambda x: x.reshape(ROWS, 1, T), arrays(0))
     with (
         jax.transfer_guard("disallow"),

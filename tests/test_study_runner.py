@@ -35,9 +35,6 @@ DEVICES = jax.devices()
 LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 
 
-pytestmark = pytest.mark.usefixtures("studies_on_one_device")
-
-
 # A process of its own: runs the study of a file and prints its table, all digits.
 SCRIPT = """
 import json, sys

@@ -34,17 +34,12 @@ SMALL = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("studies_on_one_device")
-
-
 def study(text: Path, **fields: Any) -> Study:
     return tiny.study(text, knobs=SMALL, seeds=1, **fields)
 
 
 @pytest.fixture(scope="module")
-def finished(
-    studies_on_one_device: None, text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cells")
     runner.run_study(study(text), folder)
     return folder

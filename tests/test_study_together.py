@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,6 +32,14 @@ from pathlib import Path
 from gptjax.study import runner, spec
 runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]), together=4)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices() -> Iterator[None]:
+    """Over which the members of a group are split."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: tiny.devices()[:2])
+        yield
 
 
 @pytest.fixture(scope="module")

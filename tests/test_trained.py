@@ -37,19 +37,12 @@ def launch(*words: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def one_device() -> Any:
-    """Commands see one device."""
-    with tiny.one_device():
-        yield
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_store(tmp_path_factory.mktemp("text"), tiny.TEXT * 4)
 
 
 @pytest.fixture(scope="module")
-def run(store: Path, one_device: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     words = tiny.overrides(store, **KNOBS)
     assert launch("train", f"--config={tiny.RECIPE}", f"--workdir={folder}", *words) == 0

@@ -11,13 +11,10 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import pytest
 
 from gptjax import configure, sharding
 from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
@@ -55,15 +52,6 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags}
 
 
-@contextmanager
-def one_device() -> Iterator[None]:
-    """Commands see one device: the suite's eight would only be slower."""
-    devices = jax.devices
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *a: devices(*a)[:1])
-        yield
-
-
 def sample(**knobs: Any) -> Sample:
     return dataclasses.replace(BASE.sample, **knobs)
 
@@ -74,10 +62,20 @@ def axes(**sizes: int | None) -> Mesh:
     return Mesh(**{**ones, **sizes})
 
 
+# All eight: tests see the first alone as `jax.devices()`, unless they ask for `eight_devices`.
+devices = jax.devices
+
+
 def mesh(**sizes: int) -> jax.sharding.Mesh:
     """A mesh of the first devices, as many as it takes; without a name, of one."""
-    count = math.prod(sizes.values())
-    return sharding.make_mesh(axes(**sizes), jax.devices()[:count])
+    return mesh_of(axes(**sizes))
+
+
+def mesh_of(section: Mesh) -> jax.sharding.Mesh:
+    """As `mesh`, of the section of a config; an axis of None has what the others leave of eight."""
+    sizes = dataclasses.astuple(section)
+    count = None if None in sizes else math.prod(sizes)
+    return sharding.make_mesh(section, devices()[:count])
 
 
 # Over eight devices: rows, parameters, both with the heads, and mostly heads.

@@ -161,26 +161,22 @@ def faults(knob: str, places: dict[str, Any]) -> Iterator[str]:
 
 def measure(config: Config, vocabulary: Tokenizer, seeds: int) -> list[Sizes]:
     """Trains each seed; "size" at steps 0 to `train.steps`, "change" since 0 at steps 1 on."""
-    create = jax.jit(lambda seed: state.create(config, model.init(config.model, seed)))
     train = state.make_train_step(config)
-    look = jax.jit(functools.partial(activations, config.model))
-    compare = jax.jit(
-        lambda before, after: {k: (_rms(x), _rms(x - before[k])) for k, x in after.items()}
-    )
+    look = functools.partial(activations, config.model)
     rows, micro, steps = config.data.batch_size, config.train.accumulation, config.train.steps
     measured: list[Sizes] = []
     for seed in range(config.seed, config.seed + seeds):
         batches = Batches(config.data, config.model.context, seed, "train", vocabulary)
         probe = batch(batches, steps, max(1, min(rows, PROBE_TOKENS // config.model.context)))
-        train_state = create(np.uint32(seed))
+        train_state = _create(config, np.uint32(seed))
         first = jax.tree.map(jnp.copy, train_state.params)  # the state is donated
         before = look(first, first, probe)
-        history = [compare(before, before)]
+        history = [_compare(before, before)]
         for step in range(steps):
             drawn = batch(batches, step, rows)
             micros = jax.tree.map(lambda x: x.reshape(rows // micro, micro, -1), drawn)
             train_state, _ = train(train_state, micros)
-            history.append(compare(before, look(first, train_state.params, probe)))
+            history.append(_compare(before, look(first, train_state.params, probe)))
         measured.append(
             {
                 name: {
@@ -198,6 +194,19 @@ def batch(batches: Batches, step: int, rows: int) -> Batch[jax.Array]:
     return jax.tree.map(jnp.asarray, drawn if batches.segmented else drawn._replace(segments=None))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _create(config: Config, seed: Any) -> state.TrainState:
+    return state.create(config, model.init(config.model, seed))
+
+
+@jax.jit
+def _compare(
+    before: dict[str, jax.Array], after: dict[str, jax.Array]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {name: (_rms(x), _rms(x - before[name])) for name, x in after.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def activations(
     config: ModelConfig, first: model.Params, params: model.Params, probe: Batch[jax.Array]
 ) -> dict[str, jax.Array]:
