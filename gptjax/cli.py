@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gptjax.commands import data, models, runs, scales, studies
 from gptjax.commands.command import EXITS, OVERRIDES, Command
-from gptjax.config import UserError
+from gptjax.config import UserError, out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell tells of `yes | head -1`
@@ -132,9 +132,9 @@ def _explain(error: BaseException) -> tuple[int | None, str]:
             return None, ""
         case OSError():
             return EXIT_USER_ERROR, f"{error.filename or 'a file'}: {error.strerror or error}"
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if out_of_memory(error):
         return EXIT_USER_ERROR, (
-            "out of memory on a device: lower data.batch_size or raise train.accumulation, set "
+            "out of memory: lower data.batch_size or raise train.accumulation, set "
             "model.remat or optim.loss_vocab_chunk, or split the model by the section mesh"
         )
     return None, ""

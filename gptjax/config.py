@@ -38,6 +38,15 @@ class UserError(Exception):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had too little memory, of which jax makes no type of its own.
+
+    An array that could not be made tells so with another status once it is read, in the same words.
+    """
+    words = "RESOURCE_EXHAUSTED", "Out of memory"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 class ConfigError(UserError):
     """A configuration that is mistyped, incomplete or impossible."""
 

@@ -412,7 +412,7 @@ def test_a_row_written_anew_under_its_name_is_counted_anew(monkeypatch, fresh_pr
 
 
 @pytest.mark.parametrize("row", [sgd, third_moment])
-def test_a_planted_optimiser_is_counted_as_it_is(row, monkeypatch):
+def test_a_planted_optimiser_is_counted_as_it_is(row, monkeypatch, fresh_programs):
     monkeypatch.setitem(OPTIMIZERS, "planted", row)
     config = whole(small(), "planted")
     for axes in MESHES:

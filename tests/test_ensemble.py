@@ -70,7 +70,7 @@ def alone(config: Config, steps: int) -> tuple[list[float], Any]:
 
 def together(configs: Sequence[Config], steps: int, devices: int) -> tuple[np.ndarray, Any]:
     """The losses (members, steps) of a group on so many devices, and its last states."""
-    split = ensemble.over_members(jax.devices()[:devices])
+    split = ensemble.over_members(tiny.devices()[:devices])
 
     def stack(trees: Sequence[Any]) -> Any:
         return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *trees), split)

@@ -21,9 +21,8 @@ import pytest
 from gptjax import accounting, loop, setup, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import main
-from gptjax.config import Config, ConfigError, Mesh, Model, UserError
-from gptjax.layers.feedforward import FEEDFORWARD, Branch
-from gptjax.layers.parameter import parameter
+from gptjax.config import Config, ConfigError, Mesh, UserError
+from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from tests import tiny
@@ -368,13 +367,7 @@ def test_a_model_whose_products_cannot_be_counted_trains_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A product in one branch of a `cond`: how often it is made depends on the values."""
-
-    def either(module: Any, c: Model, x_BTD: jax.Array, tap: Any) -> jax.Array:
-        w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
-        return jax.lax.cond(x_BTD.sum() > 0, lambda x: x + (x @ w).sum(), lambda x: x, x_BTD)
-
-    monkeypatch.setitem(FEEDFORWARD, "either", Branch(either, lambda width: width))
+    monkeypatch.setitem(FEEDFORWARD, "either", tiny.UNCOUNTABLE)
     knobs = {"model__feedforward": "either", "train__steps": 3, "optim__warmup_steps": 1}
     with jax.set_mesh(tiny.mesh()):
         loop.train(tiny.config(store, **knobs), tmp_path)

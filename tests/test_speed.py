@@ -129,8 +129,8 @@ def test_a_run_is_traced_and_compiled_once_and_a_step_moves_its_batch_and_its_nu
     ):
         loop.train(config, tmp_path / "run")
     said = [record.getMessage() for record in caplog.records]
-    traced = [line for line in said if line.startswith("Finished tracing step for ")]
-    compiled = [line for line in said if line.startswith("Compiling jit(step) ")]
+    traced = [line for line in said if line.startswith("Finished tracing update for ")]
+    compiled = [line for line in said if line.startswith("Compiling jit(update) ")]
     assert len(traced) == len(compiled) == 1, said
     # The numbers of a step come at once, and its batch goes as three arrays, as does the window of
     # an evaluation; one more batch tells the compiler the shapes. The rest is the first state.

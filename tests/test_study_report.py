@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gptjax import configure
 from gptjax.config import UserError
+from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.report import formats
 from gptjax.study import publish, statistics, tables
 from gptjax.study.analysis import Reach, analyse, crossing, environment, front
@@ -273,6 +274,18 @@ def test_cost_is_told_beside_the_baseline(make):
     row = dict(zip(tables.costs(found).headings, tables.costs(found).rows[1], strict=True))
     assert row["tokens/s"] == "500\n(0.5×)" and row["program\nMB"] == "5.0\n(1×)"
     assert row["front"] == "FLOPs, time"
+
+
+def test_a_model_that_cannot_be_counted_is_reported_all_the_same(make, monkeypatch):
+    monkeypatch.setitem(FEEDFORWARD, "either", tiny.UNCOUNTABLE)
+    outcomes = runs(make, {"arm": -0.1}, knobs={"model.feedforward": "either"})
+    found = analyse(Results(study("arm"), outcomes, [], {}))
+    assert [math.isnan(r.cost.flops) for r in found.rows] == [False, True]
+    assert [r.on_front["flops"] for r in found.rows] == [True, False]
+    shown = tables.verdicts(found), tables.costs(found)
+    base, arm = (dict(zip(s.headings, s.rows[1], strict=True)) for s in shown)
+    assert base["verdict"] == "better" and base["FLOPs"] == arm["FLOPs"] == tables.MISSING
+    assert "nan" not in publish.markdown(found)
 
 
 POINTS = st.lists(

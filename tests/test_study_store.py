@@ -204,7 +204,7 @@ def test_what_cannot_be_lowered_here_is_told(
     under_other_code()
     path = o.folder / "environment.json"
     path.write_text(path.read_text().replace('"backend": "cpu"', '"backend": "gpu"'))
-    with pytest.raises(UserError, match="by other code on 1 devices of gpu, and here are 8 of cpu"):
+    with pytest.raises(UserError, match="by other code on 1 devices of gpu, and here are 1 of cpu"):
         runner.run_study(study(text), copied)
 
 

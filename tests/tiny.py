@@ -19,6 +19,8 @@ import jax
 from gptjax import configure, sharding
 from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
 from gptjax.data import prepare
+from gptjax.layers.feedforward import Branch
+from gptjax.layers.parameter import parameter
 from gptjax.study.spec import Study
 
 RECIPE = "configs/base.py"
@@ -103,6 +105,15 @@ KNOBS = {
 TEXT = "".join(
     f"the {a} sees the {b}.\n" for a in ("cat", "dog", "owl") * 9 for b in ("sun", "sea")
 )
+
+
+def either(module: Any, c: Model, x_BTD: jax.Array, tap: Any) -> jax.Array:
+    """A feed-forward that cannot be counted: how often it multiplies depends on the values."""
+    w = parameter(module, c, "w", "DF", (c.width, c.width), "matrix", fan_in="D")
+    return jax.lax.cond(x_BTD.sum() > 0, lambda x: x + (x @ w).sum(), lambda x: x, x_BTD)
+
+
+UNCOUNTABLE = Branch(either, lambda width: width)
 
 
 def make_store(folder: Path, text: str = TEXT) -> Path:

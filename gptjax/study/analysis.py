@@ -33,7 +33,7 @@ class Reach(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run of an arm costs. The measured ones are medians over its seeds, NaN if unknown.
+    """What a run of an arm costs; NaN if unknown. The measured ones are medians over its seeds.
 
     Attributes:
         flops_per_token, flops: of training, model FLOPs, causal; of the whole run.
@@ -334,11 +334,15 @@ def _cost(config: Config, outcomes: Sequence[Outcome]) -> Cost:
         values = [value for o in outcomes if not math.isnan(value := getattr(o, name))]
         return float(np.median(values)) if values else math.nan
 
+    try:
+        flops_per_token = accounting.train_flops_per_token(config.model, causal=True)
+    except accounting.Uncountable:
+        flops_per_token = math.nan
     return Cost(
         equalise.parameters(config),
-        accounting.train_flops_per_token(config.model, causal=True),
+        flops_per_token,
         equalise.tokens(config),
-        equalise.flops(config),
+        equalise.tokens(config) * flops_per_token,
         median("tokens_per_second"),
         median("compile_seconds"),
         median("program_bytes"),

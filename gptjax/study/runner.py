@@ -14,7 +14,7 @@ import jax
 
 from gptjax import ensemble, loop, setup, speak, trained
 from gptjax.checkpoint import Busy
-from gptjax.config import Config, UserError
+from gptjax.config import Config, UserError, out_of_memory
 from gptjax.files import disk, replace_file
 from gptjax.progress import say
 from gptjax.records import CONFIG, read_environment
@@ -216,7 +216,7 @@ def _reason(error: Exception) -> str | None:
     """Why a cell failed, in a line; None of an error that is no matter of the cell."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if out_of_memory(error):
         first = (str(error).strip().splitlines() or ["the host's"])[0]
         return (
             f"out of memory ({first}): lower data.batch_size or eval.batch_size, raise "

@@ -44,7 +44,7 @@ def verdicts(a: Analysis) -> Table:
             reach(r),
             value(r.mean) + below("" if math.isnan(r.sd) else f"± {value(r.sd)}"),
             runs(study, r),
-            f"{r.cost.over(a.row(r.scale, study.baseline).cost).flops:.3g}{TIMES}",
+            _share(r.cost.over(a.row(r.scale, study.baseline).cost).flops),
         )
         for r in a.rows
     ]
@@ -422,7 +422,11 @@ def _p(r: Row) -> str:
 
 
 def _times(r: Row, study: Study, share: float) -> str:
-    return "" if r.arm == study.baseline or math.isnan(share) else f"({share:.3g}{TIMES})"
+    return "" if r.arm == study.baseline or math.isnan(share) else f"({_share(share)})"
+
+
+def _share(x: float) -> str:
+    return MISSING if math.isnan(x) else f"{x:.3g}{TIMES}"
 
 
 def _and(words: Iterable[str]) -> str:
