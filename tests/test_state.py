@@ -284,6 +284,20 @@ def test_dropout_is_reproducible_fresh_each_step_and_the_same_on_every_mesh(plai
     assert losses[0] != losses[1]
 
 
+def test_only_without_dropout_do_seeds_share_a_program():
+    """Another seed drops other values: with a shared step every seed would draw as seed 0."""
+    start, rows = state.create(CONFIG), batch(CONFIG, arrays(0))
+    losses = {}
+    for dropout in (0.0, 0.2):
+        configs = [dataclasses.replace(configure(dropout=dropout), seed=s) for s in (0, 1)]
+        steps = [state.make_train_step(c) for c in configs]
+        assert (steps[0] is steps[1]) == (dropout == 0)
+        losses[dropout] = {
+            float(step(jax.tree.map(jnp.copy, start), rows)[1]["loss"]) for step in steps
+        }
+    assert [len(found) for found in losses.values()] == [1, 2]
+
+
 # --- skipping and averaging -----------------------------------------------------------------
 
 
