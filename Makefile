@@ -9,9 +9,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The ends of requires-python.
-OLDEST_PYTHON ?= python3.11
-NEWEST_PYTHON ?= python3.13
+# The ends of requires-python; uv finds these interpreters, or downloads them.
+OLDEST_PYTHON ?= 3.11
+NEWEST_PYTHON ?= 3.13
 
 # Files of tests go to so many processes, of some 3 GB each.
 JOBS ?= 2
@@ -52,16 +52,18 @@ lanes: .lanes/oldest .lanes/newest
 	for lane in oldest newest; do JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.lanes/cache-$$lane \
 		.lanes/$$lane/bin/python -m pytest $(PARALLEL) || exit; done
 
-.lanes/oldest: PYTHON = $(OLDEST_PYTHON)
+.lanes/oldest: VERSION = $(OLDEST_PYTHON)
 .lanes/oldest: RESOLUTION = lowest-direct
-.lanes/newest: PYTHON = $(NEWEST_PYTHON)
+.lanes/newest: VERSION = $(NEWEST_PYTHON)
 .lanes/newest: RESOLUTION = highest
-.lanes/oldest .lanes/newest: pyproject.toml
-	rm -rf $@
+.lanes/oldest .lanes/newest: pyproject.toml | .lanes/uv
+	.lanes/uv/bin/uv venv --quiet --clear --python $(VERSION) $@
+	.lanes/uv/bin/uv pip install --quiet --python $@ --resolution $(RESOLUTION) --editable '.[test]'
+	@touch $@
+
+.lanes/uv:
 	$(PYTHON) -m venv $@
 	$@/bin/python -m pip install --quiet uv
-	$@/bin/uv pip install --quiet --python $@ --resolution $(RESOLUTION) --editable '.[test]'
-	@touch $@
 
 # After an intended change of a recipe, of a sharding or of the numerics: write what the tests
 # compare with anew, and read the difference before committing it.
