@@ -369,7 +369,7 @@ def over_members(devices: Sequence[jax.Device]) -> NamedSharding:
     return NamedSharding(mesh, P("member"))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def make_step(
     config: Config, split: NamedSharding
 ) -> Callable[..., tuple[state.TrainState, state.Metrics]]:

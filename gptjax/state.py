@@ -119,7 +119,7 @@ def make_train_step(
     return _jitted_update(config if config.model.dropout else dataclasses.replace(config, seed=0))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _jitted_update(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     return jax.jit(functools.partial(update, config), donate_argnums=0)
 
