@@ -321,8 +321,10 @@ class Checkpoints:
         """Frees what a failed save wrote; the error to raise, in a user's words where it is his."""
         if jax.process_index() == 0:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-        # Tensorstore words a failed system call as a ValueError "...: REASON [os_error_code=..".
-        system_error = re.search(r"([^:]+) \[os_error_code", str(error))
+        # Tensorstore words a failed system call as a ValueError "...: REASON [os_error_code=..",
+        # before 0.1.86 with [source locations=..] between the two.
+        words = r"([^:]+?) \[(?:source locations='[^']*'\] \[)?os_error_code"
+        system_error = re.search(words, str(error))
         if system_error is None and not isinstance(error, OSError):
             return error
         reason = system_error[1].strip() if system_error else error.strerror or str(error)  # type: ignore[attr-defined]
