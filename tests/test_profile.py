@@ -327,7 +327,8 @@ def test_a_full_disk_is_told_and_nothing_stays(small_disk: Path) -> None:
         profiler.stop(1, None)
     assert list((small_disk / "profile").iterdir()) == []
     filler.unlink()
-    jax.profiler.stop_trace()  # which jax would still hold for the other tests
+    with contextlib.suppress(RuntimeError):  # jax 0.10 still holds it, newer ones do not
+        jax.profiler.stop_trace()
 
 
 def test_the_command_refuses_wrong_steps_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
