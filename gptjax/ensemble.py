@@ -398,6 +398,7 @@ def _update_all(config: Config, split: NamedSharding, *members: Any) -> Any:
         train_state: state.TrainState, batch: Batch[jax.Array], knobs: dict[str, jax.Array]
     ) -> tuple[state.TrainState, state.Metrics]:
         update = functools.partial(state.update, _with(config, knobs))
+        # A function of its own in the program, by whose text finished groups are known.
         return jax.jit(update)(train_state, batch)
 
     cpu = split.mesh.devices.flat[0].platform == "cpu"

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,7 +30,6 @@ from tests import tiny
 from tests.child import Child
 from tests.test_loop import timeless
 
-DEVICES = jax.devices()
 LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 
 

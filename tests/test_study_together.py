@@ -37,8 +37,7 @@ runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]), together=4)
 @pytest.fixture(scope="module", autouse=True)
 def two_devices() -> Iterator[None]:
     """Over which the members of a group are split."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: tiny.devices()[:2])
+    with tiny.seeing(2):
         yield
 
 

@@ -11,10 +11,13 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import pytest
 
 from gptjax import configure, sharding
 from gptjax.config import Config, Data, Mesh, Model, Optim, Sample, Train
@@ -66,6 +69,14 @@ def axes(**sizes: int | None) -> Mesh:
 
 # All eight: tests see the first alone as `jax.devices()`, unless they ask for `eight_devices`.
 devices = jax.devices
+
+
+@contextmanager
+def seeing(count: int) -> Iterator[None]:
+    """Commands see so many of the devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: devices(*backend)[:count])
+        yield
 
 
 def mesh(**sizes: int) -> jax.sharding.Mesh:

@@ -336,13 +336,14 @@ def _cost(config: Config, outcomes: Sequence[Outcome]) -> Cost:
 
     try:
         flops_per_token = accounting.train_flops_per_token(config.model, causal=True)
+        flops = equalise.flops(config)
     except accounting.Uncountable:
-        flops_per_token = math.nan
+        flops_per_token = flops = math.nan
     return Cost(
         equalise.parameters(config),
         flops_per_token,
         equalise.tokens(config),
-        equalise.tokens(config) * flops_per_token,
+        flops,
         median("tokens_per_second"),
         median("compile_seconds"),
         median("program_bytes"),
