@@ -69,9 +69,10 @@ def get_config() -> ConfigDict:
     m.scan_layers = False  # one compiled block for all layers: compiles faster, runs slower on CPU
     m.remat = "none"  # none | dots | attention | full: memory for recomputation
     m.dtype = "float32"  # of activations, or bfloat16; parameters, softmax and loss stay float32
-    # How projections and feed-forward round what they multiply: as dtype, or to 8 bits, which is for
-    # training on GPUs that have it. A tensor has one scale, so rows of a batch then share it.
-    m.products = "dtype"  # dtype | fp8
+    # How what is multiplied is rounded. fp8: projections and feed-forward, for training on GPUs that
+    # have it; a tensor has one scale, which rows of a batch then share. int8: those, token table and
+    # logits, for models that are trained; weights then take a byte each while text is generated.
+    m.products = "dtype"  # dtype | fp8 | int8
 
     c.optim = o = ConfigDict()
     o.optimizer = "adamw"  # adamw | lion | adafactor | muon | schedule_free

@@ -26,6 +26,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
+from gptjax.layers.linear import keep
+from gptjax.layers.parameter import Scaled, Spec
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -130,7 +132,7 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters as every step of `stream` uses them: matrices cast, layers apart."""
+    """Parameters as every step of `stream` uses them: matrices cast or rounded, layers apart."""
 
     params: Params
 
@@ -139,9 +141,12 @@ class Weights(NamedTuple):
 @sharding.phase("decoding")
 def cast(config: Model, params: Params) -> Weights:
     """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
-    dtype = lambda spec: jnp.float32 if spec.role in ("gain", "bias") else config.dtype  # noqa: E731
+
+    def store(parameter: jax.Array, spec: Spec) -> jax.Array | Scaled:
+        dtype = jnp.float32 if spec.kind == "vector" else config.dtype
+        return keep(config.products, spec, parameter.astype(dtype))
+
     specs = gpt.abstract_params(config)
-    store = lambda p, s: sharding.store(p.astype(dtype(s)), s.dims)  # noqa: E731
     return Weights(gpt.split_layers(config, jax.tree.map(store, params, specs)))
 
 
@@ -341,8 +346,8 @@ def stream(
     whole = min(config.context, _round_up(longest + most))
     size = whole if kept is None else config.context
     check_length(config, longest + most)
-    # A product of one row in bfloat16 takes XLA ten times as long on CPUs as one of two rows.
-    fewest = 2 if config.dtype == "bfloat16" else 1
+    # Of one row, a narrow product takes XLA ten times as long on CPUs as of two.
+    fewest = 2 if config.dtype == "bfloat16" or config.products == "int8" else 1
     surplus = sharding.round_up(max(fewest, len(texts)), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     room = _room(longest, size)

@@ -39,8 +39,9 @@ from gptjax.layers.context import (
     check_points,
 )
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
+from gptjax.layers.linear import linear, look_up, on_grid
 from gptjax.layers.norm import NORM, Norm
-from gptjax.layers.parameter import INIT, Declared, draw, parameter
+from gptjax.layers.parameter import INIT, Declared, Scaled, draw, parameter
 from gptjax.layers.position import POSITION
 
 Params = dict[str, Any]
@@ -144,7 +145,7 @@ class Embed(nn.Module):
             name: str, dims: str, rows: int, role: str, ids_BT: jax.Array, to: str
         ) -> jax.Array:
             E = parameter(self, c, name, dims, (rows, c.width), role, fan_in="D")
-            return E.at[ids_BT].get(out_sharding=sharding.out(to))
+            return look_up(c.products, E, role, ids_BT, to, c.dtype)
 
         x_BTD = table("tokens", "VD", c.vocab_size, "embedding", tokens_BT, "BTD")
         if position.learned:
@@ -338,25 +339,33 @@ def hidden(
     return Hidden(x_BTD, cache, tap.heard | heard)
 
 
-def unembedding(config: Model, params: Params) -> tuple[jax.Array, str]:
-    """The output projection, ready for use, and its dims: "DV", or "VD" for the token table."""
-    if config.tied:
-        with jax.named_scope("unembedding"):
-            return sharding.gather(params["embed"]["tokens"], "VD", config.dtype), "VD"
-    return _apply(Unembed(config), params, "unembed"), "DV"
+def unembedding(config: Model, params: Params, x_BTD: jax.Array) -> tuple[jax.Array, Any, str]:
+    """What logits are the product of.
+
+    Returns:
+        The stream that `hidden` returned and the output projection, both rounded as
+        `config.products` says, and the projection's dims: "DV", or "VD" for the token table.
+    """
+    dims, role = ("VD", "embedding") if config.tied else ("DV", "unembedding")
+    with jax.named_scope("unembedding"):
+        if config.tied:
+            kernel = params["embed"]["tokens"]
+            if not isinstance(kernel, Scaled):
+                kernel = sharding.gather(kernel, dims, config.dtype)
+        else:
+            kernel = _apply(Unembed(config), params, "unembed")
+        if isinstance(kernel, Scaled):
+            return x_BTD, kernel, dims  # x is rounded where it meets them
+        x_BTD = on_grid(config.products, x_BTD, role)
+        return x_BTD, on_grid(config.products, kernel, role, dims.index("D")), dims
 
 
 def logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
     """logits_BTV, float32, of the stream that `hidden` returns."""
-    kernel, dims = unembedding(config, params)
+    x_BTD, kernel, dims = unembedding(config, params, x_BTD)
     with jax.named_scope("unembedding"):
-        logits_BTV = jnp.einsum(
-            f"BTD,{dims}->BTV",
-            x_BTD,
-            kernel,
-            preferred_element_type=jnp.float32,
-            out_sharding=sharding.out("BTV"),
-        )
+        products = config.products if isinstance(kernel, Scaled) else "dtype"
+        logits_BTV = linear(f"BTD,{dims}->BTV", x_BTD, kernel, products, jnp.float32)
         cap = config.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
 

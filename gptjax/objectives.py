@@ -60,7 +60,7 @@ def next_token(
         segments_BT=batch.segments,
         dropout_key=dropout_key,
     )
-    kernel, dims = model.unembedding(config.model, params)
+    x_BTD, kernel, dims = model.unembedding(config.model, params, x_BTD)
     with jax.named_scope("loss"):
         sums = cross_entropy(
             x_BTD,

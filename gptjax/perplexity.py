@@ -265,7 +265,7 @@ def batch_nll(
         position_BT=batch.positions,
         segments_BT=batch.segments,
     ).x_BTD
-    kernel, dims = model.unembedding(config, params)
+    x_BTD, kernel, dims = model.unembedding(config, params, x_BTD)
     softcap = config.logit_softcap
     nll_BT, _ = token_nll(x_BTD, kernel, dims, batch.targets, chunk=chunk, softcap=softcap)
     return jax.reshard(nll_BT, P())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 
-from gptjax import decode, model
+from gptjax import decode, trained
 from gptjax.chat import encode as encode_dialogue
 from gptjax.config import Config, ConfigError, UserError
 from gptjax.progress import from_process_0, say
@@ -18,11 +19,34 @@ from gptjax.tokenizer import Tokenizer
 CHUNK = 4  # tokens between two looks at what was made
 
 
-def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list[str]:
+class Speaker(NamedTuple):
+    """A model ready to speak: its settled config, and weights of `decode.cast`."""
+
+    config: Config
+    weights: decode.Weights
+    tokenizer: Tokenizer
+
+
+@contextlib.contextmanager
+def opened(
+    model: trained.Trained, check: Callable[[Config, Tokenizer], object] | None = None
+) -> Iterator[Speaker]:
+    """As `trained.opened`; the parameters are not kept beside the weights."""
+    with trained.opened(model, check) as at_hand:
+        config, tokenizer = at_hand.config, at_hand.tokenizer
+        weights = decode.cast(config.model, at_hand.params)
+        del at_hand
+        yield Speaker(config, weights, tokenizer)
+
+
+def generate(config: Config, weights: decode.Weights, tokenizer: Tokenizer) -> list[str]:
     """Continues `sample.prompt` `sample.batch_size` times, printing the texts.
 
     A single text appears while it is made; of several each appears when all are done. The same
     seed gives the same texts.
+
+    Args:
+        weights: of `decode.cast`, which one cast makes for any number of texts.
 
     Returns:
         The continuations, without the prompt.
@@ -35,7 +59,6 @@ def generate(config: Config, params: model.Params, tokenizer: Tokenizer) -> list
     stops = {*tokenizer.stops}
     if sample.stop is not None:
         stops.add(_one_token(sample.stop, tokenizer))
-    weights = decode.cast(config.model, params)
     if single:
         print_text(sample.prompt, end="")
     texts = _write(config, weights, tokenizer, [ids] * sample.batch_size, stops, live=single)
@@ -50,7 +73,7 @@ def answer(
     """Prints and returns the model's answer to a dialogue, in its own chat template.
 
     Args:
-        weights: of `decode.cast`, which one cast makes for any number of answers.
+        weights: of `decode.cast`.
         dialogue: [{"role": "user", "content": "What is the capital of France?"}, ...].
 
     Raises:

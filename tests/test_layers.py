@@ -26,9 +26,9 @@ from gptjax.layers.attention import (
 )
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
-from gptjax.layers.linear import linear
+from gptjax.layers.linear import PRODUCTS, keep, linear, on_grid
 from gptjax.layers.norm import NORM, HeadNorm, Norm
-from gptjax.layers.parameter import INIT, Spec, draw
+from gptjax.layers.parameter import INIT, Scaled, Spec, draw
 from gptjax.layers.position import alibi_slopes, rope, sinusoid
 from tests import tiny
 
@@ -371,7 +371,7 @@ def test_an_unknown_kernel_is_one_line_with_the_choices():
 # Products.
 
 
-def on_grid(x, mantissa: int, least: int, largest: float) -> np.ndarray:
+def on_floats(x, mantissa: int, least: int, largest: float) -> np.ndarray:
     """x in float64 on a grid of floats, its largest number scaled to the grid's."""
     x = np.asarray(x, np.float64)
     scale = abs(x).max() / largest
@@ -388,30 +388,91 @@ def test_fp8_products_are_those_of_numbers_on_its_grids():
     x, kernel, g = normal(2, 5, 16), normal(16, 4, 8, seed=1), normal(2, 5, 4, 8, seed=2)
     y, pull = jax.vjp(lambda x, k: linear("BTD,DNH->BTNH", x, k, "fp8"), x, kernel)
     for got, equation, a, b in (
-        (y, "BTD,DNH->BTNH", on_grid(x, *E4M3), on_grid(kernel, *E4M3)),
-        (pull(g)[0], "BTNH,DNH->BTD", on_grid(g, *E5M2), on_grid(kernel, *E4M3)),
-        (pull(g)[1], "BTD,BTNH->DNH", on_grid(x, *E4M3), on_grid(g, *E5M2)),
+        (y, "BTD,DNH->BTNH", on_floats(x, *E4M3), on_floats(kernel, *E4M3)),
+        (pull(g)[0], "BTNH,DNH->BTD", on_floats(g, *E5M2), on_floats(kernel, *E4M3)),
+        (pull(g)[1], "BTD,BTNH->DNH", on_floats(x, *E4M3), on_floats(g, *E5M2)),
     ):
         # Float32 sums of 32 products at most, and three roundings of scales.
         most = np.einsum(equation, abs(a), abs(b)).max()
         np.testing.assert_allclose(got, np.einsum(equation, a, b), atol=35 * 2**-24 * most)
 
 
-def test_fp8_products_of_zeros_are_zeros_and_what_is_not_finite_shows():
+def on_integers(x, *summed: int) -> np.ndarray:
+    """x in float64 on 255 even steps, each group along the axes `summed` on steps of its own."""
+    x = np.asarray(x)
+    step = abs(x).max(summed, keepdims=True) / np.float32(127)
+    return np.round(x / step).astype(np.float64) * step
+
+
+def test_int8_products_are_those_of_whole_numbers():
+    """Each token and each output has its own step; gradients are those of what is multiplied."""
+    kernel, g = normal(4, 16, 8, seed=1), normal(2, 5, 8, seed=2)
+    x = normal(2, 5, 4, 16) * np.array([1, 100, 0.01, 7, 3])[:, None, None]
+    # As the attention's output, which sums two dims.
+    y, pull = jax.vjp(lambda x, k: linear("BTNX,NXD->BTD", x, k, "int8"), x, kernel)
+    whole_x, whole_kernel, g_wide = on_integers(x, 2, 3), on_integers(kernel, 0, 1), np.float64(g)
+    for got, equation, a, b in (
+        (y, "BTNX,NXD->BTD", whole_x, whole_kernel),
+        (pull(g)[0], "BTD,NXD->BTNX", g_wide, whole_kernel),
+        (pull(g)[1], "BTNX,BTD->NXD", whole_x, g_wide),
+    ):
+        # Of y only the scales and their product are rounded, of gradients sums of at most 10.
+        most = np.einsum(equation, abs(a), abs(b))
+        np.testing.assert_array_less(abs(got - np.einsum(equation, a, b)), 14 * 2**-24 * most)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_a_parameter_that_is_kept_rounded_gives_the_same_products(products):
+    """Of one layer of a stack, whose layers share no scale."""
+    x = normal(2, 5, 16)
+    for role, fan_in, equation in (
+        ("matrix", "D", "BTD,DNH->BTNH"),
+        ("unembedding", "D", "BTD,DV->BTV"),
+        ("embedding", "D", "BTD,VD->BTV"),
+    ):
+        dims = equation.replace("->", ",").split(",")[1]
+        kernel = normal(3, *({"D": 16, "N": 4, "H": 8, "V": 12}[d] for d in dims), seed=1)
+        kernel = kernel * jnp.arange(1, 4).reshape(3, *(1 for _ in dims))
+        spec = Spec(kernel.shape[1:], dims, 0.0, 1.0, role, fan_in).stacked(3)
+        kept = jax.tree.map(lambda k: k[1], keep(products, spec, kernel))
+        rounds = role in PRODUCTS[products].roles
+        assert isinstance(kept, Scaled) == rounds
+        name = products if rounds else "dtype"
+        got, want = (linear(equation, x, k, name) for k in (kept, kernel[1]))
+        # The same numbers of 8 bits; XLA may divide a vector of scales and one scale differently,
+        # by a last bit, and each result is rounded twice more.
+        np.testing.assert_allclose(got, want, rtol=3 * 2**-23 if rounds else 0)
+        if rounds:
+            assert kept.values.dtype.itemsize == 1
+            assert (got != linear(equation, x, kernel[1])).any()
+
+
+def test_what_is_rounded_for_logits_has_the_gradient_of_what_it_was():
+    x = normal(2, 5, 16)
+    np.testing.assert_allclose(on_grid("int8", x, "embedding"), on_integers(x, 2), rtol=2**-22)
+    y, pull = jax.vjp(lambda x: on_grid("int8", x, "embedding"), x)
+    assert (y != x).any()
+    np.testing.assert_array_equal(pull(3 * x)[0], 3 * x)
+    assert on_grid("fp8", x, "embedding") is x
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_rounded_products_of_zeros_are_zeros_and_what_is_not_finite_shows(name):
     x, kernel = normal(1, 3, 8), normal(8, 4, seed=1)
-    product = jax.jit(lambda x, kernel: linear("BTD,DF->BTF", x, kernel, "fp8"))
+    product = jax.jit(lambda x, kernel: linear("BTD,DF->BTF", x, kernel, name))
     assert (product(0 * x, kernel) == 0).all() and (product(x, 0 * kernel) == 0).all()
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         assert jnp.isnan(product(x.at[0, 1, 2].set(bad), kernel)).any()
     assert product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_fp8_products_on_a_mesh_are_those_of_one_device():
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_rounded_products_on_a_mesh_are_those_of_one_device(name):
     inputs = normal(4, 6, 16), normal(16, 8, seed=1), normal(4, 6, 8, seed=2)
 
     @jax.jit
     def run(x, kernel, g):
-        y, pull = jax.vjp(lambda x, k: linear("BTD,DF->BTF", x, k, "fp8"), x, kernel)
+        y, pull = jax.vjp(lambda x, k: linear("BTD,DF->BTF", x, k, name), x, kernel)
         return y, *pull(g)
 
     expected = run(*inputs)

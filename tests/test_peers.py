@@ -46,6 +46,7 @@ RESULTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("decode", "gptjax"): [
         {"tokens/s, batch 1": 10.0 * n, "tokens/s, batch 8": 80} for n in (1, 2, 3)
     ],
+    ("decode", "gptjax int8"): [{"tokens/s, batch 1": 40, "tokens/s, batch 8": 160}] * 3,
     ("decode", "transformers"): [{"tokens/s, batch 1": 5, "tokens/s, batch 8": 40}] * 3,
     ("decode", "llama.cpp"): [{"absent": "xllamacpp is not installed"}],
 }
@@ -81,6 +82,7 @@ def test_the_results_are_those_of_the_turns(
         # 1,050 tokens/s of 5 MFLOP, of 200 GFLOP/s.
         "| a | train: MFU, % | gptjax | 2.625 | 2.250 to 3.750 |  |",
         "| a | decode: tokens/s, batch 1 | transformers | 5.000 | 5.000 to 5.000 | 4.00 (2.00 to 6.00) |",
+        "| a | decode: tokens/s, batch 8 | gptjax int8 | 160.0 | 160.0 to 160.0 | 0.50 (0.50 to 0.50) |",
         # 20 GB/s of 0.5 GB, for each of 8 texts.
         "| a | decode: tokens/s, batch 8 | bound, float32 | 320.0 | 320.0 to 320.0 | 0.25 (0.25 to 0.25) |",
         "absent: a, decode, llama.cpp: xllamacpp is not installed",

@@ -38,6 +38,10 @@ def configure(**sample: Any) -> Config:
 PARAMS = jax.device_get(model.init(configure().model, 0))
 
 
+def written(config: Config, tokenizer: tokenizer.Tokenizer) -> list[str]:
+    return speak.generate(config, decode.cast(config.model, PARAMS), tokenizer)
+
+
 def generate(**sample: Any) -> tuple[list[str], str, str]:
     """The texts, and what was printed on standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
@@ -46,7 +50,7 @@ def generate(**sample: Any) -> tuple[list[str], str, str]:
         redirect_stdout(out),
         redirect_stderr(err),
     ):
-        texts = speak.generate(configure(**sample), PARAMS, BYTES)
+        texts = written(configure(**sample), BYTES)
     return texts, out.getvalue(), err.getvalue()
 
 
@@ -95,7 +99,7 @@ def test_a_text_ends_before_any_token_that_ends_one() -> None:
     own = dataclasses.replace(BYTES, stops=BYTES.stops | {*BYTES.encode(stop)})
     with jax.set_mesh(tiny.mesh(data=8)), redirect_stdout(io.StringIO()):
         for sample in ({}, {"stop": "\x00"}):
-            assert speak.generate(configure(**sample), PARAMS, own) == [whole[: whole.index(stop)]]
+            assert written(configure(**sample), own) == [whole[: whole.index(stop)]]
 
 
 @pytest.mark.parametrize("prompts", [[], ()])
@@ -253,7 +257,7 @@ def test_what_cannot_be_generated() -> None:
             speak.check_sample(configure(**sample), BYTES)
         out = io.StringIO()
         with pytest.raises(ConfigError, match=message), redirect_stdout(out):
-            speak.generate(configure(**sample), PARAMS, BYTES)
+            written(configure(**sample), BYTES)
         assert not out.getvalue()
 
 
@@ -294,6 +298,6 @@ def test_a_text_appears_while_it_is_made(monkeypatch: pytest.MonkeyPatch, proces
     monkeypatch.setattr(decode, "stream", stream)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     with redirect_stdout(out):
-        assert speak.generate(configure(), PARAMS, BYTES) == [CHINESE]
+        assert written(configure(), BYTES) == [CHINESE]
     # Of several processes one writes; all have the text.
     assert out.getvalue() == ("" if process else f"the {CHINESE}\n")

@@ -295,7 +295,9 @@ def test_who_overrides_whom() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_study_of_the_project_resolves(path: Path) -> None:
     found = load(path)
-    assert found.name == path.stem and found.hypothesis and found.seeds >= 3
+    assert found.name == path.stem and found.hypothesis
+    # A law is fitted to all runs of a ladder, and the place of a best rate needs no verdict.
+    assert found.seeds >= (1 if found.name in ("ladder", "transfer") else 3)
     first = next(iter(cross(found.tune).values()), {})
     decide = cells(found, {(scale, arm): first for scale in found.scales for arm in found.all_arms})
     assert len(decide) == len(found.scales) * (1 + len(found.arms)) * found.seeds

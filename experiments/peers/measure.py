@@ -209,7 +209,8 @@ def gptjax_model(job: Job) -> Iterator[tuple[Any, Any]]:
     source = trained.find(Path(job["folder"], "model"))
     assert source.source is not None
     with gptjax_started(source.config.mesh):
-        config = dataclasses.replace(setup.settle(source.config).model, dtype=job["dtype"])
+        knobs = {"dtype": job["dtype"], "products": job.get("products", "dtype")}
+        config = dataclasses.replace(setup.settle(source.config).model, **knobs)
         yield config, pretrained.load(source.source).params
 
 
@@ -576,6 +577,10 @@ def seeds_gptjax(job: Job) -> Result:
     return {"times one after another": bench_ensemble.compare(gptjax_config(job), turns)}
 
 
+def in_int8(measure: Callable[[Job], Result]) -> Callable[[Job], Result]:
+    return lambda job: measure(job | {"products": "int8"})
+
+
 MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
     "device": {"gptjax": device_gptjax},
     "limits": {"jax": limits_jax, "PyTorch": limits_torch},
@@ -583,11 +588,16 @@ MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
     "train": {"gptjax": train_gptjax, "nanoGPT": train_nanogpt, "plain PyTorch": train_plain},
     "decode": {
         "gptjax": decode_gptjax,
+        "gptjax int8": in_int8(decode_gptjax),
         "transformers": decode_transformers,
         "llama.cpp": decode_llamacpp,
     },
     "seeds": {"gptjax": seeds_gptjax},
-    "score": {"gptjax": score_gptjax, "transformers": score_transformers},
+    "score": {
+        "gptjax": score_gptjax,
+        "gptjax int8": in_int8(score_gptjax),
+        "transformers": score_transformers,
+    },
     "tokenise": {"gptjax": tokenise_gptjax, "tiktoken": tokenise_tiktoken},
 }
 

@@ -25,9 +25,10 @@ What is measured:
   tokenise  bytes/s with GPT-2's vocabulary: gptjax writes a whole token store, on all cores;
             tiktoken encodes in memory, on one.
 
-Decoding and scoring use GPT-2 of the shape with random weights, or --model. Of the peers, what is
+Decoding and scoring use GPT-2 of the shape with random weights, or --model; gptjax does both in
+`model.products=int8` as well. Of the peers, what is
 not installed is left out and named: `pip install -e ".[peers]"` gets all but nanoGPT, of which
-you make a checkout. All of it runs on the CPU, in float32; `gpu.py` measures a GPU.
+you make a checkout. The rest runs in float32, all of it on the CPU; `gpu.py` measures a GPU.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def draw(record: dict[str, Any], picture: Path) -> None:
         bars = [row for row in rows if (row.subject, row.what) == (subject, what)][::-1]
         middles = [bar.median for bar in bars]
         reach = [[b.median - b.least for b in bars], [b.most - b.median for b in bars]]
-        colours = ["C0" if bar.side == "gptjax" else "C7" for bar in bars]
+        colours = ["C0" if bar.side.startswith("gptjax") else "C7" for bar in bars]
         axis.barh([bar.side for bar in bars], middles, xerr=reach, color=colours)
         axis.set_title(f"{subject}: {what}", fontsize=9)
     machine = record["machine"]

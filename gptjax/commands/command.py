@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from gptjax import heap
 from gptjax.config import UserError
 from gptjax.places import cache, expand
 
@@ -55,6 +56,7 @@ def prepare_jax(distributed: str | None) -> None:
         UserError: if it cannot start, which is told in a line.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    heap.share()
     try:
         import jax
 

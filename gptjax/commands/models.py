@@ -20,7 +20,7 @@ from gptjax.places import expand
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     trained_model = model_of(arguments, overrides)
-    from gptjax import speak, trained
+    from gptjax import speak
 
     config = trained_model.config
     if arguments.prompt is not None:
@@ -28,8 +28,8 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config = dataclasses.replace(config, sample=sample)
     if arguments.seed is not None:
         config = dataclasses.replace(config, seed=arguments.seed)
-    with trained.opened(trained_model._replace(config=config), speak.check_sample) as model:
-        speak.generate(model.config, model.params, model.tokenizer)
+    with speak.opened(trained_model._replace(config=config), speak.check_sample) as speaker:
+        speak.generate(*speaker)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -41,16 +41,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def ask(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     trained_model = model_of(arguments, overrides)
-    from gptjax import decode, speak, trained
+    from gptjax import speak
 
     system = speak.system_turn(arguments.system)
     dialogues = [[*system, {"role": "user", "content": q}] for q in arguments.questions]
     check = functools.partial(speak.check_dialogues, dialogues=dialogues)
-    with trained.opened(trained_model, check) as model:
-        weights = decode.cast(model.config.model, model.params)
+    with speak.opened(trained_model, check) as speaker:
         for question, dialogue in zip(arguments.questions, dialogues, strict=True):
             speak.print_text(f"> {question}")
-            speak.answer(model.config, weights, model.tokenizer, dialogue)
+            speak.answer(*speaker, dialogue)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +65,11 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     trained_model = model_of(arguments, overrides)
-    from gptjax import decode, speak, trained
+    from gptjax import speak
 
     check = functools.partial(speak.check_chat, system=arguments.system)
-    with trained.opened(trained_model, check) as model:
-        weights = decode.cast(model.config.model, model.params)
-        speak.chat(model.config, weights, model.tokenizer, arguments.system)
+    with speak.opened(trained_model, check) as speaker:
+        speak.chat(*speaker, arguments.system)
 
 
 def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -31,7 +31,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import configure, loop, profile, setup, speak, trained
+    from gptjax import configure, decode, loop, profile, setup, speak, trained
     from gptjax.sharding import make_mesh
 
     steps = profile.parse_steps(arguments.profile)
@@ -45,7 +45,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
         else:
-            speak.generate(setup.settle(config), params, setup.load_tokenizer(config))
+            config = setup.settle(config)
+            weights = decode.cast(config.model, params)
+            speak.generate(config, weights, setup.load_tokenizer(config))
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

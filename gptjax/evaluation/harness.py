@@ -8,6 +8,7 @@ plain text.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -92,20 +93,21 @@ class Harness(LM):
         prompts = [self._begin + self._tokenizer.encode(request.args[0]) for request in requests]
         key = lambda i: (repr(requests[i].args[1]), -len(prompts[i]))  # noqa: E731
         order = sorted(range(len(requests)), key=key)
-        weights = decode.cast(self._config.model, self._params)
         with Progress("generate_until", len(requests), transient=True) as progress:
             for _, group in itertools.groupby(order, key=lambda i: key(i)[0]):
                 for batch in _cut(list(group), self._config.eval.batch_size):
                     settings = requests[batch[0]].args[1]
                     # A prompt asked twice is drawn twice.
                     seed = (self._config.seed + batch[0]) % 2**32
-                    continuations = self._write(
-                        weights, [prompts[i] for i in batch], settings, seed
-                    )
+                    continuations = self._write([prompts[i] for i in batch], settings, seed)
                     for i, text in zip(batch, continuations, strict=True):
                         texts[i] = text
                     progress.advance(len(batch))
         return texts
+
+    @functools.cached_property
+    def _weights(self) -> decode.Weights:
+        return decode.cast(self._config.model, self._params)
 
     def _score(self, description: str, requests: Sequence[Request]) -> list[Likelihood]:
         with Progress(description, len(requests), transient=True) as progress:
@@ -119,7 +121,6 @@ class Harness(LM):
 
     def _write(
         self,
-        weights: decode.Weights,
         prompts: list[list[int]],
         settings: dict[str, Any],
         seed: int,
@@ -137,7 +138,7 @@ class Harness(LM):
         specials = set(tokenizer.specials.values())
         for news in decode.stream(
             self._config.model,
-            weights,
+            self._weights,
             [prompt[-room:] for prompt in prompts],
             sample,
             seed=seed,

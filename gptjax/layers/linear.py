@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gptjax import sharding
 from gptjax.config import choose
+from gptjax.layers.parameter import Scaled, Spec
 from gptjax.sharding import like, out
 
 
@@ -17,76 +20,157 @@ class Row(NamedTuple):
 
     Attributes:
         operand: of activations and weights.
-        gradient: of the gradient that comes back.
+        gradient: of the gradient that comes back; None: that stays as it is.
+        apart: whether each token, and each output of a weight, has a scale of its own; else a
+            tensor has one.
+        roles: those of the parameters that are rounded, of `layers.parameter.KIND`.
     """
 
     operand: Any
     gradient: Any
+    apart: bool
+    roles: tuple[str, ...]
 
 
-# Of 8 bits, e4m3 has a finer grid and e5m2 a wider range, which gradients need (Micikevicius et
-# al. 2022, arXiv:2209.05433). A tensor has one scale, by the largest number that it holds just
-# then. GPUs multiply so from Hopper on; elsewhere the same numbers are computed, but slower.
+# GPUs multiply in fp8 from Hopper on; elsewhere the same numbers are computed, but slower.
 PRODUCTS: dict[str, Row] = {
-    "dtype": Row(None, None),  # as model.dtype says
-    "fp8": Row(jnp.float8_e4m3fn, jnp.float8_e5m2),
+    "dtype": Row(None, None, apart=False, roles=()),  # as model.dtype says
+    # For training. Of 8 bits, e4m3 has a finer grid and e5m2 a wider range, which gradients need
+    # (Micikevicius et al. 2022, arXiv:2209.05433). A scale is that of the largest number just then.
+    "fp8": Row(jnp.float8_e4m3fn, jnp.float8_e5m2, apart=False, roles=("matrix", "residual")),
+    # For models that are trained (Dettmers et al. 2022, arXiv:2208.07339, section 2.1, vector-wise
+    # quantisation, without the paper's outliers apart). The token table and logits are rounded too.
+    "int8": Row(
+        jnp.int8, None, apart=True, roles=("matrix", "residual", "embedding", "unembedding")
+    ),
 }
 
 
-class Scaled(NamedTuple):
-    """values * scale; a scale of None is 1."""
-
-    values: jax.Array
-    scale: jax.Array | None  # float32 scalar
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def linear(equation: str, x: jax.Array, kernel: jax.Array, products: str = "dtype") -> jax.Array:
-    """The einsum `equation`, "BTD,DF->BTF", of activations and a parameter ready for use.
-
-    The gradients are the usual ones. jax's own rule writes that of the kernel as (g^T x)^T,
-    here it is x^T g: of products that share an input, XLA then transposes that input once and
-    not each g, which is up to four times as wide.
+def keep(products: str, spec: Spec, parameter: jax.Array) -> jax.Array | Scaled:
+    """A parameter as it is kept where it is only read: rounded once, if products round it.
 
     Args:
         products: a row of `PRODUCTS`.
+        spec: what was declared of it.
+        parameter: its value, of that shape, in the model's dtype.
+    """
+    row = choose(PRODUCTS, products, "model.products")
+    if spec.role not in row.roles:
+        return sharding.store(parameter, spec.dims)
+    summed = spec.fan_in if row.apart else spec.dims[len(spec.stacks) :]
+    rounded = _round(parameter, row.operand, [spec.dims.index(dim) for dim in summed])
+    scale_dims = "".join("1" if dim in summed else dim for dim in spec.dims)
+    return jax.tree.map(sharding.store, rounded, Scaled(spec.dims, scale_dims))  # type: ignore[arg-type]
+
+
+def look_up(
+    products: str, table: jax.Array | Scaled, role: str, ids_BT: jax.Array, dims: str, dtype: Any
+) -> jax.Array:
+    """The rows `ids_BT` of a table of `role`, "BTD", rounded as `products` say of that role."""
+
+    def rows(table: jax.Array | None, dims: str) -> jax.Array:
+        assert table is not None
+        return table.at[ids_BT].get(out_sharding=out(dims))
+
+    if isinstance(table, Scaled):
+        return (rows(table.values, dims) * rows(table.scale, f"{dims[:2]}1")).astype(dtype)
+    return on_grid(products, rows(table, dims), role)
+
+
+def on_grid(products: str, x: jax.Array, role: str, summed: int = -1) -> jax.Array:
+    """A parameter of `role`, or what it meets, rounded as in a product that sums the axis `summed`.
+
+    For what `linear` does not multiply. The gradient is that of x.
+    """
+    row = choose(PRODUCTS, products, "model.products")
+    if role not in row.roles:
+        return x
+    rounded = _wide(_round(x, row.operand, [summed] if row.apart else None), x.dtype)
+    # What is added is 0, and has the gradient 1.
+    return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def linear(
+    equation: str,
+    x: jax.Array,
+    kernel: jax.Array | Scaled,
+    products: str = "dtype",
+    dtype: Any = None,
+) -> jax.Array:
+    """The einsum `equation`, "BTD,DF->BTF", of activations and a parameter ready for use.
+
+    The gradients are the usual ones, of what is multiplied. jax's own rule writes that of the
+    kernel as (g^T x)^T, here it is x^T g: of products that share an input, XLA then transposes
+    that input once and not each g, which is up to four times as wide.
+
+    Args:
+        kernel: one of `keep` has no gradient.
+        products: a row of `PRODUCTS`.
+        dtype: of the result; None is that of x.
 
     Raises:
         ConfigError: on a name that is no row.
     """
-    return _forward(equation, x, kernel, products)[0]
+    return _forward(equation, x, kernel, products, dtype)[0]
 
 
 def _forward(
-    equation: str, x: jax.Array, kernel: jax.Array, products: str
+    equation: str, x: jax.Array, kernel: jax.Array | Scaled, products: str, dtype: Any
 ) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
     row = choose(PRODUCTS, products, "model.products")
-    a, b = _round(x, row.operand), _round(kernel, row.operand)
-    return _multiply(equation, a, b, x.dtype, out(_dims(equation)[2])), (a, b)
+    x_dims, kernel_dims, y_dims = _dims(equation)
+
+    def rounded(array: jax.Array, dims: str) -> Scaled:
+        if row.operand is None:
+            return Scaled(array, None)
+        summed = [i for i, dim in enumerate(dims) if dim not in y_dims]
+        return _round(array, row.operand, summed if row.apart else None)
+
+    a = rounded(x, x_dims)
+    b = kernel if isinstance(kernel, Scaled) else rounded(kernel, kernel_dims)
+    return _multiply(equation, a, b, dtype or x.dtype, out(y_dims)), (a, b)
 
 
 def _backward(
-    equation: str, products: str, residuals: tuple[Scaled, Scaled], g: jax.Array
+    equation: str, products: str, dtype: Any, residuals: tuple[Scaled, Scaled], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     (x, kernel), (x_dims, kernel_dims, y_dims) = residuals, _dims(equation)
-    gradient = _round(g, PRODUCTS[products].gradient)
+    gradient = PRODUCTS[products].gradient
+    if gradient is None:  # scales that differ along a sum cannot be multiplied after it
+        x, kernel = (Scaled(_wide(operand, g.dtype), None) for operand in residuals)
+    g_scaled = Scaled(g, None) if gradient is None else _round(g, gradient, None)
     to_x, to_kernel = f"{y_dims},{kernel_dims}->{x_dims}", f"{x_dims},{y_dims}->{kernel_dims}"
     # Hopper may add products of 8 bits in less than float32, which gradients do not bear.
-    exact = None if gradient.scale is None else jax.lax.Precision.HIGHEST
-    dx = _multiply(to_x, gradient, kernel, g.dtype, like(x.values), exact)
-    dkernel = _multiply(to_kernel, x, gradient, g.dtype, like(kernel.values), exact)
+    exact = None if gradient is None else jax.lax.Precision.HIGHEST
+    dx = _multiply(to_x, g_scaled, kernel, g.dtype, like(x.values), exact)
+    dkernel = _multiply(to_kernel, x, g_scaled, g.dtype, like(kernel.values), exact)
     return dx, dkernel
 
 
-def _round(x: jax.Array, dtype: Any) -> Scaled:
-    """x on the grid of `dtype`, scaled so that its largest number is the dtype's."""
-    if dtype is None:
-        return Scaled(x, None)
+def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
+    """x on the grid of `dtype`, scaled so that its largest number is the dtype's.
+
+    Args:
+        summed: the axes that share a scale, which is kept with a 1 for each; None: all, and the
+            scale is a scalar.
+    """
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    most = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
     wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide))
+    axes = None if summed is None else tuple(summed)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=axes is not None)
     # What is all zeros stays so. What is not finite becomes NaN, and the update is left out.
-    scale = jnp.where(largest == 0, 1.0, largest / float(jnp.finfo(dtype).max))
-    return Scaled((wide / scale).astype(dtype), scale)
+    scale = jnp.where(largest == 0, 1.0, largest / most)
+    scaled = wide / scale
+    return Scaled((jnp.round(scaled) if whole else scaled).astype(dtype), scale)
+
+
+def _wide(x: Scaled, dtype: Any) -> jax.Array:
+    """The numbers that `x` stands for."""
+    if x.scale is None:
+        return x.values
+    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
 
 
 def _multiply(
@@ -97,17 +181,28 @@ def _multiply(
     where: Any,
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
+    whole = jnp.issubdtype(a.values.dtype, jnp.integer)
     y = jnp.einsum(
         equation,
         a.values,
         b.values,
         precision=precision,
-        preferred_element_type=dtype,
+        preferred_element_type=jnp.int32 if whole else dtype,
         out_sharding=where,
     )
     if a.scale is None or b.scale is None:
         return y
-    return (y.astype(jnp.float32) * (a.scale * b.scale)).astype(dtype)
+    a_dims, b_dims, y_dims = _dims(equation)
+    scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
+    return (y.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _along(scale: jax.Array, dims: str, y_dims: str) -> jax.Array:
+    """A scale of an operand `dims`, laid along the dims of the result."""
+    if scale.ndim == 0:
+        return scale
+    sizes = dict(zip(dims, scale.shape, strict=True))
+    return scale.reshape([sizes.get(dim, 1) for dim in y_dims])
 
 
 def _dims(equation: str) -> list[str]:

@@ -17,7 +17,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,19 @@ class Spec:
         )
 
 
+class Scaled(NamedTuple):
+    """values * scale: a parameter, or another operand of a product, rounded to few bits.
+
+    Attributes:
+        values: as many as the tensor has.
+        scale: float32, a scalar, or with the values' dims, where those that share it are 1; None
+            is 1.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+
+
 class Declared(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     """Carries a `Spec` out of Linen's `init`; unboxes to the bare value."""
 
@@ -150,6 +163,8 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
+    One that `layers.linear.keep` has rounded comes as it was kept, `Scaled`, to what can take it.
+
     Args:
         module: the Linen module that owns it.
         config: decides the initial scale and the dtype of use.
@@ -181,6 +196,9 @@ def parameter(
         spec = dataclasses.replace(spec, std=std * config.init_scale)
     # Linen unboxes it: what comes back is the bare value.
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
+    if isinstance(value, Scaled):
+        kept: Any = value
+        return kept
     return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
 
 

@@ -232,10 +232,10 @@ def _sample(outcomes: Sequence[Outcome]) -> None:
         if o.cell.seed or any((o.folder / file).exists() for file in ended):
             continue
         try:
-            opened = trained.opened(trained.Trained(o.folder, o.cell.config))
+            opened = speak.opened(trained.Trained(o.folder, o.cell.config))
             # Shown with the progress: what a command prints is its answer alone.
-            with opened as m, contextlib.redirect_stdout(sys.stderr):
-                texts = speak.generate(m.config, m.params, m.tokenizer)
+            with opened as speaker, contextlib.redirect_stdout(sys.stderr):
+                texts = speak.generate(*speaker)
         except ERRORS as error:  # a sample decides nothing, and must stop no other cell
             if (reason := _reason(error)) is None:
                 raise
