@@ -228,7 +228,7 @@ TOKENIZERS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 # Name -> a folder that ships. shakespeare2k is what `data vocabulary --size=2048` makes of the
-# training part of the built-in plays.
+# training part of shakespeare_complete.
 FOLDERS: dict[str, Path] = {"shakespeare2k": ASSETS / "shakespeare2k"}
 
 

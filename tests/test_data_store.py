@@ -440,6 +440,19 @@ def test_shakespeare_is_eight_whole_plays():
     assert 0 <= characters - int(characters * 0.9) - len(plays[-1]) < 6000
 
 
+def test_all_of_shakespeare_holds_out_what_eight_plays_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
+    more = (ASSETS / "shakespeare_more.txt").read_text(encoding="utf-8").split("<|endoftext|>\n")
+    eight = PLAYS.split("<|endoftext|>\n")
+    assert len(more) == 34 and all("by William Shakespeare" in work[:80] for work in more)
+    titles = [work.partition("\n")[0] for work in (*more, *eight)]
+    assert len(set(titles)) == 42
+    held_out = [open_source(name, BYTES, "val") for name in DATASETS]
+    assert [store.num_tokens for store in held_out] == [103_599 + 2] * 2  # two ends of a text
+    a, b = (store.tokens(0, store.num_tokens) for store in held_out)
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_built_in_texts_are_tokenised_once(name, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
@@ -451,8 +464,8 @@ def test_built_in_texts_are_tokenised_once(name, tmp_path, monkeypatch):
         GPT2.decode_bytes(t for t in s.tokens(0, s.num_tokens).tolist() if t != GPT2.eot)
         for s in (store, val)
     )
-    [path] = DATASETS[name]
-    assert text == path.read_bytes().replace(b"<|endoftext|>\n", b"")
+    files = DATASETS[name].files
+    assert text == b"".join(f.read_bytes() for f in files).replace(b"<|endoftext|>\n", b"")
     assert store.manifest["bytes"] + val.manifest["bytes"] == len(text)
     monkeypatch.setattr(sources_module, "prepare", None)  # a second time would fail
     assert open_source(name, GPT2, "train").fingerprint == store.fingerprint

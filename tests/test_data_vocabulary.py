@@ -124,11 +124,11 @@ def test_transformers_reads_it(folder: Path):
     assert (theirs.eos_token_id, len(theirs)) == (own.eot, own.vocab_size)
 
 
-def test_the_vocabulary_that_ships_is_of_the_training_part_of_the_plays(
+def test_the_vocabulary_that_ships_is_of_the_training_part_of_all_plays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
-    plain, plays = load("bytes"), open_source("shakespeare", load("bytes"), "train")
+    plain, plays = load("bytes"), open_source("shakespeare_complete", load("bytes"), "train")
     ends = plays.document_ends.tolist()
     texts = [plain.decode(plays.tokens(a, b - 1)) for a, b in itertools.pairwise([0, *ends])]
     file = write(tmp_path / "plays.txt", f"{END_OF_TEXT}\n".join(texts))

@@ -116,12 +116,26 @@ def test_two_runs_are_compared(
     assert found["texts"][str(store)]["loss"]["difference"] == 0.0
 
 
+def test_a_knob_of_b_alone_shows_what_it_costs(run: Path, texts: Path, capsys: Any) -> None:
+    words = ["--set", f"plain={texts}/plain.txt"]
+    found = evaluate(capsys, "--compare", run, run, "--b_with", "model.products=int8", *words)
+    assert found["a"]["model_sha256"] == found["b"]["model_sha256"]
+    assert [found[side]["numerics"] for side in "ab"] == ["float32", "float32, products in int8"]
+    d = found["texts"]["plain"]["loss"]
+    alone = evaluate(capsys, f"--workdir={run}", "--config.model.products=int8", *words)
+    assert d["b"] == pytest.approx(alone["scores"]["plain"]["loss"], rel=1e-12)
+    # Each number is rounded by at most 1/254 of the largest beside it.
+    assert 0 < abs(d["difference"]) < 0.01
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         ([], "either --workdir=DIR or --compare DIR DIR"),
         (["--workdir={run}", "--compare", "{run}", "{run}"], "either --workdir=DIR or --compare"),
         (["--compare", "{run}", "{run}", "--config=configs/base.py"], "leave --config out"),
+        (["--workdir={run}", "--b_with", "model.products=int8"], "give two folders by --compare"),
+        (["--compare", "{run}", "{run}", "--b_with", "model.product=x"], "model.product"),
         (["--workdir={run}", "--set", "plain.txt"], "is not NAME=PATH"),
         (["--workdir={run}", "--set", "a={texts}/none.txt"], "none.txt is no file"),
         (["--workdir={run}", "--set", "a={texts}/empty.txt"], "empty.txt holds no text to score"),

@@ -77,6 +77,8 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
     if arguments.compare and arguments.config:
         raise UserError("--compare evaluates each run by its own config: leave --config out")
+    if arguments.b_with and not arguments.compare:
+        raise UserError("--b_with sets knobs of B: give two folders by --compare")
     check_outputs(arguments)
     prepare_jax(arguments.distributed)
     import jax
@@ -86,7 +88,11 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.report.page import write
 
     workdirs = arguments.compare or [arguments.workdir]
-    models = [trained.find(w, arguments.config, overrides) for w in workdirs]
+    of_b = [f"--config.{knob}" for knob in arguments.b_with]
+    models = [
+        trained.find(w, arguments.config, [*overrides, *more])
+        for w, more in zip(workdirs, ([], of_b), strict=False)
+    ]
     sets = texts.parse_sets(arguments.set)
     how = texts.Reading(arguments.text_key, arguments.domain_key, arguments.detokenizer)
     if not sets and how != texts.Reading():
@@ -117,6 +123,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=expand, help=WORKDIR)
     parser.add_argument(
         "--compare", type=expand, nargs=2, metavar=("A", "B"), help="two models' folders instead"
+    )
+    parser.add_argument(
+        "--b_with",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KNOB=VALUE",
+        help="knobs of B alone, such as model.products=int8; A and B may then be one folder",
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help=RECIPE)
     parser.add_argument(
@@ -309,6 +323,7 @@ convention is config.eval: context, stride, prefix, documents, max_tokens.
   eval --workdir=runs/mine --config.eval.stride=64
   eval --workdir=runs/mine --set wiki=wiki.test.raw web=web.jsonl --html=report.html
   eval --compare runs/mine runs/other --set wiki=wiki.test.raw
+  eval --compare models/smollm2 models/smollm2 --b_with model.products=int8 --set wiki=wiki.test.raw
 
 {OVERRIDES}""",
     ),

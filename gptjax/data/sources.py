@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax.config import UserError
 from gptjax.data.prepare import SPLITS, prepare
@@ -11,9 +12,25 @@ from gptjax.data.store import MANIFEST, Store
 from gptjax.places import cache, expand
 from gptjax.tokenizer import ASSETS, Tokenizer
 
-# Name -> files of a text small enough to ship. The last tenth is held out.
-DATASETS: dict[str, tuple[Path, ...]] = {
-    "shakespeare": (ASSETS / "shakespeare.txt",),
+
+class Dataset(NamedTuple):
+    """A text small enough to ship.
+
+    Attributes:
+        files: read in this order.
+        val_fraction: the share of its characters that is held out, at its end.
+    """
+
+    files: tuple[Path, ...]
+    val_fraction: float
+
+
+# Both hold out The Tempest and the last scenes before it, 103,599 characters.
+DATASETS: dict[str, Dataset] = {
+    "shakespeare": Dataset((ASSETS / "shakespeare.txt",), 0.1),  # eight plays
+    "shakespeare_complete": Dataset(
+        (ASSETS / "shakespeare_more.txt", ASSETS / "shakespeare.txt"), 103_598.5 / 5_052_189
+    ),
 }
 
 
@@ -53,9 +70,9 @@ def open_source(name_or_path: str, tokenizer: Tokenizer, split: str) -> Store:
 
 def _cached(name: str, tokenizer: Tokenizer) -> Path:
     """The folder of a built-in text's store, made where it is not there yet."""
-    files = list(DATASETS[name])
+    files, val_fraction = DATASETS[name]
     text = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     folder = cache() / f"{name}-{tokenizer.fingerprint[:12]}-{text[:12]}"
     if not folder.is_dir():
-        prepare(files, folder, tokenizer.name)
+        prepare(list(files), folder, tokenizer.name, val_fraction)
     return folder

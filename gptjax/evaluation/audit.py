@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import model, setup, trained
+from gptjax.config import Model
 from gptjax.data.sources import open_source
 from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
 from gptjax.evaluation.texts import Reading, Text, open_text
@@ -32,6 +33,7 @@ class Audit:
     step: int
     parameters: int
     model_sha256: str
+    numerics: str
     tokenizer: Tokenizer
     scored: dict[str, Scored]  # by the texts' names
 
@@ -72,9 +74,15 @@ def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
             step,
             sum(leaf.size for leaf in leaves),
             fingerprint(params),
+            numerics(config.model),
             tokenizer,
             scored,
         )
+
+
+def numerics(config: Model) -> str:
+    """How a model computes: "float32", "bfloat16, products in int8"."""
+    return config.dtype + ("" if config.products == "dtype" else f", products in {config.products}")
 
 
 def fingerprint(params: model.Params) -> str:
@@ -99,13 +107,14 @@ def fingerprint(params: model.Params) -> str:
 
 
 def identity(audit: Audit) -> dict[str, Any]:
-    """Model, tokenizer and convention."""
+    """Model, how it computes, tokenizer and convention."""
     convention = next(iter(audit.scored.values())).convention
     return {
         "workdir": audit.workdir,
         "step": audit.step,
         "parameters": audit.parameters,
         "model_sha256": audit.model_sha256,
+        "numerics": audit.numerics,
         "tokenizer": audit.tokenizer.name,
         "tokenizer_sha256": audit.tokenizer.fingerprint,
         "convention": asdict(convention),

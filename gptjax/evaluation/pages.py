@@ -148,6 +148,7 @@ def _model(identity: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("model", f"{identity['workdir']}, step {identity['step']:,}"),
         ("parameters", f"{identity['parameters']:,}, sha256 {identity['model_sha256']}"),
+        ("computed in", identity["numerics"]),
         ("tokenizer", f"{identity['tokenizer']}, sha256 {identity['tokenizer_sha256']}"),
         ("convention", convention(identity)),
     ]

@@ -124,6 +124,7 @@ def _identified(label: str, identity: dict[str, Any]) -> str:
     return (
         f"{label}: {identity['workdir']}, step {identity['step']:,}, "
         f"{identity['parameters']:,} parameters, sha256 {identity['model_sha256'][:16]}; "
+        f"{identity['numerics']}; "
         f"tokenizer {identity['tokenizer']}, sha256 {identity['tokenizer_sha256'][:16]}"
     )
 

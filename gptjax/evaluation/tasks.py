@@ -338,6 +338,7 @@ def evaluate(
         "step": step,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "model_sha256": audit.fingerprint(params),
+        "numerics": audit.numerics(config.model),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.fingerprint,
         "context": config.model.context,
@@ -389,7 +390,8 @@ def show(record: dict[str, Any]) -> None:
     """Prints what `evaluate` returns."""
     print(
         f"{record['workdir']}, step {record['step']:,}, {record['parameters']:,} parameters, "
-        f"sha256 {record['model_sha256'][:16]}; tokenizer {record['tokenizer']}, "
+        f"sha256 {record['model_sha256'][:16]}; {record['numerics']}; "
+        f"tokenizer {record['tokenizer']}, "
         f"sha256 {record['tokenizer_sha256'][:16]}; context {record['context']:,}"
     )
     for name, t in record["tasks"].items():
