@@ -2,11 +2,11 @@
 
 Source:   what won the studies of experiments/ (RoPE, SwiGLU, QK-norm at a high rate, Muon), and a
           vocabulary of 2,048 tokens that was trained on the training part of the works: GPT-2's
-          would hold nearly all parameters. Sized for five minutes on two free cores; see
+          would hold nearly all parameters. Sized for ten minutes of CPU time; see
           "The default recipe" in experiments/README.md.
 Command:  make train
           python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
-Expected: 2.2 bits/byte on the held-out play.
+Expected: 2.19 bits/byte on the held-out play.
 """
 
 from ml_collections import ConfigDict
@@ -25,8 +25,8 @@ def get_config() -> ConfigDict:
     m.qk_norm, m.init = True, "zero_out"
 
     o = c.optim
-    o.optimizer, o.peak_lr = "muon", 1.5e-2
-    o.schedule, o.decay_fraction, o.final_lr_fraction = "wsd", 0.6, 0.0
+    o.optimizer, o.peak_lr = "muon", 2e-2
+    o.schedule, o.decay_fraction, o.final_lr_fraction = "wsd", 0.9, 0.0
 
     c.train.steps = 1800
     c.train.eval_every = c.train.checkpoint_every = 450
