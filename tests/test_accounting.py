@@ -204,7 +204,7 @@ def counted_per_token(model: Model, chunk: int | None = None) -> float:
 
     def loss(params, tokens_BT):
         x_BTD = gpt.hidden(model, params, tokens_BT).x_BTD
-        kernel, dims = gpt.unembedding(model, params)
+        x_BTD, kernel, dims = gpt.unembedding(model, params, x_BTD)
         weights_BT = jnp.ones(tokens_BT.shape)
         return cross_entropy(
             x_BTD, kernel, dims, tokens_BT, weights_BT, chunk=chunk, softcap=None, z_loss=0.0

@@ -289,7 +289,7 @@ def test_a_kernel_in_the_model(name, monkeypatch):
 def loss_and_gradients(config, params, tokens_BT, positions_BT=None):
     def loss(params):
         x_BTD = gpt.hidden(config, params, tokens_BT, position_BT=positions_BT)[0]
-        kernel, dims = gpt.unembedding(config, params)
+        x_BTD, kernel, dims = gpt.unembedding(config, params, x_BTD)
         ones_BT = jnp.ones_like(tokens_BT)
         return cross_entropy(
             x_BTD, kernel, dims, tokens_BT, ones_BT, chunk=None, softcap=None, z_loss=1e-3

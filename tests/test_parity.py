@@ -166,7 +166,7 @@ def test_logits_and_gradients_are_those_of_transformers(name):
 
     def loss(params: gpt.Params) -> tuple[jax.Array, jax.Array]:
         x_BTD = gpt.hidden(model, params, TOKENS).x_BTD
-        kernel, dims = gpt.unembedding(model, params)
+        x_BTD, kernel, dims = gpt.unembedding(model, params, x_BTD)
         weights_BT = jnp.ones((B, T)).at[:, -1].set(0)
         sums = cross_entropy(
             x_BTD, kernel, dims, jnp.roll(TOKENS, -1, axis=1), weights_BT,
