@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
     o = c.optim
     o.optimizer, o.peak_lr = "muon", 2e-2
-    o.schedule, o.decay_fraction, o.final_lr_fraction = "wsd", 0.9, 0.0
+    o.schedule, o.final_lr_fraction = "linear", 0.0
 
     c.train.steps = 1800
     c.train.eval_every = c.train.checkpoint_every = 450

@@ -381,7 +381,9 @@ def test_the_fingerprint_sees_names_shapes_and_every_bit():
 def test_a_record_is_json_and_a_table_shows_it(tmp_path, capsys):
     one = told(make_text(tmp_path / "a", *["a b"] * 20, domains=["[/red]:x:"] * 20))
     other = told(make_text(tmp_path / "b", "c"), np.full(2, 1e4))  # beyond what exp can tell
-    found = audit.Audit("runs/[/b]:x:", 7, 10, "0" * 64, BYTES, {"one": one, "[/b]:x:": other})
+    found = audit.Audit(
+        "runs/[/b]:x:", 7, 10, "0" * 64, "float32", BYTES, {"one": one, "[/b]:x:": other}
+    )
     record = json.loads(json.dumps(audit.record(found), allow_nan=False))
     assert record["scores"]["[/b]:x:"]["perplexity"] is None
     assert record["scores"]["all"]["tokens"] == 82

@@ -36,7 +36,7 @@ def pair(folder: Path, *documents: str, seed: int = 0) -> tuple[Scored, Scored]:
 
 
 def audit(scored: Scored, name: str = "t") -> Audit:
-    return Audit(f"runs/{name}", 1, 10, "0" * 64, scored.tokenizer, {"t": scored})
+    return Audit(f"runs/{name}", 1, 10, "0" * 64, "float32", scored.tokenizer, {"t": scored})
 
 
 def total(scored: Scored) -> float:
@@ -195,7 +195,7 @@ def test_texts_that_are_not_the_same_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match=r"different texts as 't': .* eval.prefix=eot") as refused:
         compare(audit(a), audit(b))
     assert "\n" not in str(refused.value)
-    other = Audit("runs/b", 1, 10, "0" * 64, BYTES, {"u": b})
+    other = Audit("runs/b", 1, 10, "0" * 64, "float32", BYTES, {"u": b})
     with pytest.raises(UserError, match="runs/t holds out t and runs/b holds out u: give both"):
         compare(audit(a), other)
 

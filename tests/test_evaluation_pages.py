@@ -68,7 +68,7 @@ def audit(folder: Path, *documents: str, tokens=GPT2, seed: int = 0, **options) 
     text = make_text(folder, *documents, tokens=tokens, **options)
     nats = np.random.default_rng(seed).gamma(1, 3, text.store.num_tokens)
     scored = told(text, nats, tokens)
-    return Audit("runs/<x>", 7, 10, "0" * 64, tokens, {HTML_NAME: scored})
+    return Audit("runs/<x>", 7, 10, "0" * 64, "float32", tokens, {HTML_NAME: scored})
 
 
 def test_a_page_is_well_formed_and_loads_nothing(tmp_path):
@@ -89,7 +89,7 @@ def test_a_page_is_well_formed_and_loads_nothing(tmp_path):
 def test_a_shade_is_a_nat_and_the_pointer_shows_the_token(tmp_path):
     text = make_text(tmp_path / "s", "é!", tokens=BYTES)
     scored = told(text, [1.25, 2.5, 40, 0.1])
-    found = Audit("runs/x", 7, 10, "0" * 64, BYTES, {"t": scored})
+    found = Audit("runs/x", 7, 10, "0" * 64, "float32", BYTES, {"t": scored})
     spans = Page(pages.page(record(found), found)).spans
     assert spans == [
         ("s3", "'é': 1.25 + 2.50 nats", "é"),  # two tokens, one character
