@@ -348,14 +348,12 @@ def unembedding(config: Model, params: Params, x_BTD: jax.Array) -> tuple[jax.Ar
     """
     dims, role = ("VD", "embedding") if config.tied else ("DV", "unembedding")
     with jax.named_scope("unembedding"):
-        if config.tied:
-            kernel = params["embed"]["tokens"]
-            if not isinstance(kernel, Scaled):
-                kernel = sharding.gather(kernel, dims, config.dtype)
-        else:
-            kernel = _apply(Unembed(config), params, "unembed")
+        tied = config.tied
+        kernel = params["embed"]["tokens"] if tied else _apply(Unembed(config), params, "unembed")
         if isinstance(kernel, Scaled):
             return x_BTD, kernel, dims  # x is rounded where it meets them
+        if tied:
+            kernel = sharding.gather(kernel, dims, config.dtype)
         x_BTD = on_grid(config.products, x_BTD, role)
         return x_BTD, on_grid(config.products, kernel, role, dims.index("D")), dims
 

@@ -68,12 +68,11 @@ def look_up(
 ) -> jax.Array:
     """The rows `ids_BT` of a table of `role`, "BTD", rounded as `products` say of that role."""
 
-    def rows(table: jax.Array | None, dims: str) -> jax.Array:
-        assert table is not None
+    def rows(table: Any, dims: str) -> jax.Array:
         return table.at[ids_BT].get(out_sharding=out(dims))
 
     if isinstance(table, Scaled):
-        return (rows(table.values, dims) * rows(table.scale, f"{dims[:2]}1")).astype(dtype)
+        return _wide(Scaled(rows(table.values, dims), rows(table.scale, f"{dims[:2]}1")), dtype)
     return on_grid(products, rows(table, dims), role)
 
 

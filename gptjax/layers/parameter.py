@@ -197,8 +197,7 @@ def parameter(
     # Linen unboxes it: what comes back is the bare value.
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     if isinstance(value, Scaled):
-        kept: Any = value
-        return kept
+        return value  # type: ignore[return-value]
     return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
 
 
