@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,8 +107,9 @@ def train(
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(Progress("training", steps, start))
         train_step, cost = compile_step(
-            state.make_train_step(config), train_state, load_batch(setup, start)
-        )
+            state.make_train_step(config), train_state, load_batch(setup, start),
+            traced=bool(profile),
+        )  # fmt: skip
         devices = jax.sharding.get_mesh().devices.flatten().tolist()
         meter = Meter(config, devices, progress, Log(config, run, start, cost).write)
         watch = make_watch(config) if config.train.watch else None
@@ -172,8 +174,29 @@ def stopped(step: int) -> Stopped:
     return Stopped()
 
 
+# What XLA is told of a training step, by platform; a user's XLA_FLAGS come first. docs/gpu.md has
+# the effects, measured.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu": {
+        # Products by cuBLAS alone: as fast or faster, and sooner compiled.
+        "xla_gpu_enable_triton_gemm": False,
+        # XLA would make one product of those of query, key and value, and cut it for cuDNN again.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    }
+}
+# And of one that is traced: kernels of a CUDA graph do not say which operation they are.
+TRACED: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
+
+
+def compiler_options(platform: str, traced: bool = False) -> dict[str, Any]:
+    """Of a platform, those that XLA_FLAGS does not name."""
+    options = COMPILER_OPTIONS.get(platform, {}) | (TRACED.get(platform, {}) if traced else {})
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in flags}
+
+
 def compile_step(
-    train_step: Any, *arguments: Any
+    train_step: Any, *arguments: Any, traced: bool = False
 ) -> tuple[Callable[..., tuple[state.TrainState, state.Metrics]], dict[str, float]]:
     """A jitted step compiled for arguments like these, and what that cost.
 
@@ -183,7 +206,8 @@ def compile_step(
     backend does not tell. On CPUs memory is kept from here on, as `heap.keep` says.
     """
     begin = time.perf_counter()
-    compiled = train_step.lower(*arguments).compile()
+    options = compiler_options(jax.default_backend(), traced)
+    compiled = train_step.lower(*arguments).compile(compiler_options=options)
     cost = {"compile_seconds": time.perf_counter() - begin}
     if (memory := compiled.memory_analysis()) is not None:
         cost["program_bytes"] = (

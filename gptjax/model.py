@@ -421,12 +421,18 @@ def _blocks(
         first_value = sharding.shard(zeros, "BTKH")
     carry, policy = (x_BTD, first_value), choose(REMAT, config.remat, "model.remat")
 
+    scanned = config.scan_layers and caches is None
+
     def step(window: int | jax.Array | None) -> Callable[[Any, Any], tuple[Any, Any]]:
         run = functools.partial(body, window=window)
-        return run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=False)
+        # Beside its forward pass XLA would find a layer that is computed again to be the same, and
+        # keep it; a scan has them apart.
+        return (
+            run if policy is None else jax.checkpoint(run, policy=policy, prevent_cse=not scanned)
+        )
 
     new: Any = None
-    if config.scan_layers and caches is None:
+    if scanned:
         window_L = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
         stacked = (jnp.arange(config.layers), params["blocks"], None)
         if uniform:

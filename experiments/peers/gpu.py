@@ -56,7 +56,7 @@ ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}  # of the GPU's memory,
 GPT2 = {"context": 1024, "vocab_size": 50_304}
 SHAPES: dict[str, dict[str, Any]] = {
     "124m": {
-        **GPT2, "recipe": "one_gpu.py:124m", "layers": 12, "width": 768, "heads": 12, "rows": 32,
+        **GPT2, "recipe": "one_gpu.py:124m", "layers": 12, "width": 768, "heads": 12, "rows": 64,
         "steps": 20, "rate": 6e-4,
     },
     "1558m": {
@@ -125,13 +125,13 @@ PARTS: dict[str, list[Measurement]] = {
     "1558m": [Measurement("1558m", "train", "gptjax", 300, knobs=("train.accumulation=8",))],
     "decode": [
         Measurement(subject, "decode", side, 120)
-        for subject in ("1558m", "124m")
+        for subject in ("124m", "1558m")
         for side in ("gptjax", "transformers")
     ],
     "seeds": [Measurement("10m", "seeds", "gptjax", 180)],
     "muon": [
-        _train("whole step", "train.accumulation=16", shape=WHOLE),
-        _train("whole step, Muon", "train.accumulation=16", "optim.optimizer=muon", shape=WHOLE),
+        _train("whole step", "train.accumulation=8", shape=WHOLE),
+        _train("whole step, Muon", "train.accumulation=8", "optim.optimizer=muon", shape=WHOLE),
     ],
     "fp8": [
         BASE,

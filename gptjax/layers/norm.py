@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,12 +13,37 @@ from gptjax.config import Model, choose
 from gptjax.layers.parameter import parameter
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def normalise(x: jax.Array, eps: float, centre: bool) -> jax.Array:
-    """x of any shape with unit mean square over its last dim, in float32."""
-    x = x.astype(jnp.float32)
+    """x of any shape with unit mean square over its last dim, in float32.
+
+    The gradient is the usual one, from x and each row's mean and scale. jax's own rule lets a GPU
+    write all of the result in float32 once more, and read it.
+    """
+    return _forward(x, eps, centre)[0]
+
+
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(x: jax.Array, eps: float, centre: bool) -> tuple[jax.Array, Residuals]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True) if centre else jnp.zeros_like(wide[..., :1])
+    scale = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    return (wide - mean) * scale, (x, mean, scale)
+
+
+def _backward(eps: float, centre: bool, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array]:
+    x, mean, scale = residuals
+    mean, scale = jax.lax.optimization_barrier((mean, scale))  # kept, not computed again
+    y = (x.astype(jnp.float32) - mean) * scale
+    dx = dy - y * (dy * y).mean(-1, keepdims=True)
     if centre:
-        x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+        dx -= dy.mean(-1, keepdims=True)
+    return ((scale * dx).astype(x.dtype),)
+
+
+normalise.defvjp(_forward, _backward)
 
 
 def layernorm(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
