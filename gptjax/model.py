@@ -145,15 +145,15 @@ class Embed(nn.Module):
             name: str, dims: str, rows: int, role: str, ids_BT: jax.Array, to: str
         ) -> jax.Array:
             E = parameter(self, c, name, dims, (rows, c.width), role, fan_in="D")
-            return look_up(c.products, E, role, ids_BT, to, c.dtype)
+            return look_up(c.products, E, role, ids_BT, to)
 
         x_BTD = table("tokens", "VD", c.vocab_size, "embedding", tokens_BT, "BTD")
         if position.learned:
             to = "1TD" if position_BT.shape[0] == 1 else "BTD"
             x_BTD += table("positions", "PD", c.context, "position", position_BT, to)
         if position.embed is not None:
-            x_BTD += position.embed(c, position_BT).astype(x_BTD.dtype)
-        return x_BTD
+            x_BTD += position.embed(c, position_BT)
+        return x_BTD.astype(c.dtype)
 
 
 class Unembed(nn.Module):

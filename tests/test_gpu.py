@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from gptjax import accounting, configure, sharding, state
+from gptjax import accounting, configure, loop, sharding, state
 from gptjax.cli import COMMANDS
 from gptjax.config import Config
 from gptjax.data.batches import Batch
@@ -110,6 +110,22 @@ def test_the_kernel_has_windows_groups_and_documents(
         assert set(windows) == {"0", "16"}
     if "model__kv_heads" in knobs:  # keys and values are not repeated
         assert re.search(r"custom_call @__cudnn\$fmhaSoftmax\(.*2x64x2x8xbf16", program)
+
+
+def test_xla_knows_the_options_of_a_step_and_those_of_the_user_come_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = loop.compiler_options("gpu", traced=True)
+    assert {**loop.compiler_options("gpu"), "xla_gpu_enable_command_buffer": ""} == options
+    program = jax.jit(lambda x: x + 1).lower(1.0)
+    program.compile(compiler_options=options)
+    with pytest.raises(Exception, match="No such compile option"):
+        program.compile(compiler_options=options | {"xla_gpu_none": 1})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert options.keys() - loop.compiler_options("gpu", traced=True).keys() == {
+        "xla_gpu_enable_triton_gemm"
+    }
+    assert loop.compiler_options("cpu", traced=True) == {}
 
 
 def test_products_in_fp8_are_products_of_8_bits_for_the_compiler(text: Path, cudnn: None) -> None:

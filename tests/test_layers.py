@@ -337,6 +337,18 @@ def test_auto_is_the_platforms_kernel_where_it_can_and_plain_where_it_cannot(
             assert kernel_for(settled, length) == kernel
 
 
+@pytest.mark.parametrize(
+    "name", ["xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"]
+)
+def test_what_is_to_be_the_same_bits_on_a_gpu_is_not_cudnns(name, monkeypatch):
+    settled, asked = resolve(AUTO, "gpu"), dataclasses.replace(AUTO, attention="cudnn")
+    for value, kernel in {"true": "plain", "false": "cudnn"}.items():
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_autotune_level=0 --{name}={value}")
+        assert kernel_for(settled, 128) == kernel
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=true")
+    assert f"does not support XLA_FLAGS=--{name}=true" in refusal(asked, 128)
+
+
 def test_auto_that_was_not_settled_is_plain():
     assert kernel_for(AUTO, 128) == "plain"
 

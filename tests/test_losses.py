@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import losses
 from gptjax.losses import Sums, cross_entropy, token_nll
 from gptjax.sharding import out
 from tests import tiny
@@ -85,10 +87,15 @@ def test_uniform_logits_cost_log_v(dims, chunk):
     assert float(sums.objective) == pytest.approx(float(expected), rel=1e-7)
 
 
+@pytest.fixture(params=["in_passes", "in_one_pass"])  # as on a CPU, and as on a GPU
+def statistics(request, monkeypatch):
+    monkeypatch.setattr(losses, "_statistics", getattr(losses, f"_{request.param}"))
+
+
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (3.0, 0.1)])
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("dims", LAYOUTS)
-def test_values_and_gradients_match_float64(dims, chunk, softcap, z_loss):
+def test_values_and_gradients_match_float64(dims, chunk, softcap, z_loss, statistics):
     inputs = make(dims)
     x_BTD, kernel, targets_BT, weights_BT = inputs
     got = value_and_grads(
@@ -125,7 +132,7 @@ def test_a_target_outside_the_vocabulary_is_nan_unless_its_weight_is_zero(target
     np.testing.assert_array_equal(np.isnan(nll_BT), targets_BT == target)
 
 
-def test_logits_far_from_zero_do_not_overflow():
+def test_logits_far_from_zero_do_not_overflow(statistics):
     _, _, targets_BT, _ = make("DV")
     targets_BT[:] = 23
     x_BTD = jnp.full((B, T, 1), 1.0)
@@ -158,7 +165,7 @@ def test_bfloat16_inputs_are_accumulated_in_float32(dims):
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("chunk", [None, 8, 9])
 @pytest.mark.parametrize("dims", LAYOUTS)
-def test_meshes_agree_with_no_mesh(shape, chunk, dims):
+def test_meshes_agree_with_no_mesh(shape, chunk, dims, statistics):
     x_BTD, kernel, targets_BT, weights_BT = make(dims)
     knobs = {"chunk": chunk, "softcap": 5.0, "z_loss": 0.1}
     expected = value_and_grads(x_BTD, kernel, dims, targets_BT, weights_BT, **knobs)
@@ -174,6 +181,22 @@ def test_meshes_agree_with_no_mesh(shape, chunk, dims):
         assert jax.typeof(dkernel).sharding.spec == out(dims)
     # The sums of a split vocabulary and batch are taken in another order.
     assert_close(got, expected, 1e-6)
+
+
+def test_a_gpu_reads_the_logits_once_and_a_cpu_in_loops_of_one_sum():
+    x_BTD, kernel, targets_BT, _ = make("DV")
+    run = jax.jit(lambda *a: token_nll(*a, chunk=None, softcap=None), static_argnums=2)
+    traced = run.trace(x_BTD, kernel, "DV", targets_BT)
+    # A reduction of the logits over their columns: how many arrays it reads and yields.
+    reductions = re.compile(r"stablehlo\.reduce\((.*?)\) .*dimensions = \[3\]")
+    arrays = {
+        platform: [
+            found.count("init:")
+            for found in reductions.findall(traced.lower(lowering_platforms=(platform,)).as_text())
+        ]
+        for platform in ("cpu", "cuda")
+    }
+    assert arrays == {"cpu": [1, 1, 1], "cuda": [3]}
 
 
 @pytest.mark.parametrize("dims", LAYOUTS)

@@ -509,6 +509,57 @@ def test_bfloat16_is_near_float32_and_parameters_and_logits_stay_float32():
     assert 1e-3 < error < 2e-2  # a rounding is 2^-9 at most; some twenty add up
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"bias": True, "value_residual": True, "attention_bias": "all"},
+        {"bias": True, "tied": False, "feedforward": "swiglu", "qk_norm": True},
+        {"norm": "rmsnorm", "position": "rope", "products": "fp8"},
+    ],
+    ids=["biased", "gated", "fp8"],
+)
+def test_gradients_in_bfloat16_are_those_of_float32(knobs):
+    """However many tokens they are sums over: a sum in bfloat16 is soon too large for its terms."""
+    config = model(norm_placement="sandwich", windows=(None,), **knobs)
+    params, rng = random_params(config), np.random.default_rng(0)
+    tokens = np.where(rng.random((512, T + 1)) < 0.5, 0, rng.integers(V, size=(512, T + 1)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(config, params):
+        def loss(params):
+            x_BTD = gpt.hidden(config, params, tokens[:, :-1]).x_BTD
+            x_BTD, kernel, dims = gpt.unembedding(config, params, x_BTD)
+            weights = jnp.full((512, T), 1 / (512 * T))
+            return cross_entropy(
+                x_BTD, kernel, dims, tokens[:, 1:], weights, chunk=None, softcap=None, z_loss=0.0
+            ).objective
+
+        return jax.grad(loss)(params)
+
+    exact = gradients(config, params)
+    got = gradients(dataclasses.replace(config, dtype="bfloat16"), params)
+    norm = lambda a: float(jnp.linalg.norm(a.ravel()))  # noqa: E731
+    for (path, e), g in zip(jax.tree.leaves_with_path(exact), jax.tree.leaves(got), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("key_bias"):
+            continue  # the softmax is blind to it
+        # bfloat16 rounds by 2^-9 at most; some tens of roundings add up, in fp8 more.
+        assert norm(g - e) < (0.2 if config.products == "fp8" else 0.02) * norm(e), name
+
+
+def test_what_remat_computes_again_is_not_taken_for_what_was_computed_before():
+    """By XLA, which would keep it for the backward pass after all."""
+
+    def flops(remat: str) -> float:
+        config = model(remat=remat, scan_layers=False, tied=False, attention="plain")
+        loss = lambda params: gpt.apply(config, params, TOKENS).sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(random_params(config)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # A forward pass more of three that the blocks take, but for the last product of each layer.
+    assert 1.15 < flops("full") / flops("none") < 4 / 3
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_keeps_less_for_the_backward_pass(scan_layers):
     def kept(remat: str) -> int:

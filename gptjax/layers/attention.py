@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from gptjax.config import ConfigError, Model, choose
 from gptjax.layers.context import Cache, Context, Tap
 from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
-from gptjax.layers.parameter import parameter
+from gptjax.layers.parameter import add_bias, parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from gptjax.sharding import out, spec
 
@@ -343,6 +344,13 @@ def _alibi(c: Model) -> dict[str, bool]:
     return {"ALiBi": choose(POSITION, c.position, "model.position").slopes is not None}
 
 
+def _deterministic(c: Model) -> dict[str, bool]:
+    """Programs with cuDNN's attention do not run then: jax 0.11.2 stops with an IndexError."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    names = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+    return {f"XLA_FLAGS=--{name}=true": f"--{name}=true" in flags for name in names}
+
+
 def _mixed_windows(c: Model) -> dict[str, bool]:
     mixed = c.scan_layers and len(set(c.layer_windows)) > 1
     return {"layers of different windows under model.scan_layers": mixed}
@@ -359,6 +367,7 @@ ATTENTION: dict[str, Row] = {
         lacks=lambda c: {
             **_alibi(c),
             **_mixed_windows(c),
+            **_deterministic(c),
             "softcapped scores": c.attention_softcap is not None,
             f"model.dtype={c.dtype!r}": c.dtype != "bfloat16",
             f"heads of width {c.H}, no multiple of 8 up to 256": c.H % 8 != 0 or c.H > 256,
@@ -552,15 +561,13 @@ class Attention(nn.Module):
         )
         to = f"BT{letter}H"
         y = linear(f"BTD,D{letter}H->{to}", x_BTD, kernel, c.products)
-        if name in c.biased:
-            y += parameter(self, c, f"{name}_bias", f"{letter}H", (heads, c.H), "bias")
-        return y
+        return add_bias(self, c, f"{name}_bias", f"{letter}H", y) if name in c.biased else y
 
     def _mix(self, own: jax.Array, first: jax.Array) -> jax.Array:
         """Value residual with two learned shares (Zhou et al. 2024, eq. 8), each 1/2 at first."""
         share_own = parameter(self, self.config, "value_own", "", (), "gain", mean=0.5)
         share_first = parameter(self, self.config, "value_first", "", (), "gain", mean=0.5)
-        return share_own * own + share_first * first
+        return (share_own * own + share_first * first).astype(own.dtype)
 
     def _output(self, o_BTNH: jax.Array, cached: bool) -> jax.Array:
         c = self.config
@@ -570,6 +577,4 @@ class Attention(nn.Module):
         # decoding for each token.
         H = "X" if cached else "H"
         y = linear(f"BTN{H},N{H}D->BTD", o_BTNH, kernel, c.products)
-        if "out" in c.biased:
-            y += parameter(self, c, "out_bias", "D", (c.width,), "bias")
-        return y
+        return add_bias(self, c, "out_bias", "D", y) if "out" in c.biased else y

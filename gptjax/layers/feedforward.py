@@ -12,7 +12,7 @@ from flax import linen as nn
 from gptjax.config import Model, choose
 from gptjax.layers.context import Tap
 from gptjax.layers.linear import linear
-from gptjax.layers.parameter import parameter
+from gptjax.layers.parameter import add_bias, parameter
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -63,14 +63,14 @@ def _up(module: nn.Module, c: Model, name: str, x_BTD: jax.Array) -> jax.Array:
     F = hidden_width(c)
     kernel = parameter(module, c, name, "DF", (c.width, F), "matrix", fan_in="D")
     y_BTF = linear("BTD,DF->BTF", x_BTD, kernel, c.products)
-    return y_BTF + parameter(module, c, f"{name}_bias", "F", (F,), "bias") if c.bias else y_BTF
+    return add_bias(module, c, f"{name}_bias", "F", y_BTF) if c.bias else y_BTF
 
 
 def _down(module: nn.Module, c: Model, h_BTF: jax.Array, tap: Tap) -> jax.Array:
     h_BTF = tap("feedforward_hidden", h_BTF)
     kernel = parameter(module, c, "down", "FD", (hidden_width(c), c.width), "residual", fan_in="F")
     y_BTD = linear("BTF,FD->BTD", h_BTF, kernel, c.products)
-    return y_BTD + parameter(module, c, "down_bias", "D", (c.width,), "bias") if c.bias else y_BTD
+    return add_bias(module, c, "down_bias", "D", y_BTD) if c.bias else y_BTD
 
 
 FEEDFORWARD: dict[str, Branch] = {

@@ -64,16 +64,44 @@ def keep(products: str, spec: Spec, parameter: jax.Array) -> jax.Array | Scaled:
 
 
 def look_up(
-    products: str, table: jax.Array | Scaled, role: str, ids_BT: jax.Array, dims: str, dtype: Any
+    products: str, table: jax.Array | Scaled, role: str, ids_BT: jax.Array, dims: str
 ) -> jax.Array:
-    """The rows `ids_BT` of a table of `role`, "BTD", rounded as `products` say of that role."""
-
-    def rows(table: Any, dims: str) -> jax.Array:
-        return table.at[ids_BT].get(out_sharding=out(dims))
-
+    """The rows `ids_BT` of a table of `role`, "BTD", float32, rounded as `products` say of the role."""
     if isinstance(table, Scaled):
-        return _wide(Scaled(rows(table.values, dims), rows(table.scale, f"{dims[:2]}1")), dtype)
-    return on_grid(products, rows(table, dims), role)
+        assert table.scale is not None, "`keep` gives each row a scale"
+        return _rows(table.values, ids_BT, dims) * _rows(table.scale, ids_BT, f"{dims[:2]}1")
+    return on_grid(products, _rows(table, ids_BT, dims), role)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(table: jax.Array, ids_BT: jax.Array, dims: str) -> jax.Array:
+    """Rows of a table, float32.
+
+    The gradient of a row is summed in float32 over all places where it is looked up: in bfloat16
+    that of a frequent token would soon be too large for what is added to it.
+    """
+    return _gather(table, ids_BT, dims).astype(jnp.float32)
+
+
+def _gather(table: jax.Array, ids_BT: jax.Array, dims: str) -> jax.Array:
+    return table.at[ids_BT].get(out_sharding=out(dims))
+
+
+def _rows_forward(
+    table: jax.Array, ids_BT: jax.Array, dims: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rows(table, ids_BT, dims), (table, ids_BT)
+
+
+def _rows_backward(
+    dims: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None]:
+    table, ids_BT = residuals
+    add_up = jax.linear_transpose(lambda t: _gather(t, ids_BT, dims), table.astype(jnp.float32))
+    return add_up(g)[0].astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def on_grid(products: str, x: jax.Array, role: str, summed: int = -1) -> jax.Array:

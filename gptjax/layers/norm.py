@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gptjax.config import Model, choose
-from gptjax.layers.parameter import parameter
+from gptjax.layers.parameter import add_bias, parameter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -49,9 +49,7 @@ normalise.defvjp(_forward, _backward)
 def layernorm(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
     """Ba et al. 2016, eq. 3; without the offset where model.bias is False."""
     y = _gain(module, c, normalise(x, c.norm_eps, centre=True))
-    if not c.bias:
-        return y
-    return y + parameter(module, c, "bias", "D", (c.width,), "bias", dtype=jnp.float32)
+    return add_bias(module, c, "bias", "D", y) if c.bias else y
 
 
 def rmsnorm(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
@@ -65,7 +63,7 @@ def parameterfree(module: nn.Module, c: Model, x: jax.Array) -> jax.Array:
 
 
 def _gain(module: nn.Module, c: Model, y: jax.Array) -> jax.Array:
-    scale = parameter(module, c, "scale", "D", (c.width,), "gain", mean=1.0, dtype=jnp.float32)
+    scale = parameter(module, c, "scale", "D", (c.width,), "gain", mean=1.0)
     return y * scale
 
 
@@ -100,5 +98,5 @@ class HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        scale = parameter(self, c, "scale", "H", (c.H,), "gain", mean=1.0, dtype=jnp.float32)
+        scale = parameter(self, c, "scale", "H", (c.H,), "gain", mean=1.0)
         return (normalise(x, c.norm_eps, centre=False) * scale).astype(x.dtype)

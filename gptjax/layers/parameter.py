@@ -175,7 +175,7 @@ def parameter(
         fan_in: the letters of dims over which each output sums; see `Spec`.
         stacks: the letters of dims, its first ones, that number copies, such as experts.
         mean: the mean of its initial value.
-        dtype: the dtype to use it in; None is `config.dtype`.
+        dtype: the dtype to use it in; None is `config.dtype`, and float32 for a vector.
 
     Raises:
         ValueError: on a role, fan_in or stacks that do not fit.
@@ -198,7 +198,18 @@ def parameter(
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     if isinstance(value, Scaled):
         return value  # type: ignore[return-value]
-    return sharding.gather(value, dims, config.dtype if dtype is None else dtype)
+    if dtype is None:
+        dtype = jnp.float32 if spec.kind == "vector" else config.dtype
+    return sharding.gather(value, dims, dtype)
+
+
+def add_bias(module: nn.Module, config: Model, name: str, dims: str, y: jax.Array) -> jax.Array:
+    """y plus a bias along its last dims, `dims`, in y's dtype.
+
+    Added in float32, so that a bias's gradient is summed in it over all tokens.
+    """
+    shape = y.shape[y.ndim - len(dims) :]
+    return (y + parameter(module, config, name, dims, shape, "bias")).astype(y.dtype)
 
 
 @functools.cache
