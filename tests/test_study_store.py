@@ -58,8 +58,8 @@ def under_other_code(monkeypatch: pytest.MonkeyPatch) -> Any:
         for module in (records, store):
             monkeypatch.setattr(module, "code_fingerprint", lambda: "other")
         edited: dict[str, Any] = dict(norm.__dict__)
-        exec(edit(inspect.getsource(norm.normalise)), edited)
-        monkeypatch.setattr(norm, "normalise", edited["normalise"])
+        exec(edit(inspect.getsource(norm._gain)), edited)
+        monkeypatch.setattr(norm, "_gain", edited["_gain"])
         forget()
 
     yield begin
@@ -74,19 +74,17 @@ def forget() -> None:
     jax.clear_caches()
 
 
-def other_epsilon(source: str) -> str:
-    edited = source.replace("+ eps)", "+ 2 * eps)")
+def other_gain(source: str) -> str:
+    edited = source.replace("y * scale", "y * (2 * scale)")
     assert edited != source
     return edited
 
 
 def rewritten(source: str) -> str:
     """A comment, more lines, and a local with another name."""
-    line = "    x = x.astype(jnp.float32)\n"
+    line = "    return y * scale\n"
     assert line in source
-    return source.replace(
-        line, "    # Why.\n\n    values = x.astype(jnp.float32)\n    x = values\n"
-    )
+    return source.replace(line, "    # Why.\n\n    gain = scale\n    return y * gain\n")
 
 
 def trained(folder: Path) -> dict[str, int]:
@@ -130,7 +128,7 @@ def test_code_that_computes_something_else_runs_everything(
     text: Path, copied: Path, under_other_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, old = tiny.files(copied), read(study(text), copied).outcomes
-    under_other_code(other_epsilon)
+    under_other_code(other_gain)
     assert [o.status for o in read(study(text), copied, now=True).outcomes] == ["missing"] * 2
     # Whoever only reports sees them, as long as one code made them all.
     assert [o.metric for o in read(study(text), copied).outcomes] == [o.metric for o in old]
@@ -149,10 +147,10 @@ def test_code_that_computes_something_else_runs_everything(
 def test_the_old_code_finds_its_own_runs_again(
     text: Path, copied: Path, under_other_code: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, real = read(study(text), copied).outcomes, (norm.normalise, records.code_fingerprint)
-    under_other_code(other_epsilon)
+    old, real = read(study(text), copied).outcomes, (norm._gain, records.code_fingerprint)
+    under_other_code(other_gain)
     runner.run_study(study(text), copied)
-    monkeypatch.setattr(norm, "normalise", real[0])
+    monkeypatch.setattr(norm, "_gain", real[0])
     for module in (records, store):
         monkeypatch.setattr(module, "code_fingerprint", real[1])
     forget()
@@ -167,7 +165,7 @@ def test_a_table_of_two_programs_is_refused(
 ) -> None:
     """One arm was run anew, the other is as before: no table of both, by whatever code."""
     first, second = read(study(text), copied).outcomes
-    under_other_code(other_epsilon)
+    under_other_code(other_gain)
     shutil.rmtree(first.folder)
     runner.run_study(study(text, arms={}), copied)
     with pytest.raises(UserError) as caught:

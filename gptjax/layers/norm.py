@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,11 @@ def _forward(x: jax.Array, eps: float, centre: bool) -> tuple[jax.Array, Residua
 
 def _backward(eps: float, centre: bool, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array]:
     x, mean, scale = residuals
-    mean, scale = jax.lax.optimization_barrier((mean, scale))  # kept, not computed again
+    # A GPU is to read them, where XLA would compute them again.
+    kept: Any = jax.lax.platform_dependent(
+        (mean, scale), cuda=jax.lax.optimization_barrier, default=lambda kept: kept
+    )
+    mean, scale = kept
     y = (x.astype(jnp.float32) - mean) * scale
     dx = dy - y * (dy * y).mean(-1, keepdims=True)
     if centre:
