@@ -19,7 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -58,7 +58,7 @@ class Encoding(Protocol):
     """What a `Tokenizer` asks of tiktoken."""
 
     def encode_ordinary(self, text: str) -> list[int]: ...
-    def encode_ordinary_batch(self, text: list[str]) -> list[list[int]]: ...
+    def encode_to_numpy(self, text: str, *, disallowed_special: Collection[str]) -> np.ndarray: ...
     def decode_bytes(self, tokens: Sequence[int]) -> bytes: ...
 
 
@@ -106,10 +106,12 @@ class Tokenizer:
         return [i for piece in self._pieces(text) for i in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, as `encode`, by several threads; int32 arrays."""
-        pieces = [self._pieces(text) for text in texts]
-        batch = iter(self._encoding.encode_ordinary_batch([*itertools.chain(*pieces)]))
-        return [np.concatenate([np.array(next(batch), np.int32) for _ in p]) for p in pieces]
+        """The ids of each text, as `encode`, int32 arrays; other threads run in the meantime."""
+        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        return [
+            np.concatenate([encode(piece) for piece in self._pieces(text)]).astype(np.int32)
+            for text in texts
+        ]
 
     def cut(self, text: str, start: int = 0) -> int | None:
         """Where a piece of `text` that begins at `start` may end, so that no token changes.
@@ -359,16 +361,15 @@ class _ByteLevel:
             raise ValueError("it changes text, so that a text cannot be had back from its ids")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.encode_ordinary_batch([text])[0]
+        [encoded] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoded.ids
+        # The library silently skips a byte that has no token: SmolLM2 lacks 21 of them.
+        if self._lengths[ids].sum() != len(text.encode()):
+            self._refuse(text)
+        return ids
 
-    def encode_ordinary_batch(self, text: list[str]) -> list[list[int]]:
-        batch = self._tokenizer.encode_batch_fast(text, add_special_tokens=False)
-        ids_of_texts = [encoded.ids for encoded in batch]
-        for part, ids in zip(text, ids_of_texts, strict=True):
-            # The library silently skips a byte that has no token: SmolLM2 lacks 21 of them.
-            if self._lengths[ids].sum() != len(part.encode()):
-                self._refuse(part)
-        return ids_of_texts
+    def encode_to_numpy(self, text: str, *, disallowed_special: Collection[str]) -> np.ndarray:
+        return np.array(self.encode_ordinary(text), np.uint32)
 
     def _refuse(self, text: str) -> NoReturn:
         for i, char in enumerate(text):

@@ -23,7 +23,7 @@ from gptjax.data import DATASETS, Batches, Store, open_source, prepare
 from gptjax.data import sources as sources_module
 from gptjax.data import store as store_module
 from gptjax.data.sources import ASSETS
-from gptjax.tokenizer import load
+from gptjax.tokenizer import Tokenizer, load
 from tests import tiny
 
 # The package's attribute of this name is the function.
@@ -126,16 +126,17 @@ def test_a_long_document_is_encoded_in_pieces(monkeypatch, text, chunk):
 def test_what_is_encoded_at_once_is_bounded_in_bytes(tmp_path, monkeypatch, text):
     monkeypatch.setattr(tokenizer_module, "PIECE", 1000)
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 5000)
-    batches, encode = [], type(GPT2._encoding).encode_ordinary_batch
+    batches, encode = [], Tokenizer.encode_batch
 
-    def spy(encoding, texts):
+    def spy(tokenizer, texts):
         batches.append(sum(len(part.encode()) for part in texts))
-        return encode(encoding, texts)
+        return encode(tokenizer, texts)
 
-    monkeypatch.setattr(type(GPT2._encoding), "encode_ordinary_batch", spy)
+    monkeypatch.setattr(Tokenizer, "encode_batch", spy)
     path = write(tmp_path / "a.txt", text * 20_000)
     prepare([path], tmp_path / "out", "gpt2", 0.0)
     assert max(batches) <= 5000 + 4 * (1000 + tokenizer_module.AFTER)
+    assert len(batches) > 1
     assert split_text(tmp_path / "out", "train", GPT2) == [text * 20_000]
 
 

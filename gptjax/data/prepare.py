@@ -13,10 +13,13 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -26,7 +29,7 @@ from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
 CHUNK_BYTES = 1 << 20  # of a text file, read at a time
-BATCH_BYTES = 1 << 21  # encoded at once by all threads; a token has one or more
+BATCH_BYTES = 1 << 17  # encoded at once by a thread; a token has one or more
 
 # A separator's own line end is no part of the document that follows.
 _SEPARATOR = re.compile(re.escape(END_OF_TEXT) + "\n?")
@@ -173,24 +176,36 @@ def _pieces(parts: Parts, tokenizer: Tokenizer) -> Parts:
             pending = ""
 
 
-def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
-    pieces: list[tuple[str, bool]] = []
+def _batches(pieces: Parts) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
     size = 0
-
-    def flush() -> None:
-        ids = writer.tokenizer.encode_batch([text for text, _ in pieces])
-        for tokens, (text, ends) in zip(ids, pieces, strict=True):
-            writer.write(tokens, ends)
-            advance(len(text))
-        pieces.clear()
-
-    for text, ends in _pieces(parts, writer.tokenizer):
-        pieces.append((text, ends))
+    for text, ends in pieces:
+        batch.append((text, ends))
         size += len(text.encode())
         if size >= BATCH_BYTES:
-            flush()
-            size = 0
-    flush()
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+    """Encodes on all cores, while more is read and what is done is written, in order."""
+    threads, tokenizer = os.cpu_count() or 1, writer.tokenizer
+    waiting: deque[tuple[list[tuple[str, bool]], Future[list[np.ndarray]]]] = deque()
+
+    def write_first() -> None:
+        batch, encoded = waiting.popleft()
+        for ids, (text, ends) in zip(encoded.result(), batch, strict=True):
+            writer.write(ids, ends)
+            advance(len(text))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in _batches(_pieces(parts, tokenizer)):
+            waiting.append((batch, pool.submit(tokenizer.encode_batch, [t for t, _ in batch])))
+            if len(waiting) > 2 * threads:
+                write_first()
+        while waiting:
+            write_first()
 
 
 def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
