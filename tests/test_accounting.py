@@ -337,7 +337,7 @@ def tanh_norm(module, c, x):
     """Dynamic tanh (Zhu et al. 2025): a scalar, a gain and an offset."""
     vectors = [("alpha", "", (), "gain"), ("scale", "D", (c.width,), "gain"),
                ("bias", "D", (c.width,), "bias")]  # fmt: skip
-    alpha, scale, bias = (parameter(module, c, *vector, dtype=jnp.float32) for vector in vectors)
+    alpha, scale, bias = (parameter(module, c, *vector) for vector in vectors)
     return scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias
 
 

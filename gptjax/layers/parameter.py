@@ -159,7 +159,6 @@ def parameter(
     fan_in: str = "",
     stacks: str = "",
     mean: float = 0.0,
-    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
@@ -167,7 +166,7 @@ def parameter(
 
     Args:
         module: the Linen module that owns it.
-        config: decides the initial scale and the dtype of use.
+        config: decides the initial scale and the dtype of use: its own, float32 for a vector.
         name: the last part of its path.
         dims: its dims, "DNH".
         shape: its shape.
@@ -175,7 +174,6 @@ def parameter(
         fan_in: the letters of dims over which each output sums; see `Spec`.
         stacks: the letters of dims, its first ones, that number copies, such as experts.
         mean: the mean of its initial value.
-        dtype: the dtype to use it in; None is `config.dtype`, and float32 for a vector.
 
     Raises:
         ValueError: on a role, fan_in or stacks that do not fit.
@@ -198,9 +196,7 @@ def parameter(
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     if isinstance(value, Scaled):
         return value  # type: ignore[return-value]
-    if dtype is None:
-        dtype = jnp.float32 if spec.kind == "vector" else config.dtype
-    return sharding.gather(value, dims, dtype)
+    return sharding.gather(value, dims, jnp.float32 if spec.kind == "vector" else config.dtype)
 
 
 def add_bias(module: nn.Module, config: Model, name: str, dims: str, y: jax.Array) -> jax.Array:
