@@ -31,7 +31,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime
@@ -76,15 +76,21 @@ class Checkpoints:
         keep: how many of the latest complete steps remain after a save. A number also makes
             this object the folder's one writer, which removes what a killed save left there;
             None only reads, and may do so while a run is writing.
+        keep_every: complete steps that are multiples of it remain as well, for ever.
 
     Raises:
         Busy: if there is another writer, in this process or any other; it says which.
         UserError: if the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
         self._folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._attempts = 0
@@ -307,7 +313,7 @@ class Checkpoints:
                 _write(partial / META, meta.encode())
                 _write(partial / MANIFEST, _manifest(partial))
                 os.rename(partial, self._final(step))
-                self._remove(self.steps()[: -(self._keep or 0)])
+                self._remove(outdated(self.steps(), self._keep or 0, self._keep_every))
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -364,6 +370,11 @@ class Checkpoints:
             f"checkpoint {self._final(step)} is damaged: {damage}. "
             f"Delete that folder to go back to {back}"
         )
+
+
+def outdated(steps: Sequence[int], keep: int, keep_every: int | None) -> list[int]:
+    """Which of the ascending `steps` a save removes: neither of the latest `keep` nor a multiple."""
+    return [s for s in steps[:-keep] if keep_every is None or s % keep_every]
 
 
 def _quieten() -> None:

@@ -141,12 +141,12 @@ def train_together(
     mesh = sharding.make_mesh(configs[0].mesh, devices)
     steps = configs[0].train.steps
     # Members are saved one after another: with two checkpoints each, one step is common to all.
-    keep = max(2, configs[0].train.keep_checkpoints)
+    keep, keep_every = max(2, configs[0].train.keep_checkpoints), configs[0].train.keep_every
     with ExitStack() as stack:
         with jax.set_mesh(mesh):
             setups = [set_up(config) for config in configs]
             saved = {
-                r: stack.enter_context(Checkpoints(workdir / CHECKPOINTS, keep))
+                r: stack.enter_context(Checkpoints(workdir / CHECKPOINTS, keep, keep_every))
                 for r, workdir in enumerate(workdirs)
                 if diverged(workdir) is None
             }

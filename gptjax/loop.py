@@ -86,7 +86,9 @@ def train(
         fingerprints["initial"] = begin.fingerprint
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(workdir / CHECKPOINTS, config.train.keep_checkpoints)
+            Checkpoints(
+                workdir / CHECKPOINTS, config.train.keep_checkpoints, config.train.keep_every
+            )
         )
         saved = checkpoints.latest()
         start, steps = saved or 0, config.train.steps

@@ -56,6 +56,7 @@ MAY_CHANGE = (
         "train.eval_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_every",
     ),
     *("mesh", "model.scan_layers", "model.remat", "model.attention", "optim.loss_vocab_chunk"),
     *("sample",),

@@ -336,8 +336,9 @@ def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start
     log_every = math.gcd(t.log_every, *past.changes("train.log_every"))
     eval_every = math.gcd(t.eval_every, *past.changes("train.eval_every"))
     t = dataclasses.replace(
-        t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1
-    )
+        t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1,
+        keep_every=None,
+    )  # fmt: skip
     shape = dataclasses.replace(past.config.mesh, **mesh.shape)
     group = [
         dataclasses.replace(config, train=t, mesh=shape) for config in past.group or [past.config]

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory, state: State) -> Path:
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("every, kept", [(None, [6, 7]), (1, range(1, 8)), (3, [3, 6, 7])])
+def test_every_so_many_steps_are_kept_for_ever(
+    every: int | None, kept: Sequence[int], tmp_path: Path
+) -> None:
+    """And still when a later start keeps others: what is there and due to stay, stays."""
+    state = {"x": jnp.zeros(2)}
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):
+        with Checkpoints(tmp_path, keep=2, keep_every=every) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, state, DATA)
+    reader = Checkpoints(tmp_path)
+    assert reader.steps() == list(kept)
+    assert_bitwise(reader.restore(kept[0], abstract(state)), state)
 
 
 @pytest.mark.parametrize("source", MESHES)

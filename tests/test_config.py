@@ -142,6 +142,9 @@ def test_int_counts_as_float_and_list_as_tuple():
         ({"data__weights": (0.0,)}, "data.weights must hold one weight above 0 for each of"),
         ({"train__accumulation": 3}, "data.batch_size=8 is not divisible by train.accumulation=3"),
         ({"train__steps": 0}, "train.steps must be above 0, got 0"),
+        ({"train__keep_every": 0}, "train.keep_every must be above 0, got 0"),
+        ({"train__keep_every": 375}, "train.keep_every=375 is not a multiple of train.checkpoint_"),
+        ({"train__keep_every": 125}, "train.keep_every=125 is not a multiple of train.checkpoint_"),
         ({"mesh__fsdp": 0}, "mesh.fsdp must be above 0, got 0"),
         ({"eval__stride": 257}, "eval.stride=257 exceeds the evaluation context of 256 tokens"),
         ({"eval__context": 64, "eval__stride": 65}, "eval.stride=65 exceeds"),
@@ -366,7 +369,7 @@ def test_every_knob_changes_the_fingerprint():
     seen = {fingerprint(from_dict(TREE))}
     flat = flatten(TREE)
     for path in flat:
-        others = (1, 2, 4096, 0.5, True, False, "x", "bfloat16", ("x",), (7,), (7, 8))
+        others = (1, 2, 4096, 500, 0.5, True, False, "x", "bfloat16", ("x",), (7,), (7, 8))
         for other in others:
             try:
                 config = from_dict(changed(**{path.replace(".", "__"): other}))

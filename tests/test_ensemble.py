@@ -156,7 +156,13 @@ STEPS = 30
 
 def members(store: Path, **second: Any) -> list[Config]:
     """Three, of which `second` sets the second's numbers."""
-    knobs = {**SMALL, "train__steps": STEPS, "train__keep_checkpoints": 1, "optim__clip": "None"}
+    knobs = {
+        **SMALL,
+        "train__steps": STEPS,
+        "train__keep_checkpoints": 1,
+        "train__keep_every": 10,
+        "optim__clip": "None",
+    }
     return [
         tiny.config(store, **{**knobs, "seed": 5 + r, **(second if r == 1 else {})})
         for r in range(3)
@@ -198,6 +204,7 @@ def test_a_members_folder_is_that_of_a_run_alone(
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     assert json.loads((whole[1] / "config.json").read_text()) == to_dict(config)
     ours, theirs = (names(w) for w in (whole[1], tmp_path / "alone"))
+    assert Checkpoints(whole[1] / "checkpoints").steps() == [10, 20, 25, 30]  # the latest two, too
     assert ours == theirs | {"ensemble.json"}
     (record,), (wanted,) = (records.read_environment(w) for w in (whole[1], tmp_path / "alone"))
     assert record["fingerprints"] == wanted["fingerprints"]

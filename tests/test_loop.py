@@ -88,9 +88,11 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Dropout draws, an average of the weights, micro-batches: all must go on where they were.
+# Dropout draws, an average of the weights, micro-batches: all must go on where they were. Each
+# checkpoint stays.
 KEEPS: dict[str, Any] = {
     "model__dropout": 0.1, "optim__ema_decay": 0.9, "train__accumulation": 2,
+    "train__keep_every": 5,
 }  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def test_a_killed_run_resumes_bitwise(
         assert "resumed at step 1" in resumed.stderr
     assert timeless(tmp_path) == timeless(whole)
     assert bits(final_state(store, tmp_path, **KEEPS)) == bits(final_state(store, whole, **KEEPS))
+    assert Checkpoints(tmp_path / CHECKPOINTS).steps() == [5, 10, 15, 20]
 
 
 def test_another_seed_is_another_run(store: Path, whole: Path, tmp_path: Path) -> None:

@@ -22,7 +22,12 @@ from gptjax.config import Config, UserError
 from tests import tiny
 from tests.test_interop_tokenizer import trained, write
 
-KNOBS: dict[str, Any] = {"train__steps": 6, "train__eval_every": 3, "train__checkpoint_every": 2}
+KNOBS: dict[str, Any] = {
+    "train__steps": 6,
+    "train__eval_every": 3,
+    "train__checkpoint_every": 2,
+    "train__keep_every": 2,
+}
 COUNTED = 6 * 6 + 2 * 3  # loss, z, norm, rate, tokens, skipped; val_loss, perplexity, bits per byte
 
 
@@ -139,7 +144,7 @@ def test_a_run_that_is_being_trained_is_not_replayed(run: Path) -> None:
 
 def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:
     knobs = {"optim__peak_lr": 1e30, "train__steps": 30, "train__eval_every": 30}
-    config = tiny.config(store, **knobs, train__checkpoint_every=30)
+    config = tiny.config(store, **knobs, train__checkpoint_every=30, train__keep_every=30)
     with pytest.raises(UserError, match="the run has diverged") as caught:
         train(config, tmp_path / "run")
     record = replay.replay_run(tmp_path / "run")
