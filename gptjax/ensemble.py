@@ -35,7 +35,7 @@ from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.data.batches import Batch
 from gptjax.files import disk, replace_file
 from gptjax.progress import Progress, say
-from gptjax.records import CONFIG, open_run
+from gptjax.records import CONFIG, DIVERGED, open_run
 from gptjax.setup import Setup, describe, read_rows, set_up
 
 ENSEMBLE = "ensemble.json"
@@ -194,7 +194,7 @@ def _go_on(group: _Group, config: Config, start: int, until: int | None) -> None
 
 def diverged(workdir: Path) -> dict[str, Any] | None:
     """{"step", "reason"} of a run that diverged."""
-    file = workdir / loop.DIVERGED
+    file = workdir / DIVERGED
     return json.loads(file.read_bytes()) if file.exists() else None
 
 

@@ -32,12 +32,11 @@ from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, readable, say
-from gptjax.records import Run, open_run, read_metrics
+from gptjax.records import DIVERGED, Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
 from gptjax.watch import make_watch
 
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
-DIVERGED = "diverged.json"  # {"step", "reason"}, in the folder of a run that others outlive
 
 
 class Stopped(Exception):

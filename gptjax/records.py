@@ -6,6 +6,10 @@
     WORKDIR/git.diff            the changes not in that revision; git.1.diff at the second start ...
     WORKDIR/metrics.jsonl       one object a line: {"step": 10, "loss": 4.2}
     WORKDIR/tensorboard/        the same numbers as curves
+    WORKDIR/diverged.json       {"step", "reason"}, of a run that diverged, until it is started again
+    WORKDIR/failed.json         {"reason"}, of a study's run that could not run
+    WORKDIR/begun               of a study's run: a byte for each start that has not ended, while a
+                                process trains it, or where killed ones did and none has since
 
 metrics.jsonl is strict JSON, which has no non-finite numbers: those are the strings "NaN",
 "Infinity" and "-Infinity", which `float` reads back in Python, as `Number` does in JavaScript.
@@ -43,6 +47,7 @@ from gptjax.optim import make_schedule
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+DIVERGED, FAILED, BEGUN = "diverged.json", "failed.json", "begun"
 
 # What a resumed run may set anew: sections or knobs, none of which changes the function being
 # trained or the order of its data. Those of the second line change the rounding of its sums, so
@@ -71,7 +76,15 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 NOT_COMPUTING = (
     *("commands", "evaluation", "report", "sizes", "study"),
     *("accounting.py", "chat.py", "cli.py", "configure.py", "decode.py", "files.py"),
-    *("profile.py", "progress.py", "records.py", "replay.py", "speak.py", "trained.py"),
+    *(
+        "profile.py",
+        "progress.py",
+        "records.py",
+        "replay.py",
+        "speak.py",
+        "status.py",
+        "trained.py",
+    ),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -178,6 +191,7 @@ def open_run(
             } | environment()
             replace_file(folder / ENVIRONMENT, json.dumps([*history, record], indent=1).encode())
             _keep_up_to(folder / METRICS, -1 if resume_step is None else resume_step)
+            (folder / DIVERGED).unlink(missing_ok=True)
     with disk(folder):
         return Run(folder, len(history), resume_step)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import loop
+from gptjax import loop, records
 from gptjax.config import UserError
 from gptjax.records import read_environment, read_metrics
 from gptjax.setup import Setup
@@ -286,7 +286,7 @@ def test_what_failed_is_tried_again(text: Path, whole: Whole, tmp_path: Path) ->
     away.rename(here)
     (o,) = runner.run_study(one, tmp_path / "cells").outcomes
     assert (o.status, o.reason, o.metric) == ("finished", "", whole.table[0][2])
-    assert not (o.folder / results.FAILED).exists()
+    assert not (o.folder / records.FAILED).exists()
 
 
 def test_what_a_full_disk_broke_goes_on(
@@ -546,19 +546,19 @@ def test_a_cell_that_was_killed_comes_after_the_others(
     runner.run_study(load(file), tmp_path)
     assert order == [two, *rest, one]
     # The one that was killed more often is the likelier to be killed again.
-    (one / runner.BEGUN).write_bytes(b"..")
+    (one / records.BEGUN).write_bytes(b"..")
     two.mkdir()
-    (two / runner.BEGUN).write_bytes(b".")
+    (two / records.BEGUN).write_bytes(b".")
     order.clear()
     runner.run_study(load(file), tmp_path)
     assert order == [*rest, two, one]
 
 
 def test_a_cell_that_ended_or_failed_was_not_killed(text: Path, whole: Whole, copied: Path) -> None:
-    assert not list(whole.cells.rglob(runner.BEGUN))
+    assert not list(whole.cells.rglob(records.BEGUN))
     with pytest.raises(runner.Failed):
         runner.run_study(tiny.study(text, {"bad": {"model.vocab_size": 128}}, seeds=1), copied)
-    assert not list(copied.rglob(runner.BEGUN))
+    assert not list(copied.rglob(records.BEGUN))
 
 
 @pytest.mark.slow

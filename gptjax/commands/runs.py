@@ -41,7 +41,12 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check_sample(config, setup.load_tokenizer(config))
-        params = loop.train(config, workdir, begin, profile=steps)
+        try:
+            params = loop.train(config, workdir, begin, profile=steps)
+        except loop.Diverged as error:
+            if jax.process_index() == 0:
+                error.write(workdir)
+            raise
         if params is None:
             print(f"Its numbers are in {workdir}; `generate --workdir={workdir}` lets it speak.")
         else:
@@ -293,6 +298,33 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
+def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax import status
+    from gptjax.records import strict_json
+    from gptjax.report import formats, terminal
+
+    runs = status.statuses(arguments.folder)
+    if arguments.json:
+        print(strict_json([dataclasses.asdict(run) for run in runs]))
+    elif runs:
+        terminal.new_console().print(formats.terminal(status.table(runs)))
+    else:
+        print(f"{arguments.folder} holds no run")
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=expand,
+        nargs="?",
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="a run, a folder of runs, or a study's store (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array, an object a run")
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         train,
@@ -341,6 +373,22 @@ describes local ones.
   tasks --workdir=runs/mine --harness arc_easy wikitext --limit=200
 
 {OVERRIDES}""",
+    ),
+    "status": Command(
+        status,
+        _add_status,
+        "What the runs in a folder are doing: state, step, loss, rate, time left.",
+        f"""\
+One row for each run of a folder, or for the run that it is: running, waiting (for its first step),
+stopped, killed (steps are lost that its log has), diverged, failed, damaged or finished; where,
+and since when none of its files has changed. Only reads, uses no device, and may be called
+while runs train. The time left counts training alone, not evaluation and saving. Runs of a study
+are told apart by their seed and by the knobs that most of them have otherwise.
+
+  status runs
+  status runs/cells --json
+
+{EXITS}""",
     ),
     "replay": Command(
         replay,

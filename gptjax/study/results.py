@@ -14,12 +14,11 @@ import numpy as np
 
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import UserError
-from gptjax.loop import DIVERGED
-from gptjax.records import METRICS, read_environment, read_metrics
+from gptjax.records import DIVERGED, FAILED, METRICS, read_environment, read_metrics
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
 from gptjax.study.store import code_and_versions, computation_recorded, differences, place
 
-FAILED, SAMPLE = "failed.json", "sample.txt"
+SAMPLE = "sample.txt"
 Status = Literal["finished", "diverged", "failed", "started", "missing"]
 ENDED = ("finished", "diverged")  # there is nothing left to run
 

@@ -17,10 +17,10 @@ from gptjax.checkpoint import Busy
 from gptjax.config import Config, UserError, out_of_memory
 from gptjax.files import disk, replace_file
 from gptjax.progress import say
-from gptjax.records import CONFIG, read_environment
+from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
 from gptjax.study import store as cells_store
-from gptjax.study.results import ENDED, FAILED, SAMPLE, Outcome, Results, check_alike, outcome, read
+from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, tuning_cells
 from gptjax.study.store import (
     code_and_versions,
@@ -29,9 +29,6 @@ from gptjax.study.store import (
     place,
 )
 
-# In a cell's folder, a byte for each start that has not ended: while a process trains the cell,
-# and for as long as the cell was not tried again after the process was killed.
-BEGUN = "begun"
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
 ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)  # that `_reason` looks into
 
@@ -228,7 +225,7 @@ def _reason(error: Exception) -> str | None:
 def _sample(outcomes: Sequence[Outcome]) -> None:
     """Lets the first seed of what has finished speak, once, for the report."""
     for o in outcomes:
-        ended = (FAILED, loop.DIVERGED, SAMPLE)
+        ended = (FAILED, DIVERGED, SAMPLE)
         if o.cell.seed or any((o.folder / file).exists() for file in ended):
             continue
         try:

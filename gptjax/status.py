@@ -1,0 +1,281 @@
+"""What the runs in a folder are doing, by what they leave there.
+
+Everything is only read, no device is touched, and whatever lies in a folder becomes a row. States:
+
+    running     a process holds the run
+    waiting     nobody has trained a step of it yet
+    stopped     nobody trains it, and its latest checkpoint has all that it logged
+    killed      nobody trains it, and it logged steps that no checkpoint has: they are trained again
+    diverged    recorded, as is what
+    failed      means: a study's run could not run
+    damaged     a file of it cannot be read
+    finished    the checkpoint of its last step is there
+    no run      a folder of something else
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
+from gptjax.config import Config, UserError, flatten, recorded, to_dict
+from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
+from gptjax.report.formats import Table
+from gptjax.report.terminal import MISSING, number
+
+# In the order of a table.
+STATES = (
+    *("running", "waiting", "stopped", "killed", "diverged", "failed", "damaged"),
+    *("finished", "no run"),
+)
+CELL = r"[0-9a-f]{16}(\.\d+)?"  # the folder of a study's run, whose name tells nothing
+SHOWN = 4  # knobs of a study's run
+MARKS = {"diverged": DIVERGED, "failed": FAILED}  # whose "reason" is told
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What is known of a folder; None of what is not.
+
+    Attributes:
+        run: the folder, as it is reached from the one that was asked for.
+        state: a row of `STATES`.
+        who: host and process of a running one.
+        why: it diverged, failed or is damaged; or what a killed one lost.
+        step, steps: done, of all.
+        saved: the step of the latest checkpoint.
+        loss, val_loss, tokens_per_second: the last that were logged.
+        seconds_left: at that rate, in which evaluating and saving are not counted.
+        seconds_since: a file of the run changed.
+        differs: knob -> value, where a study's run differs from most of those beside it.
+    """
+
+    run: str
+    state: str
+    who: str | None = None
+    why: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    saved: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    seconds_since: float | None = None
+    differs: dict[str, Any] | None = None
+
+
+def statuses(folder: Path) -> list[Status]:
+    """Of a run, or of every folder in `folder` and, where that is no run, of the runs in it.
+
+    Raises:
+        UserError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name a run's, or one that holds runs")
+    if _is_run(folder):
+        return [dataclasses.replace(status(folder), run=str(folder))]
+    runs = [run for inside in _folders(folder) for run in _runs_of(inside)]
+    differs = _differences([run for run in runs if re.fullmatch(CELL, run.name)])
+    of_each = [
+        dataclasses.replace(status(run), run=str(run.relative_to(folder)), differs=differs.get(run))
+        for run in runs
+    ]
+    return sorted(of_each, key=lambda s: (STATES.index(s.state), *_natural(s)))
+
+
+def status(run: Path) -> Status:
+    """Of one folder, whatever lies there."""
+    if not _is_run(run):
+        return Status(run.name, "no run")
+    try:
+        return _status(run)
+    except Exception as error:  # of any file that somebody else wrote
+        text = str(error) if isinstance(error, (UserError, OSError)) else repr(error)
+        since = _seconds_since(run)
+        return Status(run.name, "damaged", why=" ".join(text.split()), seconds_since=since)
+
+
+def _status(run: Path) -> Status:
+    # Who holds it first, then what it wrote, then the checkpoints, which stand for having written
+    # it: a run that ends meanwhile is seen with all it wrote.
+    with Checkpoints(run / CHECKPOINTS) as checkpoints:
+        who = checkpoints.writer() or ("another process" if _claimed(run) else "")
+        config = _config(run)
+        last = _last(run / METRICS)
+        saved = max(checkpoints.steps(), default=0)
+    logged = int(last.get("step", 0))
+    step, steps = max(logged, saved), None if config is None else config.train.steps
+    reasons = {state: _reason(run / file) for state, file in MARKS.items()}
+    why: str | None = None
+    left = None
+    rate = last.get("tokens_per_second")
+    if who:
+        state = "running"
+        if rate and config is not None:
+            left = (
+                (config.train.steps - step) * config.data.batch_size * config.model.context / rate
+            )
+    elif steps is not None and saved == steps and not any(reasons.values()):
+        state = "finished"
+    elif marked := [state for state, reason in reasons.items() if reason]:
+        state, why = marked[0], reasons[marked[0]]
+    elif logged > saved or (run / BEGUN).exists():
+        state, why = "killed", f"resumes at step {saved}"
+    else:
+        state = "stopped" if step else "waiting"
+    return Status(
+        run=run.name, state=state, who=who or None, why=why, step=step, steps=steps, saved=saved,
+        loss=last.get("loss"), val_loss=last.get("val_loss"), tokens_per_second=rate,
+        seconds_left=left, seconds_since=_seconds_since(run),
+    )  # fmt: skip
+
+
+def _is_run(folder: Path) -> bool:
+    files = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, *MARKS.values(), BEGUN)
+    return any(os.path.exists(folder / file) for file in files)  # False where that cannot be read
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if os.path.isdir(p) and not p.name.startswith("."))
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    """The folder if it is a run, else the runs in it, else the folder, which is none."""
+    runs: list[Path] = []
+    if not _is_run(folder):
+        with contextlib.suppress(OSError):
+            runs = [run for run in _folders(folder) if _is_run(run)]
+    return runs or [folder]
+
+
+def _config(run: Path) -> Config | None:
+    """None where it is not written yet."""
+    if not (run / CONFIG).exists():
+        return None
+    return recorded(json.loads((run / CONFIG).read_bytes()))
+
+
+def _last(metrics: Path) -> dict[str, float]:
+    """The last value of each of the names that a row shows, and the last step."""
+    if not metrics.exists():
+        return {}
+    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was torn
+    values: dict[str, float] = {}
+    for place, line in reversed(list(enumerate(lines, 1))):
+        try:
+            record = {name: float(value) for name, value in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{metrics}:{place} is not a line of metrics") from None
+        values = record | values
+        if {"loss", "val_loss", "tokens_per_second"} <= values.keys():
+            break
+    return values
+
+
+def _reason(file: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return str(json.loads(file.read_bytes())["reason"])
+    return ""
+
+
+def _claimed(run: Path) -> bool:
+    """Whether a study holds the run, which it does before its training begins."""
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        (run.parent / ".locks" / run.name).open("rb") as file,
+    ):
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _seconds_since(run: Path) -> float | None:
+    changes = []
+    for name in (CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, *MARKS.values(), BEGUN):
+        with contextlib.suppress(OSError):
+            changes.append((run / name).stat().st_mtime)
+    # A file server's clock may be ahead.
+    return max(0.0, time.time() - max(changes)) if changes else None
+
+
+def _differences(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The seed of each run, and its knobs that most of them have otherwise."""
+    knobs: dict[Path, dict[str, Any]] = {}
+    for run in runs:
+        with contextlib.suppress(Exception):  # `status` tells what is wrong with it
+            if config := _config(run):
+                knobs[run] = flatten(to_dict(config))
+    names = list(next(iter(knobs.values()), {}))
+    usual = {n: Counter(str(k[n]) for k in knobs.values()).most_common(1)[0][0] for n in names}
+    several = len({k["seed"] for k in knobs.values()}) > 1
+    return {
+        run: {
+            name: value
+            for name, value in k.items()
+            if str(value) != usual[name] or (name == "seed" and several)
+        }
+        for run, k in knobs.items()
+    }
+
+
+def _natural(s: Status) -> tuple[Any, ...]:
+    """By what tells runs apart, 10 behind 9."""
+    differs = s.differs or {}
+    words = [f"{knob}={value}" for knob, value in differs.items() if knob != "seed"]
+    words += [str(differs.get("seed", "")), s.run]
+    parts = (re.split(r"(\d+)", word) for word in words)
+    return tuple(tuple((p.isdigit(), int(p) if p.isdigit() else p) for p in ps) for ps in parts)
+
+
+def table(of_each: Sequence[Status]) -> Table:
+    cells = any(s.differs is not None for s in of_each)
+    headings = ["run", *["differs by"] * cells, "state", "step", "loss", "held out", "tokens/s"]
+    headings += ["left", "changed", "who, or why"]
+    rows = [
+        [
+            s.run,
+            *[_differs(s.differs)] * cells,
+            s.state,
+            MISSING if s.steps is None else f"{s.step:,} of {s.steps:,}",
+            number(s.loss),
+            number(s.val_loss),
+            MISSING if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
+            duration(s.seconds_left),
+            MISSING if s.seconds_since is None else f"{duration(s.seconds_since)} ago",
+            s.who or s.why or "",
+        ]
+        for s in of_each
+    ]
+    return Table(headings, rows, ("run", "differs by", "state", "who, or why"))
+
+
+def _differs(knobs: dict[str, Any] | None) -> str:
+    if knobs is None:
+        return ""
+    words = [f"{knob.rpartition('.')[2]}={value}" for knob, value in knobs.items()]
+    more = len(words) - SHOWN
+    return ", ".join(words[:SHOWN] + [f"{more} more"] * (more > 0)) or "nothing"
+
+
+def duration(seconds: float | None) -> str:
+    """In the largest unit of which there are two."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
