@@ -119,6 +119,7 @@ def get_config() -> ConfigDict:
     t.eval_every = 250
     t.checkpoint_every = 250
     t.keep_checkpoints = 2  # the latest so many
+    t.branch = placeholder(str)  # begin with the state of another run, RUN@STEP; None: at random
     t.keep_every = placeholder(int)  # and those of every so many steps for ever; None: no others
 
     c.eval = e = ConfigDict()

@@ -204,6 +204,15 @@ class Checkpoints:
         """
         return self._read_meta(step)["meta"]
 
+    def fingerprint(self, step: int) -> str:
+        """A sha256 of all that was saved with `step`: that of its manifest.
+
+        Raises:
+            UserError: as `meta`.
+        """
+        self._read_meta(step)
+        return hashlib.sha256((self._final(step) / MANIFEST).read_bytes()).hexdigest()
+
     def drop_after(self, step: int) -> None:
         """Removes the complete steps after `step`: the run goes on from there, and saves them anew."""
         self._remove([s for s in self.steps() if s > step])

@@ -306,6 +306,7 @@ class Train:
     checkpoint_every: int
     keep_checkpoints: int
     keep_every: int | None = field(metadata=off(None))
+    branch: str | None = field(metadata=off(None))
 
     def __post_init__(self) -> None:
         _numbers(self)

@@ -52,7 +52,8 @@ VARIED = (*TRACED, "model.init_scale")
 def key(config: Config) -> str:
     """Runs with equal keys train together; no two keys of runs that cannot are equal."""
     knobs = flatten(to_dict(config))
-    alone = config.mesh.splits or jax.process_count() > 1 or config.train.watch
+    t = config.train
+    alone = config.mesh.splits or jax.process_count() > 1 or t.watch or t.branch
     if not alone:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
@@ -74,6 +75,8 @@ def check_together(configs: Sequence[Config]) -> None:
     first, *others = (flatten(to_dict(config)) for config in configs)
     if first["train.watch"]:
         raise UserError("runs that train together are not watched: set train.watch=()")
+    if first["train.branch"]:
+        raise UserError("a branch trains alone: start such runs one after another")
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, heap, model, state
+from gptjax import accounting, branch, heap, model, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.files import replace_file
@@ -69,7 +69,8 @@ def train(
     """Trains to `train.steps`, from the latest checkpoint in `workdir` where there is one.
 
     A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`). A new run begins with the
-    parameters of `begin`, or with those that the seed gives. An earlier step to end at, `until`,
+    parameters of `begin`, with the state that `train.branch` names, or with parameters that the
+    seed gives. An earlier step to end at, `until`,
     changes nothing before it, and saves nothing by itself. The steps of `profile` are traced.
 
     Returns:
@@ -79,7 +80,7 @@ def train(
         Stopped: on SIGTERM or Ctrl-C, once the state is saved.
         UserError: on whatever the user can mend: config, data, disk, divergence.
     """
-    setup, record = set_up(config), to_dict(config)
+    setup, record, given = set_up(config), to_dict(config), config
     config, fingerprints = setup.config, setup.fingerprints
     if begin is not None:
         fingerprints["initial"] = begin.fingerprint
@@ -90,18 +91,22 @@ def train(
             )
         )
         saved = checkpoints.latest()
-        start, steps = saved or 0, config.train.steps
+        start, steps = saved or branch.first_step(config), config.train.steps
         profiler = stack.enter_context(Profiler(profile, start, steps, workdir))
-        run = stack.enter_context(open_run(workdir, record, fingerprints, saved))
+        train_state = lineage = None
+        if saved is None and config.train.branch is not None:
+            # Before anything is recorded: a branch that cannot begin leaves no run behind.
+            train_state, lineage = branch.begin(given, fingerprints)
+        run = stack.enter_context(open_run(workdir, record, fingerprints, saved, lineage))
         if saved == config.train.steps:
             say(f"{workdir} is done: {saved} of {saved} steps")
             for line in [line for line in read_metrics(workdir) if "val_loss" in line][-1:]:
                 _check_end(saved, line)
             return None
-        if saved is None:
-            train_state = state.create(config, None if begin is None else begin.load())
-        else:
+        if saved is not None:
             train_state = checkpoints.restore(saved, state.abstract(config))
+        elif train_state is None:
+            train_state = state.create(config, None if begin is None else begin.load())
         where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
         meta = {"config": record, "fingerprints": fingerprints}

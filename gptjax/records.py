@@ -158,6 +158,7 @@ def open_run(
     config: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     resume_step: int | None,
+    branch: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens the records of a new run, or of one that goes on from a checkpoint.
 
@@ -166,6 +167,7 @@ def open_run(
         config: the resolved config as a plain dict (`config.to_dict`).
         fingerprints: of what the config only names: {"data": ..., "tokenizer": ...}.
         resume_step: the checkpoint's step; None starts anew and empties an older log.
+        branch: what a new run begins with that is a branch of another, to be recorded.
 
     Raises:
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
@@ -184,6 +186,7 @@ def open_run(
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "resume_step": resume_step,
                 "changed_knobs": changed,
+                **({} if branch is None else {"branch": branch}),
                 "config_sha256": hashlib.sha256(content).hexdigest(),
                 "code": code_fingerprint(),
                 "fingerprints": dict(fingerprints),
@@ -253,7 +256,7 @@ def _may_extend(folder: Path, was: Config, now: Config, done: int) -> None:
             f"{folder} cannot go on from step {done} of {old} to {new}: optim.schedule="
             f"{now.optim.schedule!r} would have given its steps other learning rates. Leave the "
             f"schedule its end by --config.optim.schedule_steps={end}, after which the rate stays; "
-            "or begin another run from its weights: `export` it, and `train --from` that"
+            f"or begin another run from a checkpoint of this one: `train --branch={folder}@STEP`"
         )
 
 

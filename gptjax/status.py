@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptjax import branch
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
@@ -54,7 +55,7 @@ class Status:
         who: host and process of a running one.
         why: it diverged, failed or is damaged; or what a killed one lost.
         step, steps: done, of all.
-        saved: the step of the latest checkpoint.
+        saved: the step that it would go on from.
         loss, val_loss, tokens_per_second: the last that were logged.
         seconds_left: at that rate, in which evaluating and saving are not counted.
         seconds_since: a file of the run changed.
@@ -114,8 +115,9 @@ def _status(run: Path) -> Status:
         who = checkpoints.writer() or ("another process" if _claimed(run) else "")
         config = _config(run)
         last = _last(run / METRICS)
-        saved = max(checkpoints.steps(), default=0)
-    logged = int(last.get("step", 0))
+        first = 0 if config is None else branch.first_step(config)
+        saved = max(checkpoints.steps(), default=first)
+    logged = int(last.get("step", first))
     step, steps = max(logged, saved), None if config is None else config.train.steps
     reasons = {state: _reason(run / file) for state, file in MARKS.items()}
     why: str | None = None
@@ -134,7 +136,7 @@ def _status(run: Path) -> Status:
     elif logged > saved or (run / BEGUN).exists():
         state, why = "killed", f"resumes at step {saved}"
     else:
-        state = "stopped" if step else "waiting"
+        state = "stopped" if step > first else "waiting"
     return Status(
         run=run.name, state=state, who=who or None, why=why, step=step, steps=steps, saved=saved,
         loss=last.get("loss"), val_loss=last.get("val_loss"), tokens_per_second=rate,

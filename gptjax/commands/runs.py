@@ -31,14 +31,22 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import configure, decode, loop, profile, setup, speak, trained
+    from gptjax import branch, configure, decode, loop, profile, setup, speak, trained
     from gptjax.sharding import make_mesh
 
-    steps = profile.parse_steps(arguments.profile)
-    config, begin = configure.from_file(arguments.config, overrides), None
+    steps, recipe = profile.parse_steps(arguments.profile), arguments.config or DEFAULT_RECIPE
+    workdir, begin = arguments.workdir or Path("runs") / configure.find(recipe)[0].stem, None
+    if arguments.branch is not None:
+        if arguments.workdir is None or arguments.config or arguments.start:
+            raise UserError(
+                "--branch takes the run's own config, its parameters and a folder: give --workdir "
+                "and knobs, such as --config.train.steps=2000, and neither --config=FILE nor --from"
+            )
+        config = configure.override(branch.of_run(arguments.branch, workdir), overrides)
+    else:
+        config = branch.resolve(configure.from_file(recipe, overrides))
     if arguments.start is not None:
         config, begin = trained.start_from(config, arguments.start, overrides)
-    workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
     with jax.set_mesh(make_mesh(config.mesh)):
         speak.check_sample(config, setup.load_tokenizer(config))
         try:
@@ -56,11 +64,15 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
-    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"a recipe ({DEFAULT_RECIPE})")
     parser.add_argument(
         "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
+    )
+    parser.add_argument(
+        "--branch",
+        metavar="RUN@STEP",
+        help="begin with the state of another run and its config, at one of its checkpoints; "
+        "RUN alone is the latest",
     )
     parser.add_argument(
         "--from",
@@ -337,7 +349,13 @@ run resumes from its latest checkpoint, on any number of devices. With a larger 
 goes on beyond its end where that leaves its learning rates so far as they were (constant, wsd
 before its decay), or once optim.schedule_steps says where they ended.
 
+With --branch a new run begins with parameters, optimiser and step count of another, and with its
+config, changed by what is given: a decay from each of several checkpoints of a constant rate, more
+steps, another mixture. Its log begins behind that step. Join the curves by the step count: the
+trunk's metrics.jsonl up to STEP, then the branch's. Give the same command again to go on.
+
   train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
+  train --branch=runs/mine@400 --workdir=runs/decayed --config.optim.schedule_steps=500
   train --profile=10:13 --workdir=runs/mine
 
 {OVERRIDES}

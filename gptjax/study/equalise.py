@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from gptjax import accounting
+from gptjax import accounting, branch
 from gptjax.config import Config, ConfigError, Model, choose
 from gptjax.configure import difference
 from gptjax.layers.feedforward import hidden_width
@@ -16,8 +16,9 @@ TOLERANCE = 0.01  # a budget further from the baseline's than this share is refu
 
 
 def tokens(config: Config) -> float:
-    """Tokens that a run trains on."""
-    return float(config.train.steps * config.data.batch_size * config.model.context)
+    """Tokens that a run trains on; what its trunk did before it branched is not its own."""
+    steps = config.train.steps - branch.first_step(config)
+    return float(steps * config.data.batch_size * config.model.context)
 
 
 def flops(config: Config) -> float:
@@ -31,8 +32,10 @@ def parameters(config: Config) -> float:
 
 def _length(config: Config, cost: Callable[[Config], float], target: float) -> Config:
     """`config` with the number of steps that costs nearest to `target`."""
-    steps = max(1, round(target / cost(config) * config.train.steps))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    before = branch.first_step(config)
+    steps = max(1, round(target / cost(config) * (config.train.steps - before)))
+    train = dataclasses.replace(config.train, steps=before + steps)
+    return dataclasses.replace(config, train=train)
 
 
 def _width(config: Config, target: float, fixed: Collection[str]) -> Config:

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import configure, setup
+from gptjax import branch, configure, setup
 from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
 from gptjax.study.equalise import EQUAL, equalise
 
@@ -270,16 +270,15 @@ def _seeds(
 def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
     """Each arm's config at the base's seed, its budget equal to the baseline's."""
     shared = [*_words(study.settings), *_words(study.scales[scale]), *study.overrides]
-    base = configure.from_file(study.base, shared)
+    base = branch.resolve(configure.from_file(study.base, shared))
     # Refused here, before hours of runs: a tuned knob that is none, a value that cannot be.
     for values in cross(study.tune).values() if study.tune else ():
         _check(configure.override(base, _words(values)))
     configs: dict[str, tuple[Config, Settings]] = {}
     for arm, settings in study.all_arms.items():
         try:
-            config, solved = equalise(
-                configure.override(base, _words(settings)), base, study.equal, settings
-            )
+            of_arm = branch.resolve(configure.override(base, _words(settings)))
+            config, solved = equalise(of_arm, base, study.equal, settings)
             _check(config)
         except ConfigError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import ensemble, setup, state
+from gptjax import branch, ensemble, setup, state
 from gptjax.config import Config, ConfigError, Mesh, UserError, recorded
 from gptjax.data.batches import Batch
 from gptjax.files import disk, replace_file
@@ -166,7 +166,7 @@ def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> di
         opened = setup.set_up(config)
         rows = config.data.batch_size // config.train.accumulation
         fed: dict[str, Any] = {
-            "first batch": setup.read_rows(opened, 0, 0, rows),
+            "first batch": setup.read_rows(opened, branch.first_step(config), 0, rows),
             "last batch": setup.read_rows(opened, config.train.steps - 1, 0, rows),
             **{f"windows of {name}": e.batch(0) for name, e in opened.evaluators.items()},
         }
@@ -177,9 +177,9 @@ def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> di
         if len(configs) == 1
         else _steps_together(tuple(configs), mesh)
     )
-    current = environment()
+    current, trunk = environment(), branch.of(config)
     return {
-        "initial values": _initial(config_without_seed, mesh),
+        "initial values": _initial(config_without_seed, mesh) if trunk is None else trunk.sha256,
         "step": step,
         "evaluation": _evaluation(config_without_seed, mesh),
         **{name: _digest_arrays(batch) for name, batch in fed.items()},
