@@ -287,7 +287,10 @@ class _Group:
         self._step, cost = loop.compile_step(step, *arguments)
         if "program_bytes" in cost:  # of a device; a member's share adds up to the whole
             cost["program_bytes"] *= len(self.devices) / len(self._setups)
-        self._logs = {m.index: loop.Log(m.setup.config, m.run, start, cost) for m in self._left}
+        self._logs = {
+            m.index: loop.Log(m.setup.config, m.run, start, cost, m.setup.batches)
+            for m in self._left
+        }
 
     def step(self, index: int) -> state.Metrics:
         self._states, metrics = self._step(self._states, self._batch(index), self._knobs)

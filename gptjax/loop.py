@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from gptjax import accounting, branch, heap, model, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
+from gptjax.data.batches import Batches
 from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
 from gptjax.profile import NOTHING, Profiler
@@ -36,6 +37,7 @@ from gptjax.records import DIVERGED, Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
 from gptjax.watch import make_watch
 
+TOLD = 8  # rows of a batch that was skipped
 MAX_SKIPPED = 20  # so many updates in a row without a finite gradient end the run
 
 
@@ -117,7 +119,7 @@ def train(
             traced=bool(profile),
         )  # fmt: skip
         devices = jax.sharding.get_mesh().devices.flatten().tolist()
-        meter = Meter(config, devices, progress, Log(config, run, start, cost).write)
+        meter = Meter(config, devices, progress, Log(config, run, start, cost, setup.batches).write)
         watch = make_watch(config) if config.train.watch else None
         held_out: Mapping[str, float] = {}
         for step in range(start + 1, (steps if until is None else until) + 1):
@@ -271,8 +273,11 @@ class Log:
     The first record of a start holds `cost` as well.
     """
 
-    def __init__(self, config: Config, run: Run, start: int, cost: Mapping[str, float]) -> None:
+    def __init__(
+        self, config: Config, run: Run, start: int, cost: Mapping[str, float], batches: Batches
+    ) -> None:
         self._train, self._run, self._cost = config.train, run, dict(cost)
+        self._batches = batches
         # Every skipped step has a record, so that a run that was interrupted diverges where one
         # that was not does.
         lines = read_metrics(run.folder) if start else []
@@ -294,12 +299,25 @@ class Log:
         if recorded:
             self._run.log(step, values | self._cost)
             self._cost = {}
+        if self._skipped:
+            say(f"{self._run.folder}: {skipped(step, self._batches, self._run.folder)}")
         if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
             updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
             raise Diverged(step, f"{updates}, the last at step {step}, had no finite gradient")
         if watched:
             self._run.log(step, watched)
         return values, recorded
+
+
+def skipped(step: int, batches: Batches, workdir: Path) -> str:
+    """What to say of an update that was left out: which rows it had read."""
+    origins = batches.origins(step - 1)
+    more = f", and {len(origins) - TOLD} more" if len(origins) > TOLD else ""
+    return (
+        f"step {step} has no finite gradient and is skipped; it read "
+        f"{', '.join(map(str, origins[:TOLD]))}{more}. All of it: data show --workdir={workdir} "
+        f"--step={step - 1}"
+    )
 
 
 class Meter:

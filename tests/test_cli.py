@@ -251,7 +251,7 @@ def test_data_tells_what_it_made(text: Path, store: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_data_show_prints_the_text_of_a_batch(store: Path, split: str) -> None:
     done = works("data", "show", *knobs(store), "--step=1", "--rows=5", f"--split={split}")
-    blocks = re.split(r"^--- step 1, row (\d) of 8\n", done.out, flags=re.MULTILINE)
+    blocks = re.split(r"^--- step 1, row (\d) of 8: .*\n", done.out, flags=re.MULTILINE)
     assert blocks[0] == "" and blocks[1::2] == list("01234")
     whole = "".join(DOCUMENTS)
     cut = int(len(whole) * 0.8)
@@ -274,7 +274,10 @@ def test_data_show_prints_what_the_loop_reads(store: Path) -> None:
     with jax.set_mesh(make_mesh(config.mesh)):
         opened = setup.set_up(config)
         batch = jax.device_get(setup.load_batch(opened, 2))
-    blocks = re.split(r"^--- step 2, row \d of 8\n", done.out, flags=re.MULTILINE)[1:]
+    blocks = re.split(r"^--- step 2, row \d of 8: .*\n", done.out, flags=re.MULTILINE)[1:]
+    origins = re.findall(r"^--- step 2, row \d of 8: (.*)$", done.out, flags=re.MULTILINE)
+    assert origins == list(map(str, opened.batches.origins(2)))
+    assert all(re.fullmatch(rf"row \d+ of {store} \(document \d+\)", o) for o in origins)
     for row, block in enumerate(blocks):
         scored = batch.weights[row, 0] > 0
         text = opened.tokenizer.decode(batch.targets[row, 0][scored])
@@ -512,6 +515,8 @@ def test_what_data_show_refuses(store: Path) -> None:
         refused(rf"--step must lie in \[0, 2\^31\), got {step}", *words, f"--step={step}")
     refused("no split 'test': choose one of train, val", *words, "--split=test")
     refused("unknown config key 'sed'", *words, "--config.sed=1")
+    refused("--workdir shows what a run reads: leave --config out", *words, "--workdir=run")
+    refused("run holds no run", "data", "show", "--workdir=run")
     for rows in (-1, 0):
         refused(f"--rows must be above 0, got {rows}", *words, f"--rows={rows}")
 

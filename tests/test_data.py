@@ -279,6 +279,37 @@ def test_seed_and_epoch_change_the_order(tmp_path):
     assert orders[0] != orders[1] and orders[0] != orders[2]
 
 
+ORIGINS = {
+    # abc.defg.h. in windows of 4 and the target behind them: abc.d, defg., fg.h.
+    "stream": [(0, 1), (1, 1), (1, 2)],
+    "masked": [(0, 1), (1, 1), (1, 2)],
+    "document": [(0, 0), (1, 1), (1, 1), (2, 2)],
+}
+
+
+@pytest.mark.parametrize("packing", PACKING)
+def test_a_row_tells_where_it_comes_from(tmp_path, packing):
+    """And what stands there is the row, of each source of a mixture."""
+    got = batches(
+        make(tmp_path / "s", "abc", "defg", "h"), packing=packing, rows=len(ORIGINS[packing])
+    )
+    found = {o.row: (o.first, o.last) for o in got.origins(1)}
+    assert [found[row] for row in range(len(found))] == ORIGINS[packing]
+    mixed = batches(
+        *(make(tmp_path / name, "abc", "defg", "h" * 9) for name in "ab"), packing=packing, rows=8
+    )
+    for step in (0, 7):
+        batch = mixed.rows(step, 0, 8)
+        for row, origin in enumerate(mixed.origins(step)):
+            source = mixed.sources[mixed.names.index(origin.source)]
+            alone = source.rows(np.array([origin.row]))
+            assert all(np.array_equal(a[0], b[row]) for a, b in zip(alone, batch, strict=True))
+            texts = ["abc.", "defg.", "hhhhhhhhh."][origin.first : origin.last + 1]
+            read = np.append(batch.tokens[row, 0], batch.targets[row][batch.weights[row] > 0])
+            assert set(read.tolist()) <= set(ids("".join(texts) + "."))
+    assert str(mixed.origins(0)[0]).startswith("row ")
+
+
 @pytest.mark.parametrize("packing", PACKING)
 def test_shapes_and_dtypes(tmp_path, packing):
     batch = batches(make(tmp_path / "s", "abcdefgh", "ij"), packing=packing).rows(0, 1, 4)

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import accounting, loop, setup, state
+from gptjax import accounting, loop, setup, state, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import main
 from gptjax.config import Config, ConfigError, Mesh, UserError
+from gptjax.data.store import StoreWriter
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
@@ -291,6 +292,36 @@ def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match="has diverged"):
         loop.train(config, tmp_path)
     assert read_metrics(tmp_path)[-1]["skipped"] == 1
+
+
+def test_a_skipped_batch_is_told_with_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One document's targets weigh so much that their sum leaves float32, and so the gradient."""
+    vocabulary = tokenizer.load("bytes")
+    for split in ("train", "val"):
+        writer = StoreWriter(tmp_path / "store" / split, vocabulary, weighted=True)
+        for document in range(32):
+            heavy = 3e38 if (split, document) == ("train", 5) else 1.0
+            text = vocabulary.encode(f"document {document:02}")
+            writer.write(np.array(text), True, np.full(len(text), heavy), 1.0)
+        writer.close()
+    store, workdir = tmp_path / "store", tmp_path / "run"
+    train(store, workdir, data__packing="document", train__steps=12)
+    said = capsys.readouterr().err.replace("\n", " ")
+    skipped = [line["step"] for line in read_metrics(workdir) if line.get("skipped")]
+    assert (
+        3 <= len(skipped) <= 4
+    )  # once in each of three epochs of 32 rows, of which 12 steps read 96
+    own = rf"row 5 of {store} \(document 5\)"
+    told = re.findall(rf"{workdir}: step (\d+) has no finite gradient and is skipped; it read .*?{own}.*?"
+                      rf"data show --workdir={workdir} --step=(\d+)", said)  # fmt: skip
+    assert told == [(str(step), str(step - 1)) for step in skipped]
+    assert main(["data", "show", f"--workdir={workdir}", f"--step={skipped[0] - 1}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"{own}\n.*document 05", shown)
+    # Of a batch in which all is finite nothing is said.
+    assert said.count("is skipped") == len(skipped)
 
 
 def train(store: Path, workdir: Path, **knobs: Any) -> None:

@@ -73,7 +73,12 @@ def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax import configure, tokenizer
     from gptjax.data import Batches, describe
 
-    config = configure.from_file(arguments.config, overrides)
+    if arguments.workdir is not None and arguments.config is not None:
+        raise ConfigError("--workdir shows what a run reads: leave --config out")
+    if arguments.workdir is not None:
+        config = configure.of_run(arguments.workdir, overrides)
+    else:
+        config = configure.from_file(arguments.config or DEFAULT_RECIPE, overrides)
     vocabulary = tokenizer.load(config.data.tokenizer)
     batches = Batches(config.data, config.model.context, config.seed, arguments.split, vocabulary)
     all_rows = config.data.batch_size
@@ -82,14 +87,15 @@ def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f"--step must lie in [0, 2^31), got {arguments.step}")
     if rows < 1:
         raise ConfigError(f"--rows must be above 0, got {rows}")
-    for row, text in enumerate(describe(batches.rows(arguments.step, 0, rows), vocabulary)):
-        print(f"--- step {arguments.step}, row {row} of {all_rows}\n{text}")
+    texts = describe(batches.rows(arguments.step, 0, rows), vocabulary)
+    origins = batches.origins(arguments.step)[:rows]
+    for row, (text, origin) in enumerate(zip(texts, origins, strict=True)):
+        print(f"--- step {arguments.step}, row {row} of {all_rows}: {origin}\n{text}")
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
-    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"a recipe ({DEFAULT_RECIPE})")
+    parser.add_argument("--workdir", type=expand, help="a run's folder instead of a recipe")
     parser.add_argument("--step", type=int, default=0, help="0-based step of the run (%(default)s)")
     parser.add_argument("--rows", type=int, help="only the first so many rows")
     parser.add_argument("--split", default="train", help="train or val (%(default)s)")
@@ -128,10 +134,12 @@ files is used: leave out what is to be held out. Both knobs change with the voca
         _add_show,
         "Print the exact text of a batch.",
         f"""\
-A batch is a pure function of (seed, step). In double brackets stands what is read but not
-scored; a double bar begins another document.
+A batch is a pure function of (seed, step): step 100 of a run reads batch 99. Before each row stands
+where it comes from: the source, its row there, and its documents, counted from 0. In double
+brackets stands what is read but not scored; a double bar begins another document.
 
   data show --config=configs/shakespeare.py --step=100 --rows=2
+  data show --workdir=runs/mine --step=99
 
 {OVERRIDES}""",
     ),

@@ -8,6 +8,7 @@ draw falls in epoch k // rows and is place k % rows of that epoch's permutation
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -60,6 +61,10 @@ class Packing(Protocol):
         """Rows `index`, int64 (R,) in range(len), all fields given."""
         ...
 
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        """The first and the last document of rows `index`, 0-based in their store, (R, 2)."""
+        ...
+
 
 class Stream:
     """Consecutive windows of T tokens; documents run into each other (GPT-2, nanoGPT).
@@ -83,8 +88,7 @@ class Stream:
         return (self.store.num_tokens - 2) // self.context + 1
 
     def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
-        T = self.context
-        starts = np.minimum(index * T, self.store.num_tokens - 1 - T)
+        T, starts = self.context, self._starts(index)
         window = np.stack([self.store.tokens(start, start + T + 1) for start in starts.tolist()])
         place = np.arange(T, dtype=np.int32)
         scored = starts[:, None] + place >= (index * T)[:, None]
@@ -96,6 +100,14 @@ class Stream:
             segments=np.zeros((len(index), T), np.int32),
             positions=np.broadcast_to(place, (len(index), T)),
         )
+
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        starts = self._starts(index)
+        ends = np.stack([starts, starts + self.context], axis=1)  # first input, last target
+        return np.searchsorted(self.store.document_ends, ends, side="right")
+
+    def _starts(self, index: np.ndarray) -> np.ndarray:
+        return np.minimum(index * self.context, self.store.num_tokens - 1 - self.context)
 
 
 class Masked(Stream):
@@ -167,15 +179,33 @@ class Document:
             positions=np.where(real, place, 0),
         )
 
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        document = np.searchsorted(self.first_row, index, side="right") - 1
+        return np.stack([document, document], axis=1)
+
 
 PACKING: dict[str, type[Packing]] = {"stream": Stream, "masked": Masked, "document": Document}
+
+
+class Origin(NamedTuple):
+    """Where a row comes from: a source, which of its rows, and its first and last document."""
+
+    source: str
+    row: int
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        plural = f"s {self.first} to {self.last}" if self.last > self.first else f" {self.first}"
+        return f"row {self.row} of {self.source} (document{plural})"
 
 
 class Batches:
     """The rows of every step of a run.
 
     Attributes:
-        sources: each source of the config under its packing; `len` is its rows an epoch.
+        names, sources: each source of the config, and it under its packing; `len` is its rows an
+            epoch.
         segmented: see `Packing`.
         fingerprint: source -> its store's fingerprint, to be recorded and checked on resume.
     """
@@ -200,6 +230,7 @@ class Batches:
         check_seed(seed)
         pack = choose(PACKING, config.packing, "data.packing")
         stores = {name: open_source(name, tokenizer, split) for name in config.sources}
+        self.names = config.sources
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
         self.segmented = pack.segmented
         self.fingerprint = {name: store.fingerprint for name, store in stores.items()}
@@ -208,20 +239,36 @@ class Batches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch[np.ndarray]:
         """Rows [start, stop) of the batch at `step`, R of them, each array (R, T)."""
-        rows = step * self.batch_size + np.arange(start, stop)
-        source_R, draw_R = mix_sources(rows, self.weights, self.seed)
-        shape = (len(rows), self.context)
+        shape = (stop - start, self.context)
         batch: Any = Batch(*(np.empty(shape, np.int32) for _ in Batch._fields))
         batch = batch._replace(weights=np.empty(shape, np.float32))
-        for i, source in enumerate(self.sources):
-            rows_of_source = np.flatnonzero(source_R == i)
-            if not len(rows_of_source):
-                continue
-            epoch, place = np.divmod(draw_R[rows_of_source], len(source))
-            index = permute(place, len(source), key(self.seed, i, epoch))
-            for array, drawn in zip(batch, source.rows(index), strict=True):
+        for source, rows_of_source, index in self._drawn(step, start, stop):
+            for array, drawn in zip(batch, self.sources[source].rows(index), strict=True):
                 array[rows_of_source] = drawn
         return batch
+
+    def origins(self, step: int) -> list[Origin]:
+        """Where each row of the batch at `step` comes from, in the rows' order."""
+        origins: dict[int, Origin] = {}
+        for i, rows_of_source, index in self._drawn(step, 0, self.batch_size):
+            documents = self.sources[i].documents(index).tolist()
+            for row, of_source, (first, last) in zip(
+                rows_of_source.tolist(), index.tolist(), documents, strict=True
+            ):
+                origins[row] = Origin(self.names[i], of_source, first, last)
+        return [origins[row] for row in sorted(origins)]
+
+    def _drawn(
+        self, step: int, start: int, stop: int
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(source, which of the rows [start, stop) are its, which of its own rows they are)."""
+        rows = step * self.batch_size + np.arange(start, stop)
+        source_R, draw_R = mix_sources(rows, self.weights, self.seed)
+        for i, source in enumerate(self.sources):
+            rows_of_source = np.flatnonzero(source_R == i)
+            if len(rows_of_source):
+                epoch, place = np.divmod(draw_R[rows_of_source], len(source))
+                yield i, rows_of_source, permute(place, len(source), key(self.seed, i, epoch))
 
 
 def describe(batch: Batch[np.ndarray], tokenizer: Tokenizer) -> list[str]:
