@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.commands import data, models, runs, scales, studies
-from gptjax.commands.command import EXITS, OVERRIDES, Command
-from gptjax.config import UserError, out_of_memory
+from gptjax.commands.command import EXITS, LAUNCH, OVERRIDES, Command, without_launch
+from gptjax.config import EXIT_STOPPED, UserError, out_of_memory
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell tells of `yes | head -1`
-EXIT_STOPPED = 75  # after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL)
 
 COMMANDS: dict[str, Command] = {
     **runs.COMMANDS,
@@ -68,6 +67,9 @@ def _run(words: list[str]) -> int:
     own, overrides = _apart(words[len(name.split()) :])
     try:
         arguments, rest = parser.parse_known_args(own)
+        if getattr(arguments, "on", None) is not None:
+            return _launch(arguments, words, overrides, rest)
+        _refuse_launch(name, arguments, own)
         return command.run(arguments, [*overrides, *rest]) or 0
     except BaseException as error:
         status, message = _explain(error)
@@ -75,6 +77,35 @@ def _run(words: list[str]) -> int:
             raise
         print(f"gptjax: {message}" if message else "", file=sys.stderr, end="\n" * bool(message))
         return status
+
+
+def _launch(
+    arguments: argparse.Namespace, words: Sequence[str], overrides: list[str], rest: list[str]
+) -> int:
+    """The command that `words` are, where --on says; what is wrong with it is told now, not there."""
+    from gptjax import configure
+    from gptjax.cluster.job import Job
+    from gptjax.cluster.launch import launch
+
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; see --help")
+    if getattr(arguments, "config", None) is not None:
+        configure.from_file(arguments.config, overrides)
+    if getattr(arguments, "distributed", None) is not None or getattr(arguments, "worker", False):
+        raise UserError("--on tells processes what they are: leave --distributed and --worker out")
+    job = Job(without_launch(words), arguments.processes, together="distributed" in arguments)
+    return launch(job, arguments.on, arguments.site, "--dry_run" in words)
+
+
+def _refuse_launch(name: str, arguments: argparse.Namespace, own: Sequence[str]) -> None:
+    """Refuses, without --on, what would have no effect."""
+    alone = [word for word in own if word.partition("=")[0] in LAUNCH]
+    if getattr(arguments, "dry_launch", False):
+        alone.append("--dry_run")
+    if alone and "on" in arguments:
+        raise UserError(f"{alone[0]} is of a launch: say where by --on, see --help")
+    if alone:
+        raise UserError(f"{name} runs in one process, here: leave {alone[0]} out")
 
 
 def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:

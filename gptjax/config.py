@@ -30,6 +30,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# Exit status after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL).
+EXIT_STOPPED = 75
+
 
 class UserError(Exception):
     """A mistake of the user's, told in one line that says what to do.

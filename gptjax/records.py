@@ -74,7 +74,7 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
-    *("commands", "evaluation", "report", "sizes", "study"),
+    *("cluster", "commands", "evaluation", "report", "sizes", "study"),
     *("accounting.py", "chat.py", "cli.py", "configure.py", "decode.py", "files.py"),
     *(
         "profile.py",

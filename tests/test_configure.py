@@ -127,5 +127,7 @@ def test_an_installed_package_has_its_recipes(tmp_path: Path) -> None:
     found = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
     assert found["model.layers"] == "model.layers: 12 -> 4"
     assert sorted(p.name for p in (installed / "gptjax_configs").glob("*.py")) == SHIPPED
+    sites = {p.name for p in (REPO / "configs/sites").iterdir()}
+    assert {p.name for p in (installed / "gptjax_configs/sites").iterdir()} == sites
     modules = {p.relative_to(REPO) for p in (REPO / "gptjax").rglob("*.py")}
     assert all((installed / module).is_file() for module in modules)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from gptjax import loop, records
+from gptjax.cli import main
 from gptjax.config import UserError
 from gptjax.records import read_environment, read_metrics
 from gptjax.setup import Setup
@@ -520,6 +521,25 @@ def test_two_processes_share_the_cells(file: Path, whole: Whole, tmp_path: Path)
     assert sorted(label for c in both for label in begun(c.stderr)) == LABELS
     assert set(starts(tmp_path).values()) == {1}
     assert logs(tmp_path) == logs(whole.cells)
+
+
+def test_a_worker_takes_what_is_free_and_the_last_one_reports(
+    file: Path, whole: Whole, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is at the last cell; a worker runs the first, and ends without a report."""
+    first, *_, last = [cell.address for cell in cells(load(file), {})]
+    for name in (first, last):
+        shutil.rmtree(copied / name)
+    monkeypatch.chdir(copied.parent)
+    words = ["study", str(file), "--worker", f"--store={copied}", "--out=report"]
+    with runner._claim(copied, [copied / last]) as locked:
+        assert locked
+        assert main(words) == 0
+    assert set(starts(whole.cells)) - set(starts(copied)) == {last}
+    assert not Path("report").exists()
+    assert main(words) == 0
+    assert Path("report/report.md").is_file()
+    assert logs(copied) == logs(whole.cells)
 
 
 # A process of its own, which is killed at its first cell, as by a system without memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptjax import heap
@@ -127,7 +127,50 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_distributed(parser)
 
 
+# What says where a command runs, and is no part of it; beside --on, --dry_run is such as well.
+LAUNCH = ("--on", "--processes", "--site")
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """`gptjax/cluster/launch.py` reads them; docs/clusters.md has examples."""
+    group = parser.add_argument_group("on several processes")
+    group.add_argument(
+        "--on", metavar="TARGET", help="run this command on: local, slurm, kubernetes, tpu-vm"
+    )
+    group.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="so many run it (%(default)s)"
+    )
+    group.add_argument(
+        "--site",
+        metavar="FILE",
+        help="particulars of the cluster, such as configs/sites/slurm.toml",
+    )
+
+
+def add_dry_launch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        dest="dry_launch",
+        help="with --on: only print what would be started or submitted",
+    )
+
+
+def without_launch(words: Sequence[str]) -> tuple[str, ...]:
+    """The words of a command but for those that say where it runs."""
+    kept: list[str] = []
+    wants_value = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if wants_value or name in LAUNCH:
+            wants_value = not wants_value and not equals
+        elif word != "--dry_run":
+            kept.append(word)
+    return tuple(kept)
+
+
 def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Of commands that several processes run as one jax program."""
     parser.add_argument(
         "--distributed",
         nargs="?",
@@ -136,6 +179,8 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
         help="this is process I of N, which meet at HOST:PORT; without a value the cluster "
         "(Slurm, TPU pod, Kubernetes, MPI) tells. Run the same command on every host",
     )
+    add_launch(parser)
+    add_dry_launch(parser)
 
 
 def no_more(overrides: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -13,6 +14,8 @@ from gptjax.commands.command import (
     EXITS,
     OVERRIDES,
     Command,
+    add_dry_launch,
+    add_launch,
     prepare_jax,
 )
 from gptjax.config import UserError
@@ -36,16 +39,23 @@ def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
         ):
             print(line)
         return
-    try:
-        complete = run_all(arguments, definition)
-    except runner.Failed:
-        _report(results.read(definition, arguments.store), arguments.out)
-        raise
-    _report(complete, arguments.out)
+    with contextlib.suppress(runner.Elsewhere):
+        try:
+            complete = run_all(arguments, definition, arguments.worker)
+        except runner.Failed:
+            with runner.reporting(definition, arguments.store):
+                _report(results.read(definition, arguments.store), arguments.out)
+            raise
+        with runner.reporting(definition, arguments.store):
+            _report(complete, arguments.out)
 
 
-def run_all(arguments: argparse.Namespace, definition: Study) -> Results:
-    """Prints the plan, runs the cells without a result, and reads the results of all."""
+def run_all(arguments: argparse.Namespace, definition: Study, worker: bool = False) -> Results:
+    """Prints the plan, runs the cells without a result, and reads the results of all.
+
+    Raises:
+        Elsewhere: to a worker, when other processes have all that is left.
+    """
     if arguments.together < 1:
         raise UserError(f"--together={arguments.together} must be above 0")
     prepare_jax(None)
@@ -54,7 +64,7 @@ def run_all(arguments: argparse.Namespace, definition: Study) -> Results:
 
     for line in plan.lines(results.read(definition, arguments.store, now=True), arguments.store):
         say(line)
-    return runner.run_study(definition, arguments.store, arguments.together)
+    return runner.run_study(definition, arguments.store, arguments.together, worker)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -134,6 +144,16 @@ def add_together(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--worker",
+        action="store_true",
+        help="one of several: take runs that nobody has, and end when others have what is left; "
+        "whoever ends the last one reports. --on starts such workers",
+    )
+    add_launch(parser)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add_study(parser)
     parser.add_argument(
@@ -144,11 +164,16 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_report(parser)
     add_together(parser)
-    parser.add_argument("--dry_run", action="store_true", help="only print what would run")
+    _add_worker(parser)
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="only print what would run; with --on: what would be started or submitted",
+    )
 
 
 def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from gptjax.study import noise
+    from gptjax.study import noise, runner
     from gptjax.study.spec import Study
 
     if arguments.seeds < 2:
@@ -164,8 +189,9 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
-    for line in noise.lines(run_all(arguments, definition)):
-        print(line)
+    with contextlib.suppress(runner.Elsewhere):
+        for line in noise.lines(run_all(arguments, definition, arguments.worker)):
+            print(line)
 
 
 def _add_noise(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +207,8 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     )
     _add_store(parser)
     add_together(parser)
+    _add_worker(parser)
+    add_dry_launch(parser)
 
 
 COMMANDS: dict[str, Command] = {

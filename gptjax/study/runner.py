@@ -37,7 +37,11 @@ class Failed(UserError):
     """Some cells could not run; the others did."""
 
 
-def run_study(study: Study, store: Path, together: int = 1) -> Results:
+class Elsewhere(Exception):
+    """Other processes have what is left to run."""
+
+
+def run_study(study: Study, store: Path, together: int = 1, worker: bool = False) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
     Several processes, on several hosts that share the store, may run the same study or others:
@@ -50,15 +54,17 @@ def run_study(study: Study, store: Path, together: int = 1) -> Results:
         together: so many cells at most train in one program, where they differ in numbers alone
             (`ensemble.VARIED`). One that was begun goes on as it was begun, with its group or
             alone.
+        worker: ends, where others have all that is left, rather than wait for them.
 
     Raises:
+        Elsewhere: to a worker; the process that ends the last cell is told of none.
         Stopped: on SIGTERM or Ctrl-C, once the running cells are saved.
         Failed: if some cell cannot run, once all others have.
         UserError: if cells were made by other code that did not record what it computes.
     """
-    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together)
+    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together, worker)
     results = read(study, store, now=True)
-    failures += _run(study, [o.cell for o in results.outcomes], store, together)
+    failures += _run(study, [o.cell for o in results.outcomes], store, together, worker)
     if failures:
         raise Failed(
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
@@ -73,7 +79,9 @@ def run_study(study: Study, store: Path, together: int = 1) -> Results:
     return complete
 
 
-def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> list[Outcome]:
+def _run(
+    study: Study, cells: Sequence[Cell], store: Path, together: int, worker: bool
+) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
     tried: set[Path] = set()
     waiting = False
@@ -111,6 +119,9 @@ def _run(study: Study, cells: Sequence[Cell], store: Path, together: int) -> lis
                     _sample(group_outcomes)
                     ran = True
         if not ran:
+            if worker:
+                say(f"other processes run the {len(todo)} cells that are left, and will report")
+                raise Elsewhere
             if not waiting:
                 say(f"waiting for {len(todo)} cells that other processes run")
             waiting = True
@@ -261,6 +272,17 @@ def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
         else:
             locked = True
         yield locked
+
+
+@contextlib.contextmanager
+def reporting(study: Study, store: Path) -> Iterator[None]:
+    """Lets processes that end a study together report it one after the other."""
+    while True:
+        with _claim(store, [store / f"report.{study.name}"]) as locked:
+            if locked:
+                yield
+                return
+        time.sleep(POLL_SECONDS)
 
 
 def _refuse_other_code(outcomes: Sequence[Outcome]) -> None:

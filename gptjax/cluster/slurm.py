@@ -1,0 +1,136 @@
+"""Slurm: a batch script, of which `srun` starts a task for each process."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gptjax.cluster.job import Job, give, render, this_program, variables
+from gptjax.config import EXIT_STOPPED, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A cluster, as a site file tells it.
+
+    Attributes:
+        partition, account: of sbatch; None leaves it to the cluster.
+        time: limit of one start, as sbatch takes it; None is the partition's.
+        notice: seconds before the limit at which the tasks are told to save, up to a minute earlier.
+        restarts: so often a job that saved and stopped is put into the queue again.
+        gpus_per_node, tasks_per_node: one task takes all GPUs of its node, or each has one.
+        options: more of sbatch, "--qos=high".
+        srun_options: of srun, "--container-image=...".
+        environment: "NAME=VALUE".
+        setup: shell, before the tasks start, "module load cuda".
+        program: what runs gptjax on a node; empty is the interpreter and script that submit.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    notice: int = 120
+    restarts: int = 100
+    gpus_per_node: int = 0
+    tasks_per_node: int = 1
+    options: tuple[str, ...] = ()
+    srun_options: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+    setup: str = ""
+    program: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        variables(self.environment)
+        for name, least in {
+            "notice": 1,
+            "restarts": 0,
+            "gpus_per_node": 0,
+            "tasks_per_node": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
+            raise UserError(
+                f"tasks_per_node={self.tasks_per_node} must be 1, or one for each of the "
+                f"gpus_per_node={self.gpus_per_node}"
+            )
+        for option in (self.partition, self.account, self.time, *self.options):
+            if option is not None and not option.isprintable():
+                raise UserError(f"{option!r} is not one line of an #SBATCH option")
+
+
+TEMPLATE = """\
+#!/bin/bash
+{% for option in options %}
+#SBATCH {{ option | word }}
+{% endfor %}
+{% for name, value in environment.items() %}
+export {{ name }}={{ value | word }}
+{% endfor %}
+{% if setup %}
+{{ setup }}
+{% endif %}
+# A task that has saved and stopped ({{ stopped }}) stays for a moment: srun ends the others when one
+# ends so, and they have saved as well, but are a little behind.
+status=0
+srun {{ srun | words }} bash -c '
+    trap : TERM
+    "$@"
+    status=$?
+    [ "$status" -ne {{ stopped }} ] || sleep 5
+    exit "$status"
+' gptjax {{ command | words }} || status=$?
+# The same command goes on from there.
+if [ "$status" -eq {{ stopped }} ]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt {{ restarts }} ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "gptjax: restarted {{ restarts }} times, as often as the site allows" >&2
+    fi
+fi
+exit "$status"
+"""
+
+
+def script(job: Job, site: Site) -> str:
+    """The batch script; of workers each is a job of an array."""
+    environment = variables(site.environment)
+    tasks = job.processes if job.together else 1
+    per_node = min(site.tasks_per_node, tasks)
+    if tasks % per_node:
+        raise UserError(
+            f"--processes={tasks} is no multiple of the site's tasks_per_node={per_node}"
+        )
+    gpus = site.gpus_per_node // site.tasks_per_node  # of a task
+    if job.together and gpus > 1:  # of which jax would take one a task
+        environment |= {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))}
+    options = {
+        "job-name": job.name,
+        "partition": site.partition,
+        "account": site.account,
+        "time": site.time,
+        "array": None if job.together else f"0-{job.processes - 1}",
+        "nodes": tasks // per_node,
+        "ntasks": tasks,
+        "ntasks-per-node": per_node,
+        "gpus-per-node": gpus * per_node or None,
+        "signal": f"TERM@{site.notice}",
+        "open-mode": "append",
+    }
+    return render(
+        TEMPLATE,
+        options=[
+            *(f"--{name}={value}" for name, value in options.items() if value is not None),
+            "--requeue",
+            *site.options,
+        ],
+        environment=environment,
+        setup=site.setup,
+        srun=["--kill-on-bad-exit=1", *site.srun_options],
+        command=job.command(site.program or this_program()),
+        stopped=EXIT_STOPPED,
+        restarts=site.restarts,
+    )
+
+
+def submit(job: Job, site: Site) -> int:
+    return give(["sbatch"], script(job, site))
