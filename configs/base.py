@@ -120,6 +120,9 @@ def get_config() -> ConfigDict:
     t.checkpoint_every = 250
     t.keep_checkpoints = 2  # the latest so many
     t.branch = placeholder(str)  # begin with the state of another run, RUN@STEP; None: at random
+    # A loss so many standard deviations above those of the last 100 steps sends the run back to its
+    # last checkpoint, and past the batches that it read since; None: never.
+    t.spike = placeholder(float)
     t.keep_every = placeholder(int)  # and those of every so many steps for ever; None: no others
 
     c.eval = e = ConfigDict()

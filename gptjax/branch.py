@@ -105,8 +105,11 @@ def of_run(text: str, workdir: Path) -> Config:
     return _with(recorded(tree), branch)
 
 
-def begin(config: Config, fingerprints: dict[str, str]) -> tuple[state.TrainState, dict[str, Any]]:
-    """The state that a branch begins with, on the current mesh, and its lineage for the records.
+def begin(
+    config: Config, fingerprints: dict[str, str]
+) -> tuple[state.TrainState, dict[str, Any], dict[str, Any]]:
+    """The state that a branch begins with, on the current mesh, its lineage for the records, and what
+    was saved beside the state.
 
     Args:
         config: of the branch, as it is recorded.
@@ -149,12 +152,13 @@ def begin(config: Config, fingerprints: dict[str, str]) -> tuple[state.TrainStat
             f"from step {branch.step + 1} on it reads what a run with these data reads there: some "
             "that its trunk has read may come again before an epoch ends"
         )
-    return train_state, {
+    lineage = {
         "folder": str(branch.run),
         "step": branch.step,
         "manifest_sha256": sha256,
         "config": to_dict(trunk),
     }
+    return train_state, lineage, meta
 
 
 def _with(config: Config, branch: Branch) -> Config:

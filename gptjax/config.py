@@ -310,11 +310,12 @@ class Train:
     keep_checkpoints: int
     keep_every: int | None = field(metadata=off(None))
     branch: str | None = field(metadata=off(None))
+    spike: float | None = field(metadata=off(None))
 
     def __post_init__(self) -> None:
         _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
-        _positive(self, "keep_checkpoints", "keep_every", "watch_every")
+        _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike")
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="

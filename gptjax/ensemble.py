@@ -53,7 +53,7 @@ def key(config: Config) -> str:
     """Runs with equal keys train together; no two keys of runs that cannot are equal."""
     knobs = flatten(to_dict(config))
     t = config.train
-    alone = config.mesh.splits or jax.process_count() > 1 or t.watch or t.branch
+    alone = config.mesh.splits or jax.process_count() > 1 or t.watch or t.branch or t.spike
     if not alone:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
@@ -75,8 +75,9 @@ def check_together(configs: Sequence[Config]) -> None:
     first, *others = (flatten(to_dict(config)) for config in configs)
     if first["train.watch"]:
         raise UserError("runs that train together are not watched: set train.watch=()")
-    if first["train.branch"]:
-        raise UserError("a branch trains alone: start such runs one after another")
+    for name in ("train.branch", "train.spike"):
+        if first[name]:
+            raise UserError(f"a run with {name} trains alone: start such runs one after another")
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:
@@ -288,7 +289,7 @@ class _Group:
         if "program_bytes" in cost:  # of a device; a member's share adds up to the whole
             cost["program_bytes"] *= len(self.devices) / len(self._setups)
         self._logs = {
-            m.index: loop.Log(m.setup.config, m.run, start, cost, m.setup.batches)
+            m.index: loop.Log(m.setup.config, m.run, start, cost, m.setup.batches, [], [])
             for m in self._left
         }
 

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, branch, heap, model, state
+from gptjax import accounting, branch, heap, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.data.batches import Batches
 from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
 from gptjax.profile import NOTHING, Profiler
-from gptjax.progress import Progress, readable, say
+from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
 from gptjax.watch import make_watch
@@ -82,6 +82,34 @@ def train(
         Stopped: on SIGTERM or Ctrl-C, once the state is saved.
         UserError: on whatever the user can mend: config, data, disk, divergence.
     """
+    while True:
+        try:
+            return _attempt(config, workdir, begin, until, profile)
+        except spike.Spiked as spiked:
+            _go_back(config, workdir, spiked)
+
+
+def _go_back(config: Config, workdir: Path, spiked: spike.Spiked) -> None:
+    """Records a spike: what is started next begins at the last checkpoint, with other batches."""
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        back = checkpoints.latest() or branch.first_step(config)
+    spikes = [*spike.read(workdir), spike.Spike(spiked.step, spiked.loss, back)]
+    if sum(s.checkpoint == back for s in spikes) > spike.MOST:
+        raise Diverged(spiked.step, f"its loss spiked {spike.MOST + 1} times behind step {back}")
+    if jax.process_index() == 0:
+        spike.write(workdir, spikes)
+    from_process_0("")  # nobody reads the record before it is there
+    say(f"{workdir}: {spiked}: back to step {back}, {spiked.step - back} batches are passed over")
+
+
+def _attempt(
+    config: Config, workdir: Path, begin: Start | None, until: int | None, profile: range
+) -> model.Params | None:
+    """`train`, up to a loss that is a spike.
+
+    Raises:
+        Spiked: at such a one.
+    """
     setup, record, given = set_up(config), to_dict(config), config
     config, fingerprints = setup.config, setup.fingerprints
     if begin is not None:
@@ -96,10 +124,15 @@ def train(
         start, steps = saved or branch.first_step(config), config.train.steps
         profiler = stack.enter_context(Profiler(profile, start, steps, workdir))
         train_state = lineage = None
+        carried = {} if saved is None else checkpoints.meta(saved)
         if saved is None and config.train.branch is not None:
             # Before anything is recorded: a branch that cannot begin leaves no run behind.
-            train_state, lineage = branch.begin(given, fingerprints)
+            train_state, lineage, carried = branch.begin(given, fingerprints)
+        spikes = spike.read(workdir) or spike.parse(carried.get("spikes", []))  # a trunk's
+        recent: list[float] = carried.get("recent_losses", [])
         run = stack.enter_context(open_run(workdir, record, fingerprints, saved, lineage))
+        if spikes and jax.process_index() == 0:
+            spike.write(workdir, spikes)
         if saved == config.train.steps:
             say(f"{workdir} is done: {saved} of {saved} steps")
             for line in [line for line in read_metrics(workdir) if "val_loss" in line][-1:]:
@@ -111,20 +144,22 @@ def train(
             train_state = state.create(config, None if begin is None else begin.load())
         where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
-        meta = {"config": record, "fingerprints": fingerprints}
+        meta: dict[str, Any] = {"config": record, "fingerprints": fingerprints}
         stop = stack.enter_context(Stop())
         progress = stack.enter_context(Progress("training", steps, start))
         train_step, cost = compile_step(
-            state.make_train_step(config), train_state, load_batch(setup, start),
+            state.make_train_step(config), train_state,
+            load_batch(setup, spike.batch(spikes, start + 1)),
             traced=bool(profile),
         )  # fmt: skip
         devices = jax.sharding.get_mesh().devices.flatten().tolist()
-        meter = Meter(config, devices, progress, Log(config, run, start, cost, setup.batches).write)
+        log = Log(config, run, start, cost, setup.batches, spikes, recent)
+        meter = Meter(config, devices, progress, log.write)
         watch = make_watch(config) if config.train.watch else None
         held_out: Mapping[str, float] = {}
         for step in range(start + 1, (steps if until is None else until) + 1):
             profiler.start(step, train_state)
-            batch = load_batch(setup, step - 1)
+            batch = load_batch(setup, spike.batch(spikes, step))
             watching = watch is not None and step % config.train.watch_every == 0
             before = jax.tree.map(jnp.copy, train_state.params) if watching else {}
             train_state, metrics = train_step(train_state, batch)  # donates the state
@@ -142,6 +177,8 @@ def train(
                     held_out = log_scores(run, step, score(setup.evaluators, params, advance))
                 del params  # with some optimisers a copy
             if due.save:
+                if spikes or config.train.spike is not None:
+                    meta |= {"spikes": spike.plain(spikes), "recent_losses": list(recent)}
                 checkpoints.save(step, train_state, meta | {"step": step}, wait=due.end)
             checkpoints.check()
             if pause:
@@ -271,13 +308,24 @@ class Log:
     """Writes the steps of one run in their rhythm, and tells when it has diverged.
 
     The first record of a start holds `cost` as well.
+
+    Args:
+        batches, spikes: what the steps read.
+        recent: the losses before `start`, to which those of the steps are added.
     """
 
     def __init__(
-        self, config: Config, run: Run, start: int, cost: Mapping[str, float], batches: Batches
+        self,
+        config: Config,
+        run: Run,
+        start: int,
+        cost: Mapping[str, float],
+        batches: Batches,
+        spikes: Sequence[spike.Spike],
+        recent: list[float],
     ) -> None:
         self._train, self._run, self._cost = config.train, run, dict(cost)
-        self._batches = batches
+        self._batches, self._spikes, self._recent = batches, spikes, recent
         # Every skipped step has a record, so that a run that was interrupted diverges where one
         # that was not does.
         lines = read_metrics(run.folder) if start else []
@@ -291,16 +339,22 @@ class Log:
 
         Raises:
             Diverged: if this is one skipped update too many.
+            Spiked: if the loss is a spike, which `train.spike` decides.
         """
         t, (metrics, watched) = self._train, measured
         values = {name: float(value) for name, value in metrics.items()} | dict(speed)
+        if t.spike is not None:
+            if spike.is_spike(values["loss"], self._recent, t.spike):
+                raise spike.Spiked(step, values["loss"])
+            spike.remember(values["loss"], self._recent)
         self._skipped = self._skipped + 1 if values["skipped"] else 0
         recorded = step % t.log_every == 0 or step in (1, t.steps) or self._skipped > 0
         if recorded:
             self._run.log(step, values | self._cost)
             self._cost = {}
         if self._skipped:
-            say(f"{self._run.folder}: {skipped(step, self._batches, self._run.folder)}")
+            read = spike.batch(self._spikes, step)
+            say(f"{self._run.folder}: {skipped(step, read, self._batches, self._run.folder)}")
         if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
             updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
             raise Diverged(step, f"{updates}, the last at step {step}, had no finite gradient")
@@ -309,14 +363,14 @@ class Log:
         return values, recorded
 
 
-def skipped(step: int, batches: Batches, workdir: Path) -> str:
+def skipped(step: int, batch: int, batches: Batches, workdir: Path) -> str:
     """What to say of an update that was left out: which rows it had read."""
-    origins = batches.origins(step - 1)
+    origins = batches.origins(batch)
     more = f", and {len(origins) - TOLD} more" if len(origins) > TOLD else ""
     return (
         f"step {step} has no finite gradient and is skipped; it read "
         f"{', '.join(map(str, origins[:TOLD]))}{more}. All of it: data show --workdir={workdir} "
-        f"--step={step - 1}"
+        f"--step={batch}"
     )
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from gptjax import ensemble, loop, records, setup, tokenizer
+from gptjax import ensemble, loop, records, setup, spike, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.data.sources import open_source
@@ -132,7 +132,7 @@ def replay_run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any
         f"{workdir}: config and data are those of the run; training{companions} to step {past.last}"
     )
     with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder:
-        retrained = _train(past, Path(folder), mesh, begin)
+        retrained = _train(past, workdir, Path(folder), mesh, begin)
     precision = _precision(past) if differs else None
     return {"workdir": str(workdir), "differs": differs} | compare(past, retrained, precision)
 
@@ -329,7 +329,9 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(facts)
 
 
-def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start | None) -> Numbers:
+def _train(
+    past: Past, workdir: Path, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start | None
+) -> Numbers:
     """The log of the run trained again, in an empty folder."""
     t = past.config.train
     # Where a start changed the rhythm, one that has all the steps of both.
@@ -348,6 +350,7 @@ def _train(past: Past, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start
         if past.group:
             ensemble.train_together(group, folders, mesh.devices.flatten().tolist(), past.last)
         else:
+            spike.write(folders[0], spike.read(workdir))  # it passes over what the run did
             with jax.set_mesh(mesh):
                 loop.train(group[0], folders[0], begin, past.last)
     except loop.Stopped:
