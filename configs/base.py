@@ -124,6 +124,9 @@ def get_config() -> ConfigDict:
     # last checkpoint, and past the batches that it read since; None: never.
     t.spike = placeholder(float)
     t.keep_every = placeholder(int)  # and those of every so many steps for ever; None: no others
+    # Several processes end, to be started again, if one has not moved for so long in a step, or for
+    # six times as long while it compiles, evaluates or saves.
+    t.hang_seconds = 600.0
 
     c.eval = e = ConfigDict()
     e.context = placeholder(int)  # tokens a window; None: model.context

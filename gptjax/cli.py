@@ -7,9 +7,11 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptjax import alive
 from gptjax.commands import data, models, runs, scales, studies
 from gptjax.commands.command import EXITS, LAUNCH, OVERRIDES, Command, without_launch
 from gptjax.config import EXIT_STOPPED, UserError, out_of_memory
@@ -73,6 +75,11 @@ def _run(words: list[str]) -> int:
         return command.run(arguments, [*overrides, *rest]) or 0
     except BaseException as error:
         status, message = _explain(error)
+        ours = isinstance(error, Exception) and not isinstance(error, BrokenPipeError)
+        if message or (status is None and ours):
+            if status is not None and "--debug" in own:
+                traceback.print_exc()
+            alive.leave(status, message or f"{type(error).__name__}: {error}".partition("\n")[0])
         if status is None or "--debug" in own:
             raise
         print(f"gptjax: {message}" if message else "", file=sys.stderr, end="\n" * bool(message))

@@ -311,11 +311,12 @@ class Train:
     keep_every: int | None = field(metadata=off(None))
     branch: str | None = field(metadata=off(None))
     spike: float | None = field(metadata=off(None))
+    hang_seconds: float = field(metadata=off(600.0))
 
     def __post_init__(self) -> None:
         _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
-        _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike")
+        _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike", "hang_seconds")
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, branch, heap, model, spike, state
+from gptjax import accounting, alive, branch, heap, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.data.batches import Batches
@@ -110,6 +110,7 @@ def _attempt(
     Raises:
         Spiked: at such a one.
     """
+    alive.moves("setting up", slow=True)
     setup, record, given = set_up(config), to_dict(config), config
     config, fingerprints = setup.config, setup.fingerprints
     if begin is not None:
@@ -159,7 +160,9 @@ def _attempt(
         held_out: Mapping[str, float] = {}
         for step in range(start + 1, (steps if until is None else until) + 1):
             profiler.start(step, train_state)
+            alive.moves("reading the batch", step)
             batch = load_batch(setup, spike.batch(spikes, step))
+            alive.moves("training", step)
             watching = watch is not None and step % config.train.watch_every == 0
             before = jax.tree.map(jnp.copy, train_state.params) if watching else {}
             train_state, metrics = train_step(train_state, batch)  # donates the state
@@ -169,6 +172,7 @@ def _attempt(
             pause = due.evaluate or due.save or profiler.ends(step)
             if pause:
                 meter.catch_up()
+                alive.moves("evaluating or saving", step, slow=True)
             profiler.stop(step, train_step)
             if due.evaluate:
                 # Records of a step precede its checkpoint, which stands for having written them.
@@ -453,7 +457,7 @@ class Stop:
     """Hears SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
 
     Among several processes, jax's own service hears SIGTERM on any of them and makes all agree
-    on the step at which to stop.
+    on the step at which to stop; Ctrl-C is told to it as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -461,9 +465,9 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._hear)
+        alone = jax.process_count() == 1
+        for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
+            self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -480,4 +484,6 @@ class Stop:
         if self._heard and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._heard = True
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
         say(f"{signal.Signals(number).name}: saving, then stopping")

@@ -62,6 +62,7 @@ MAY_CHANGE = (
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.keep_every",
+        "train.hang_seconds",
     ),
     *("mesh", "model.scan_layers", "model.remat", "model.attention", "optim.loss_vocab_chunk"),
     *("sample",),
@@ -75,16 +76,9 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "report", "sizes", "study"),
-    *("accounting.py", "chat.py", "cli.py", "configure.py", "decode.py", "files.py"),
-    *(
-        "profile.py",
-        "progress.py",
-        "records.py",
-        "replay.py",
-        "speak.py",
-        "status.py",
-        "trained.py",
-    ),
+    *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
+    *("files.py", "profile.py", "progress.py", "records.py", "replay.py", "speak.py", "status.py"),
+    "trained.py",
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -9,12 +9,15 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests import tiny
 
@@ -86,6 +89,33 @@ class Child:
         """Kills it if it still runs."""
         self._process.kill()
         self._process.join()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def pair_of(
+    store: Path, workdir: Path, code: str = GPTJAX, devices: int = 2, **knobs: Any
+) -> Iterator[list[Child]]:
+    """Two processes of some devices each that train together; none outlives the context."""
+    port = free_port()
+    pair = [
+        Child(
+            *(code, "train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"),
+            *(f"--distributed=localhost:{port},2,{i}", *tiny.overrides(store, **knobs)),
+            devices=devices,
+        )
+        for i in range(2)
+    ]
+    try:
+        yield pair
+    finally:
+        for p in pair:
+            p.kill()
 
 
 def _run(code: str, words: list[str], environment: dict[str, str], files: list[Path]) -> None:

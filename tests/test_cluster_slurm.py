@@ -22,8 +22,8 @@ import pytest
 from gptjax.cli import main
 from gptjax.study.results import read
 from tests import tiny
-from tests.child import REPO
-from tests.test_loop import free_port, timeless
+from tests.child import REPO, free_port
+from tests.test_loop import timeless
 from tests.test_study_runner import begun, starts
 
 pytestmark = pytest.mark.slow

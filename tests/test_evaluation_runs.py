@@ -14,8 +14,7 @@ import pytest
 from gptjax import cli, tokenizer
 from gptjax.interop import tokenizer_files
 from tests import tiny
-from tests.child import GPTJAX, Child
-from tests.test_loop import free_port
+from tests.child import GPTJAX, Child, free_port
 
 SENTENCES = [f"the {a} sees the {b}.\n" for a in ("cat", "dog", "owl") for b in ("sun", "sea")]
 DOCUMENTS = [s * (1 + i % 3) for i, s in enumerate(SENTENCES * 4)]

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import signal
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
 from tests import tiny
-from tests.child import GPTJAX, Child
+from tests.child import GPTJAX, Child, pair_of
 
 # The only records that tell one machine's day, or one start from another.
 CLOCK = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
@@ -221,31 +218,6 @@ def test_a_run_goes_on_on_another_mesh(
     np.testing.assert_allclose(losses, alone, rtol=0, atol=1e-5)
     record = json.loads((tmp_path / "environment.json").read_text())[-1]
     assert record["changed_knobs"]["mesh.tensor"] == [1, 2]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-@contextmanager
-def pair_of(store: Path, workdir: Path, **knobs: Any) -> Iterator[list[Child]]:
-    """Two processes of two devices each that train together; none outlives the context."""
-    port = free_port()
-    pair = [
-        Child(
-            *(GPTJAX, "train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"),
-            *(f"--distributed=localhost:{port},2,{i}", *tiny.overrides(store, **knobs)),
-            devices=2,
-        )
-        for i in range(2)
-    ]
-    try:
-        yield pair
-    finally:
-        for p in pair:
-            p.kill()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptjax import heap
+from gptjax import alive, heap
 from gptjax.config import UserError
 from gptjax.places import cache, expand
 
@@ -27,9 +27,9 @@ Any knob of the config can be set by its path: --config.optim.peak_lr=6e-4
 configs/base.py explains each.
 """
 EXITS = """\
-Exit status: 0 done, 1 a check that failed (replay, coord-check), 2 a mistake that the message
-explains (--debug shows where), 75 stopped by SIGTERM or Ctrl-C after saving: the same command
-goes on. What can be made again is kept in ~/.cache/gptjax, or where GPTJAX_CACHE says.
+Exit status: 0 done, 1 a check that failed (replay, coord-check, doctor), 2 a mistake that the
+message explains (--debug shows where), 75 stopped by SIGTERM or Ctrl-C after saving, or because
+another process was lost: the same command goes on. What can be made again is kept in ~/.cache/gptjax, or where GPTJAX_CACHE says.
 """
 
 
@@ -63,7 +63,7 @@ def prepare_jax(distributed: str | None) -> None:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             _keep_programs()
         if distributed is not None:
-            _meet(distributed)
+            alive.meet(distributed)
         jax.devices()
     except UserError:
         raise
@@ -86,21 +86,6 @@ def _keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _meet(distributed: str) -> None:
-    import jax
-
-    if distributed == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        address, processes, index = distributed.split(",")
-        jax.distributed.initialize(address, int(processes), int(index))
-    except ValueError as error:
-        raise UserError(
-            f"--distributed={distributed} is neither 'auto' nor HOST:PORT,PROCESSES,INDEX"
-        ) from error
 
 
 def model_of(arguments: argparse.Namespace, overrides: list[str]) -> Trained:

@@ -31,7 +31,18 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax
 
-    from gptjax import branch, configure, decode, loop, profile, setup, speak, trained
+    from gptjax import (
+        alive,
+        branch,
+        configure,
+        decode,
+        doctor,
+        loop,
+        profile,
+        setup,
+        speak,
+        trained,
+    )
     from gptjax.sharding import make_mesh
 
     steps, recipe = profile.parse_steps(arguments.profile), arguments.config or DEFAULT_RECIPE
@@ -47,7 +58,9 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         config = branch.resolve(configure.from_file(recipe, overrides))
     if arguments.start is not None:
         config, begin = trained.start_from(config, arguments.start, overrides)
-    with jax.set_mesh(make_mesh(config.mesh)):
+    doctor.check(config, workdir)
+    hang_seconds = config.train.hang_seconds
+    with alive.watched(hang_seconds), jax.set_mesh(make_mesh(config.mesh)):
         speak.check_sample(config, setup.load_tokenizer(config))
         try:
             params = loop.train(config, workdir, begin, profile=steps)
@@ -86,6 +99,43 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="FIRST:LAST",
         help="trace these steps, both included, and print their time by part of the model",
     )
+    add_distributed(parser)
+
+
+def examine(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    prepare_jax(arguments.distributed)
+    import jax
+
+    from gptjax import configure, doctor
+
+    config = configure.from_file(arguments.config, overrides)
+    workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
+    report = doctor.examine(config, workdir)
+    if jax.process_index() == 0:
+        if arguments.json:
+            from gptjax.records import strict_json
+
+            record = {
+                "processes": [
+                    {"host": host} | values
+                    for host, values in zip(report.hosts, report.seen, strict=True)
+                ],
+                "faults": [fault._asdict() for fault in report.faults],
+            }
+            print(strict_json(record))
+        else:
+            doctor.show(report)
+    return EXIT_FAILED if report.faults else 0
+
+
+def _add_examine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
+    )
+    parser.add_argument(
+        "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
     add_distributed(parser)
 
 
@@ -357,6 +407,22 @@ trunk's metrics.jsonl up to STEP, then the branch's. Give the same command again
   train --config=configs/gpt2.py:124m --config.optim.peak_lr=6e-4 --workdir=runs/mine
   train --branch=runs/mine@400 --workdir=runs/decayed --config.optim.schedule_steps=500
   train --profile=10:13 --workdir=runs/mine
+
+{OVERRIDES}
+{EXITS}""",
+    ),
+    "doctor": Command(
+        examine,
+        _add_examine,
+        "What each process of a job sees, and which host differs or is slow.",
+        f"""\
+Compares devices, versions, code, config, the run's folder (is it the same one everywhere, can it
+be written, is there space), clocks, the rate of a matrix product and of a sum over all devices.
+What differs is named, and so is a process below half of the median rate; the exit status is
+then 1. `train` does this by itself before its first step where there are several processes; a
+difference ends it, while a slow process, a clock and a disk that fills are told in a line.
+
+  doctor --config=configs/gpt2.py:124m --workdir=/shared/runs/mine --distributed
 
 {OVERRIDES}
 {EXITS}""",
