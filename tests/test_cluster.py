@@ -5,7 +5,9 @@ Slurm itself is asked in test_cluster_slurm.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import shlex
@@ -403,7 +405,7 @@ def test_what_fails_first_ends_the_others_and_is_told(
     stands_in("""
 print(f"{i} begins", file=sys.stderr, flush=True)
 if i == 1: sys.exit(3)
-time.sleep(600)
+time.sleep(60)
 """)
     begin = time.monotonic()
     assert local.run(job_of(processes=3), local.Site()) == 3
@@ -416,12 +418,12 @@ time.sleep(600)
 def test_a_process_that_is_killed_is_told(
     stands_in: Callable[[str], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    stands_in("os.kill(os.getpid(), signal.SIGKILL) if i == 0 else time.sleep(600)")
+    stands_in("os.kill(os.getpid(), signal.SIGKILL) if i == 0 else time.sleep(60)")
     assert local.run(job_of(), local.Site()) == 137
     assert "gptjax: process 0 of 2 was killed by SIGKILL\n" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", local.SIGNALS)
 def test_a_signal_reaches_all_and_they_save(
     number: signal.Signals, stands_in: Callable[[str], None], tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -429,7 +431,7 @@ def test_a_signal_reaches_all_and_they_save(
     stands_in(f"""
 signal.signal(signal.SIGTERM, stop)
 open(f"{tmp_path}/{{i}}", "w").close()
-time.sleep(600)
+time.sleep(60)
 """)
     send = threading.Thread(target=once_all_are_there, args=(tmp_path, [number]), daemon=True)
     send.start()
@@ -452,7 +454,7 @@ def test_a_second_signal_kills(stands_in: Callable[[str], None], tmp_path: Path)
     stands_in(f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(f"{tmp_path}/{{i}}", "w").close()
-time.sleep(600)
+time.sleep(60)
 """)
     numbers = [signal.SIGTERM, signal.SIGINT]
     send = threading.Thread(target=once_all_are_there, args=(tmp_path, numbers), daemon=True)
@@ -474,6 +476,17 @@ else: sys.exit(2)
     asked = job_of("study", together=False)
     assert local.run(asked, local.Site()) == 2
     assert capfd.readouterr().out == "done\n"
+
+
+def test_a_reader_that_has_gone_holds_no_process() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    lines = io.BytesIO(b"one\ntwo\n")
+    stream = os.fdopen(write, "w")
+    local._copy(lines, stream, "")
+    assert lines.read() == b""
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,14 @@ def asked(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def queued() -> list[str]:
+    """The jobs that wait or run; of those of an array, the array."""
+    done = subprocess.run(
+        ["squeue", "--noheader", "--format=%F"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a Slurm that runs."""
@@ -124,7 +132,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             wait_for(up, 60, (folder / "said").read_text)
             yield folder
         finally:
-            subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], check=False)
+            # A test that failed leaves jobs, which would outlive the daemons.
+            subprocess.run(["scancel", "--user=root"], check=False)
+            deadline = time.monotonic() + 20
+            while queued() and time.monotonic() < deadline:
+                time.sleep(0.2)
             for daemon in reversed(daemons):
                 daemon.terminate()
             for daemon in reversed(daemons):
@@ -152,7 +164,7 @@ def ended(job: str, seconds: float) -> None:
         logs = [file.read_text() for file in Path().glob("slurm-*.out")]
         return "\n".join([asked("scontrol", "show", "job", job), *logs])
 
-    wait_for(lambda: not asked("squeue", "--noheader", f"--job={job}").strip(), seconds, told)
+    wait_for(lambda: job not in queued(), seconds, told)
 
 
 @pytest.fixture
@@ -214,3 +226,35 @@ def table(text: Path, folder: Path) -> list[Any]:
     """All that a study's table is made of, to the last bit, but for speeds."""
     outcomes = read(tiny.study(text, seeds=2), folder / "cells").outcomes
     return [(o.cell.label, o.status, o.metric, o.curve[1].tolist()) for o in outcomes]
+
+
+# Stands in for a command whose first task saves when it is told to stop, and whose second fails.
+TASKS = """
+import os, signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if sys.argv[1:3] == ["train", "--workdir=fails"] and os.environ["SLURM_PROCID"] == "1":
+    sys.exit(2)
+Path(f"begun.{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_PROCID']}").touch()
+time.sleep(100)
+"""
+
+
+def test_a_job_whose_task_fails_ends_and_so_does_one_that_is_cancelled(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither goes back into the queue, though some task of each has saved."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.py").write_text(TASKS)
+    told = [site(tmp_path, program=[sys.executable, str(tmp_path / "tasks.py")]), "--processes=2"]
+    fails, cancelled = (
+        submitted(capfd, "train", f"--workdir={name}", f"--config={tiny.RECIPE}", *told)
+        for name in ("fails", "cancelled")
+    )
+    wait_for(lambda: len(list(tmp_path.glob(f"begun.{cancelled}.*"))) == 2, 60, lambda: "no start")
+    asked("scancel", cancelled)
+    ended(fails, 60)
+    ended(cancelled, 60)
+    for job, state in ((fails, "FAILED"), (cancelled, "CANCELLED")):
+        shown = asked("scontrol", "show", "job", job)
+        assert f"JobState={state}" in shown and "Restarts=0" in shown

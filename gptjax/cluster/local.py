@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -20,6 +21,7 @@ from gptjax.config import EXIT_STOPPED, UserError
 
 GRACE_SECONDS = 15.0  # in which the others may end by themselves, once a process has failed
 POLL_SECONDS = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that processes hear as SIGTERM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,8 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=False)
-    return [str(i) for i in range(listed.stdout.count(b"GPU "))] if not listed.returncode else []
+    lines = [line for line in listed.stdout.splitlines() if line.startswith(b"GPU ")]
+    return [str(i) for i in range(len(lines))]
 
 
 def _free_port() -> int:
@@ -80,8 +83,8 @@ def _free_port() -> int:
 def run(job: Job, site: Site) -> int:
     """Runs the processes to their end, and returns the exit status of the whole.
 
-    Ctrl-C and SIGTERM reach all processes as SIGTERM, on which they save and stop; the second
-    time they are killed. When a process of one program fails the others, which cannot go on
+    Ctrl-C, SIGTERM and the end of a terminal reach all processes as SIGTERM, on which they save and
+    stop; the second time they are killed. When a process of one program fails the others, which cannot go on
     without it, are killed after GRACE_SECONDS; workers go on. What processes write to standard error
     has their number before it, but for the first's.
 
@@ -93,7 +96,9 @@ def run(job: Job, site: Site) -> int:
     def hear(number: int, frame: FrameType | None) -> None:
         heard.append(number)
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What nohup and a shell's background ignore stays ignored.
+    numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in numbers}
     children: list[subprocess.Popen[bytes]] = []
     writers: list[threading.Thread] = []
     try:
@@ -159,5 +164,6 @@ def _failed(codes: list[int | None]) -> tuple[int, int] | None:
 
 def _copy(pipe: IO[bytes], stream: IO[str], mark: str) -> None:
     for line in pipe:
-        stream.write(f"{mark}{line.decode(errors='replace')}")
-        stream.flush()
+        with contextlib.suppress(OSError):  # whoever read has gone: the process must not wait
+            stream.write(f"{mark}{line.decode(errors='replace')}")
+            stream.flush()

@@ -117,8 +117,10 @@ LAUNCH = ("--on", "--processes", "--site")
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
-    """`gptjax/cluster/launch.py` reads them; docs/clusters.md has examples."""
-    group = parser.add_argument_group("on several processes")
+    """`gptjax/cluster/launch.py` reads them."""
+    group = parser.add_argument_group(
+        "on several processes", "The same command, here or on a cluster: docs/clusters.md."
+    )
     group.add_argument(
         "--on", metavar="TARGET", help="run this command on: local, slurm, kubernetes, tpu-vm"
     )
