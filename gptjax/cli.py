@@ -13,7 +13,14 @@ from pathlib import Path
 
 from gptjax import alive
 from gptjax.commands import data, models, runs, scales, studies
-from gptjax.commands.command import EXITS, LAUNCH, OVERRIDES, Command, without_launch
+from gptjax.commands.command import (
+    DEFAULT_RECIPE,
+    EXITS,
+    LAUNCH,
+    OVERRIDES,
+    Command,
+    without_launch,
+)
 from gptjax.config import EXIT_STOPPED, UserError, out_of_memory
 
 EXIT_USER_ERROR = 2
@@ -96,8 +103,11 @@ def _launch(
 
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; see --help")
-    if getattr(arguments, "config", None) is not None:
-        configure.from_file(arguments.config, overrides)
+    recipe = getattr(arguments, "config", None)
+    if recipe is None and getattr(arguments, "branch", "") is None:  # of `train`, without a trunk
+        recipe = DEFAULT_RECIPE
+    if recipe is not None:
+        configure.from_file(recipe, overrides)
     if getattr(arguments, "distributed", None) is not None or getattr(arguments, "worker", False):
         raise UserError("--on tells processes what they are: leave --distributed and --worker out")
     job = Job(without_launch(words), arguments.processes, together="distributed" in arguments)

@@ -213,6 +213,7 @@ REFUSED = [
     (["study", "a.py", "--on=local", "--worker"], "", "leave --distributed and --worker out"),
     ([*TRAIN, "--on=slurm", "--worjdir=a"], "", "unexpected argument '--worjdir=a'"),
     ([*TRAIN, "--on=slurm", "--config.optim.peak=1"], "", "unknown config key 'optim.peak'"),
+    (["train", "--on=slurm", "--config.optim.peak=1"], "", "unknown config key 'optim.peak'"),
     ([*TRAIN, "--on=slurm", "--workdir=\udc80"], "", "is no UTF-8"),
     ([*TRAIN, "--processes=2"], "", "--processes=2 is of a launch: say where by --on"),
     ([*TRAIN, "--dry_run"], "", "--dry_run is of a launch"),
