@@ -72,8 +72,9 @@ def train(
 
     A mesh must be set (`sharding.make_mesh`, `jax.set_mesh`). A new run begins with the
     parameters of `begin`, with the state that `train.branch` names, or with parameters that the
-    seed gives. An earlier step to end at, `until`,
-    changes nothing before it, and saves nothing by itself. The steps of `profile` are traced.
+    seed gives. An earlier step to end at, `until`, changes nothing before it, and saves nothing by
+    itself. The steps of `profile` are traced. Where `train.spike` finds a spike of the loss, the
+    run goes on from its last checkpoint with the batches that follow.
 
     Returns:
         The parameters to evaluate and generate with; None where the run was done before.
@@ -91,9 +92,11 @@ def train(
 
 def _go_back(config: Config, workdir: Path, spiked: spike.Spiked) -> None:
     """Records a spike: what is started next begins at the last checkpoint, with other batches."""
+    before = spike.read(workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        # All processes meet here: each has read the record before it is written anew.
         back = checkpoints.latest() or branch.first_step(config)
-    spikes = [*spike.read(workdir), spike.Spike(spiked.step, spiked.loss, back)]
+    spikes = [*before, spike.Spike(spiked.step, spiked.loss, back)]
     if sum(s.checkpoint == back for s in spikes) > spike.MOST:
         raise Diverged(spiked.step, f"its loss spiked {spike.MOST + 1} times behind step {back}")
     if jax.process_index() == 0:
