@@ -33,7 +33,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 from gptjax.config import UserError
 
@@ -120,10 +120,11 @@ def _listed(names: Sequence[str]) -> str:
 class Watch:
     """This process among the others; made by `meet`."""
 
-    def __init__(self, held_back: bool) -> None:
-        self._place = Place(socket.gethostname())
+    def __init__(self) -> None:
+        self._place = Place(socket.gethostname())  # the main thread's alone to change
+        self._beat = 0
         self._stderr = os.dup(2)
-        self._held = tempfile.TemporaryFile() if held_back else None  # noqa: SIM115
+        self._held: IO[bytes] | None = None
         self._copied = 0  # bytes that were passed on
         self._new = 0  # those after them that the next call passes on
         self._ending = threading.Lock()  # whoever has it ends the process
@@ -136,13 +137,9 @@ class Watch:
         self._lost: list[str] = []  # who is silent, as process 0 says
         self._verdict: tuple[int, str] | None = None
         self._asleep: float | None = None  # since when the thread sleeps, which is for a second
-        self._pause = 0.0  # the longest such sleep
+        self._pause = (0.0, 0.0)  # the last such sleep that was longer, and when it ended
         self._hang_seconds: float | None = None
         self._main = threading.main_thread().ident or 0
-        if self._held is not None:
-            os.dup2(self._held.fileno(), 2)
-            sys.stderr = os.fdopen(os.dup(self._stderr), "w", 1, "utf-8", "backslashreplace")
-        self._catch_aborts()
 
     def start(self) -> None:
         """Begins to watch and to be watched, once jax is initialized.
@@ -157,6 +154,7 @@ class Watch:
         client: Any = jax_state.client
         index, count = jax_state.process_id, jax_state.num_processes
         self._client, self._index, self._count = client, index, count
+        self.hold_back()
         if index == 0:
             self._tick()  # so that the others find a judgement
             client.key_value_set("gptjax/processes", str(count))
@@ -258,7 +256,9 @@ class Watch:
         while not self._stopped:
             self._asleep = time.monotonic()
             time.sleep(BEAT_SECONDS)
-            self._pause = max(self._pause, time.monotonic() - self._asleep)
+            now = time.monotonic()
+            if now - self._asleep > SILENT_SECONDS:
+                self._pause = (now - self._asleep, now)
             self._asleep = None
             # A service that does not answer is for jax's heartbeats to judge.
             with contextlib.suppress(Exception), self._ticking:
@@ -281,9 +281,9 @@ class Watch:
             # Should even this thread be stuck, because the main thread keeps Python's lock.
             seconds = self._hang_seconds * PATIENCE + 10
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
-        self._place = self._place._replace(beat=self._place.beat + 1)
-        key = f"{PREFIX}{self._index}"
-        self._client.key_value_set(key, json.dumps(self._place), allow_overwrite=True)
+        self._beat += 1
+        place = json.dumps(self._place._replace(beat=self._beat))
+        self._client.key_value_set(f"{PREFIX}{self._index}", place, allow_overwrite=True)
         if self._index == 0:
             self._judge()
         else:
@@ -343,7 +343,9 @@ class Watch:
         if self._lost:
             return f"lost: {_listed(self._lost)}"
         now = time.monotonic()
-        pause = max(self._pause, now - (now if self._asleep is None else self._asleep))
+        length, end = self._pause
+        recent = length if now - end < HEARTBEAT_SECONDS else 0.0
+        pause = max(recent, now - (now if self._asleep is None else self._asleep))
         if pause > SILENT_SECONDS:
             return f"this process stood still for {pause:.0f} s, and the others went on without it"
         if self._index and self._zero is not None:
@@ -379,14 +381,19 @@ class Watch:
         fd = self._held.fileno()
         return os.pread(fd, os.fstat(fd).st_size - self._copied, self._copied)
 
-    def _catch_aborts(self) -> None:
-        """jaxlib aborts on a lost process, after pages of words, and asks nobody (client.h).
+    def hold_back(self) -> None:
+        """Catches the abort by which jaxlib answers a lost process, and the pages before it.
 
-        Its callback for that, which jax does not set, cannot be written in Python: a status that is
+        It asks nobody (client.h). Its callback for that, which jax does not set, cannot be written in Python: a status that is
         not OK does not pass to it (std::bad_cast, jaxlib 0.10.2 to 0.12.0). So what C++ writes is
         held back for a second, and the signal of the abort is heard. Aborts of other kinds stay as
-        they are.
+        they are. Python's own words go on as before.
         """
+        if self._held is not None:
+            return
+        self._held = tempfile.TemporaryFile()  # noqa: SIM115
+        os.dup2(self._held.fileno(), 2)
+        sys.stderr = os.fdopen(os.dup(self._stderr), "w", 1, "utf-8", "backslashreplace")
 
         def heard(number: int) -> None:
             text = self._held_back()
@@ -420,7 +427,9 @@ def meet(distributed: str) -> None:
     arguments = {} if distributed == "auto" else _parse(distributed)
     if arguments.get("process_id") == 0:
         _check_port(arguments["coordinator_address"])
-    watch = Watch(held_back=bool(arguments))
+    watch = Watch()
+    if arguments:  # else a fault at the start, such as a port that is taken, is jax's to tell
+        watch.hold_back()
     # jax's own limit ends in an abort, so that this one comes first.
     timer = threading.Timer(seconds, _alone, (watch, arguments, seconds))
     timer.daemon = True
