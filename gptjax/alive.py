@@ -392,8 +392,13 @@ class Watch:
         if self._held is not None:
             return
         self._held = tempfile.TemporaryFile()  # noqa: SIM115
-        os.dup2(self._held.fileno(), 2)
-        sys.stderr = os.fdopen(os.dup(self._stderr), "w", 1, "utf-8", "backslashreplace")
+        # Standard output too, which is for results such as JSON: gloo tells there whom it has met.
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            getattr(sys, name).flush()
+            own, encoding = os.dup(number), getattr(sys, name).encoding
+            buffering = 1 if number == 2 or os.isatty(own) else -1
+            setattr(sys, name, os.fdopen(own, "w", buffering, encoding, "backslashreplace"))
+            os.dup2(self._held.fileno(), number)
 
         def heard(number: int) -> None:
             text = self._held_back()

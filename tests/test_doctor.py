@@ -86,6 +86,21 @@ def pair(*words: tuple[str, list[str], int]) -> list[Child]:
     return [child.wait() for child in children]
 
 
+def test_two_processes_that_are_alike_are_measured_together(tmp_path: Path, text: Path) -> None:
+    words = ["doctor", "--json", f"--config={tiny.RECIPE}", f"--workdir={tmp_path}/new"]
+    words += tiny.overrides(text)
+    first, second = pair(("pass", words, 1), ("pass", words, 1))
+    assert second.stdout == "", second.stdout
+    record = json.loads(first.stdout)  # nothing but JSON, whatever gloo has to say
+    # That one is slow is true here at times, where other work takes the cores.
+    assert {fault["check"] for fault in record["faults"]} <= {"product"}
+    expected = 1 if record["faults"] else 0
+    assert [first.returncode, second.returncode] == [expected] * 2, first.stderr
+    for process in record["processes"]:
+        assert process["all-reduce"] > 0 and abs(process["clock"]) < 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_host_that_differs_is_named_by_all_that_it_differs_in(tmp_path: Path, text: Path) -> None:
     """Other devices, other code, another config, and a folder which is not the run's."""
     copy = tmp_path / "copy" / "gptjax"
