@@ -57,6 +57,7 @@ def finish(pair: list[Child], indexes: tuple[int, ...] = (0, 1), seconds: float 
         pair[i].wait(max(until - time.monotonic(), 0.1))
 
 
+@pytest.mark.slow
 def test_a_kill_of_one_process_ends_the_other_which_names_it(store: Path, tmp_path: Path) -> None:
     with pair_of(store, tmp_path, devices=1, **ENDLESS) as pair:
         wait_for_lines(tmp_path, pair)
