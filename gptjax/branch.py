@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax import state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, recorded, to_dict
-from gptjax.places import expand
 from gptjax.progress import say
 from gptjax.records import read_environment
+from gptjax.storage import Place, expand
 
 LATEST = "latest"
 DIGITS = 16  # of the sha256
@@ -33,7 +32,7 @@ ROWS = ("seed", "model.context", "data.")
 class Branch(NamedTuple):
     """What a resolved `train.branch` says."""
 
-    run: Path
+    run: Place
     step: int
     sha256: str
 
@@ -84,7 +83,7 @@ def resolve(config: Config) -> Config:
     return _with(config, _find(*_parse(text))[0])
 
 
-def of_run(text: str, workdir: Path) -> Config:
+def of_run(text: str, workdir: Place) -> Config:
     """The config of a branch of RUN@STEP: that with which the run saved it.
 
     A branch that was begun in `workdir` goes on from its own records, whatever became of its
@@ -165,7 +164,7 @@ def _with(config: Config, branch: Branch) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, branch=str(branch)))
 
 
-def _parse(text: str) -> tuple[Path, int | None]:
+def _parse(text: str) -> tuple[Place, int | None]:
     """The folder and the step of RUN@STEP; None is the latest, which RUN alone means as well."""
     match = re.fullmatch(rf"(.+?)(?:@(\d+|{LATEST}))?", text)
     if not match:
@@ -174,7 +173,7 @@ def _parse(text: str) -> tuple[Path, int | None]:
     return expand(match[1]), None if step in (None, LATEST) else int(step)
 
 
-def _find(run: Path, step: int | None) -> tuple[Branch, dict[str, Any]]:
+def _find(run: Place, step: int | None) -> tuple[Branch, dict[str, Any]]:
     """A checkpoint of a run, and the config that it was saved with."""
     with Checkpoints(run / CHECKPOINTS) as checkpoints:
         if step is None and (step := checkpoints.latest()) is None:

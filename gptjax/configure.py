@@ -31,7 +31,7 @@ from gptjax.config import (
     recorded,
     unknown_key,
 )
-from gptjax.places import expand
+from gptjax.storage import Place, local
 
 # The recipes that come with the package: by this name in a wheel, which shares its folder.
 RECIPES = Path(gptjax.__file__).absolute().parents[1] / "gptjax_configs"
@@ -74,7 +74,7 @@ def find(recipe: str) -> tuple[Path, str | None]:
     """
     ends = [len(recipe), *(match.start() for match in re.finditer(":", recipe))]
     for end in ends:
-        path, argument = expand(recipe[:end]), recipe[end + 1 :] if end < len(recipe) else None
+        path, argument = local(recipe[:end]), recipe[end + 1 :] if end < len(recipe) else None
         if path.is_file():
             return path, argument
         if path == Path("configs", path.name) and (RECIPES / path.name).is_file():
@@ -113,7 +113,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return _override(editable(config), overrides)
 
 
-def of_run(workdir: Path, overrides: Sequence[str] = ()) -> Config:
+def of_run(workdir: Place, overrides: Sequence[str] = ()) -> Config:
     """The config that a run was made with, changed by `overrides`.
 
     Its mesh is that of the devices at hand, batch-parallel, unless an override says else: a

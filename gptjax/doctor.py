@@ -34,6 +34,7 @@ from gptjax.config import Config, UserError, to_dict
 from gptjax.progress import say
 from gptjax.records import code_fingerprint
 from gptjax.report import formats, terminal
+from gptjax.storage import Place, nearest_folder, replace_file
 
 SECONDS = 60.0  # within which each process must have looked
 # Processes take each step together, at the pace of the slowest. At half the pace of the median a
@@ -47,7 +48,7 @@ class Look(NamedTuple):
     """What a process is to look at."""
 
     config: Config
-    folder: Path  # of the run
+    folder: Place  # of the run
     token: str  # the name of a file in it, by process 0
 
 
@@ -149,10 +150,7 @@ def _space(look: Look) -> dict[str, float]:
     c = look.config
     copies = 3 + (c.optim.ema_decay is not None)  # float32 parameters, and two moments as Adam's
     checkpoint = 4 * copies * accounting.parameters(c.model)["total"]
-    folder = next(
-        p for p in (look.folder.absolute(), *look.folder.absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(look.folder)).free
     return {"free": free, "needed": (c.train.keep_checkpoints + 1) * checkpoint}
 
 
@@ -265,7 +263,7 @@ class Report(NamedTuple):
     faults: list[Fault]
 
 
-def examine(config: Config, workdir: Path) -> Report:
+def examine(config: Config, workdir: Place) -> Report:
     """Lets every process look; all must call it, outside of a mesh. Leaves nothing in `workdir`.
 
     Raises:
@@ -294,14 +292,16 @@ def examine(config: Config, workdir: Path) -> Report:
 
 
 @contextlib.contextmanager
-def _token(workdir: Path) -> Iterator[str]:
+def _token(workdir: Place) -> Iterator[str]:
     """The name of a file that process 0 puts into the folder, which it makes for that long."""
-    made, failure, name = [], "", f".doctor.{uuid.uuid4().hex}"
+    made: list[Path] = []
+    failure, name = "", f".doctor.{uuid.uuid4().hex}"
     if jax.process_index() == 0:
-        made = [p for p in (workdir, *workdir.absolute().parents) if not p.exists()]
+        if isinstance(workdir, Path):
+            made = [p for p in (workdir, *workdir.absolute().parents) if not p.exists()]
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / name).touch()
+            replace_file(workdir / name, b"")
         except OSError as error:
             failure = f"cannot write in {workdir}: {error.strerror or error}"
     name, failure = json.loads(
@@ -319,7 +319,7 @@ def _token(workdir: Path) -> Iterator[str]:
                     folder.rmdir()
 
 
-def check(config: Config, workdir: Path) -> None:
+def check(config: Config, workdir: Place) -> None:
     """What `train` does first where there are several processes; nothing where there is one.
 
     Raises:

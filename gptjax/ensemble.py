@@ -21,7 +21,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,10 +32,10 @@ from gptjax import loop, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.data.batches import Batch
-from gptjax.files import disk, replace_file
 from gptjax.progress import Progress, say
 from gptjax.records import CONFIG, DIVERGED, open_run
 from gptjax.setup import Setup, describe, read_rows, set_up
+from gptjax.storage import Place, disk, replace_file
 
 ENSEMBLE = "ensemble.json"
 
@@ -95,7 +94,7 @@ def varied(configs: Sequence[Config]) -> dict[str, list[Any]]:
     return {name: v for name, v in values.items() if v.count(v[0]) < len(v)}
 
 
-def group_of(workdir: Path) -> tuple[list[Config], int]:
+def group_of(workdir: Place) -> tuple[list[Config], int]:
     """The configs of the group that a run was trained in, and which of them is its own.
 
     Raises:
@@ -118,7 +117,7 @@ def group_of(workdir: Path) -> tuple[list[Config], int]:
 
 def train_together(
     configs: Sequence[Config],
-    workdirs: Sequence[Path],
+    workdirs: Sequence[Place],
     devices: Sequence[jax.Device] | None = None,
     until: int | None = None,
 ) -> list[dict[str, Any] | None]:
@@ -196,13 +195,13 @@ def _go_on(group: _Group, config: Config, start: int, until: int | None) -> None
         meter.catch_up()
 
 
-def diverged(workdir: Path) -> dict[str, Any] | None:
+def diverged(workdir: Place) -> dict[str, Any] | None:
     """{"step", "reason"} of a run that diverged."""
     file = workdir / DIVERGED
     return json.loads(file.read_bytes()) if file.exists() else None
 
 
-def _claim(configs: Sequence[Config], workdirs: Sequence[Path]) -> None:
+def _claim(configs: Sequence[Config], workdirs: Sequence[Place]) -> None:
     """Writes each folder's ensemble.json; refuses folders of other runs before that."""
     members, knobs = len(configs), varied(configs)
     memberships = [{"member": r, "members": members, "varied": knobs} for r in range(members)]
@@ -238,7 +237,7 @@ class _Member:
         index: int,
         setup: Setup,
         record: dict[str, Any],
-        workdir: Path,
+        workdir: Place,
         checkpoints: Checkpoints,
         start: int | None,
         stack: ExitStack,

@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
@@ -29,12 +28,12 @@ from gptjax import accounting, alive, branch, heap, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, Train, UserError, to_dict
 from gptjax.data.batches import Batches
-from gptjax.files import replace_file
 from gptjax.perplexity import Evaluator, Score
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
+from gptjax.storage import Place, replace_file
 from gptjax.watch import make_watch
 
 TOLD = 8  # rows of a batch that was skipped
@@ -55,7 +54,7 @@ class Diverged(UserError):
             "model.qk_norm"
         )
 
-    def write(self, workdir: Path) -> None:
+    def write(self, workdir: Place) -> None:
         """Records it in the run's folder."""
         record = {"step": self.step, "reason": self.reason}
         replace_file(workdir / DIVERGED, json.dumps(record).encode())
@@ -63,7 +62,7 @@ class Diverged(UserError):
 
 def train(
     config: Config,
-    workdir: Path,
+    workdir: Place,
     begin: Start | None = None,
     until: int | None = None,
     profile: range = NOTHING,
@@ -90,7 +89,7 @@ def train(
             _go_back(config, workdir, spiked)
 
 
-def _go_back(config: Config, workdir: Path, spiked: spike.Spiked) -> None:
+def _go_back(config: Config, workdir: Place, spiked: spike.Spiked) -> None:
     """Records a spike: what is started next begins at the last checkpoint, with other batches."""
     before = spike.read(workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
@@ -106,7 +105,7 @@ def _go_back(config: Config, workdir: Path, spiked: spike.Spiked) -> None:
 
 
 def _attempt(
-    config: Config, workdir: Path, begin: Start | None, until: int | None, profile: range
+    config: Config, workdir: Place, begin: Start | None, until: int | None, profile: range
 ) -> model.Params | None:
     """`train`, up to a loss that is a spike.
 
@@ -186,6 +185,7 @@ def _attempt(
             if due.save:
                 if spikes or config.train.spike is not None:
                     meta |= {"spikes": spike.plain(spikes), "recent_losses": list(recent)}
+                run.sync()
                 checkpoints.save(step, train_state, meta | {"step": step}, wait=due.end)
             checkpoints.check()
             if pause:
@@ -370,7 +370,7 @@ class Log:
         return values, recorded
 
 
-def skipped(step: int, batch: int, batches: Batches, workdir: Path) -> str:
+def skipped(step: int, batch: int, batches: Batches, workdir: Place) -> str:
     """What to say of an update that was left out: which rows it had read."""
     origins = batches.origins(batch)
     more = f", and {len(origins) - TOLD} more" if len(origins) > TOLD else ""

@@ -1,24 +1,21 @@
-"""Where files lie: homes, and the cache."""
+"""The cache: what can be made again, and near copies of what lies in a bucket."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 import tempfile
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import UserError
+from gptjax.storage import BucketPath, Place, files, local, replace_file
 
-
-def expand(path: str | Path) -> Path:
-    """A path as a shell reads it: ~/x lies in the home directory.
-
-    Raises:
-        UserError: where that is not known.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"{path}: its home directory is not known, write the whole path") from None
+REMEMBERED_BYTES = 1 << 24  # what is smaller is examined sooner than looked up
 
 
 def cache() -> Path:
@@ -29,7 +26,7 @@ def cache() -> Path:
     """
     instead = "set GPTJAX_CACHE to a folder that can be"
     try:
-        folder = expand(os.environ.get("GPTJAX_CACHE") or Path.home() / ".cache" / "gptjax")
+        folder = local(os.environ.get("GPTJAX_CACHE") or Path.home() / ".cache" / "gptjax")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # which tells more than permissions do
             return folder.absolute()
@@ -39,3 +36,102 @@ def cache() -> Path:
         ) from None
     except OSError as error:
         raise UserError(f"cannot write the cache {folder} ({error.strerror}): {instead}") from None
+
+
+def fetched(file: Place, sha256: str) -> Path:
+    """A file of a known content on this machine: itself, or its copy in the cache.
+
+    What is fetched is checked; the copy may have been altered since, as any file.
+
+    Raises:
+        UserError: if it holds another content.
+    """
+    if isinstance(file, Path):
+        return file
+    copy = cache() / "fetched" / sha256
+    if not copy.is_file():
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{file} was altered (wrong sha256): bring the right file there")
+        _write(copy, content)
+    return copy
+
+
+def near(place: Place) -> Path:
+    """A file or folder on this machine: itself, or its copy in the cache, compared with it anew.
+
+    A copy is taken where the bucket's object has the same generation and the copy its content.
+    """
+    if isinstance(place, Path):
+        return place
+    copy = cache() / "near" / hashlib.sha256(str(place).encode()).hexdigest()[:32]
+    names = files(place)
+    for name in names or [""]:
+        _update(copy / name, place / name)
+    for name in files(copy):
+        if names and name.removesuffix(_SEEN) not in names:
+            (copy / name).unlink()
+    return copy
+
+
+_SEEN = ".seen.json"  # beside a copy: the generation that it was taken of, and its sha256
+
+
+def _update(copy: Path, original: BucketPath) -> None:
+    seen = copy.with_name(copy.name + _SEEN)
+    if copy.is_file() and seen.is_file():
+        record = json.loads(seen.read_bytes())
+        with copy.open("rb") as stream:
+            intact = hashlib.file_digest(stream, "sha256").hexdigest() == record["sha256"]
+        if intact and original.unchanged_since(bytes.fromhex(record["generation"])):
+            return
+    content, generation = original.read_with_generation()
+    seen.unlink(missing_ok=True)
+    _write(copy, content)
+    record = {"generation": generation.hex(), "sha256": hashlib.sha256(content).hexdigest()}
+    _write(seen, json.dumps(record).encode())
+
+
+def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `examine` says of a large file; from memory where the file is as it was then.
+
+    The memory is the cache's. A file is as it was if its size, inode and times are. The processes
+    of a host that ask at the same time wait for the first. `forget` forgets all.
+    """
+    stat = file.stat()
+    if stat.st_size < REMEMBERED_BYTES:
+        return examine()
+    identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    record = _remembered() / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
+    with record.with_suffix(".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if record.is_file():
+            before = json.loads(record.read_bytes())
+            if before["identity"] == identity:
+                return before["facts"]
+        facts = examine()
+        replace_file(record, json.dumps({"identity": identity, "facts": facts}).encode())
+    return facts
+
+
+def forget() -> None:
+    """Has all large files examined anew."""
+    for record in _remembered().iterdir():
+        record.unlink(missing_ok=True)
+
+
+def _remembered() -> Path:
+    folder = cache() / "examined"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

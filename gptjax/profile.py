@@ -31,6 +31,7 @@ from gptjax.accounting import PARTS, part_of
 from gptjax.config import UserError
 from gptjax.progress import console, say
 from gptjax.report.formats import Table, terminal
+from gptjax.storage import Place, local
 
 NOTHING = range(0)  # no step
 MOST = 100  # steps of a trace, which is held in memory until it is written
@@ -78,7 +79,7 @@ class Profiler:
         UserError: if a step is not one that is to be made.
     """
 
-    def __init__(self, steps: range, done: int, total: int, workdir: Path) -> None:
+    def __init__(self, steps: range, done: int, total: int, workdir: Place) -> None:
         if steps and not done < steps[0] <= steps[-1] <= total:
             left = f"{done + 1} to {total}" if done < total else "none, it is done"
             raise UserError(
@@ -86,7 +87,8 @@ class Profiler:
                 f"{total} steps; those that are left: {left}"
             )
         self._steps = steps if jax.process_index() == 0 else NOTHING
-        self._folder = workdir / "profile" / f"{steps[0]}-{steps[-1]}" if steps else workdir
+        name = f"{steps[0]}-{steps[-1]}" if steps else ""
+        self._folder = (local(workdir) if steps else Path()) / "profile" / name
         self._since: float | None = None  # while it traces
 
     def __enter__(self) -> Self:

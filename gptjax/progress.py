@@ -33,6 +33,17 @@ def from_process_0(text: str) -> str:
     return np.asarray(received).tobytes().decode(errors="replace")
 
 
+def from_any_process(text: str) -> str:
+    """The first text that is not "" of those that the processes passed; all must call it."""
+    if jax.process_count() == 1:
+        return text
+    bytes_each = 1000
+    padded = np.frombuffer(text.encode()[:bytes_each].ljust(bytes_each, b"\0"), np.uint8)
+    texts = np.asarray(multihost_utils.process_allgather(padded)).reshape(-1, bytes_each)
+    decoded = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in texts]
+    return next((text for text in decoded if text), "")
+
+
 class Progress:
     """A bar of `total` units with a status text beside it.
 

@@ -6,6 +6,9 @@
     WORKDIR/git.diff            the changes not in that revision; git.1.diff at the second start ...
     WORKDIR/metrics.jsonl       one object a line: {"step": 10, "loss": 4.2}
     WORKDIR/tensorboard/        the same numbers as curves
+
+In a bucket nothing is appended to: there, both are put whole, every ten seconds at most and before
+a checkpoint, so that what a checkpoint stands for is there.
     WORKDIR/diverged.json       {"step", "reason"}, of a run that diverged, until it is started again
     WORKDIR/failed.json         {"reason"}, of a study's run that could not run
     WORKDIR/begun               of a study's run: a byte for each start that has not ended, while a
@@ -28,8 +31,10 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -42,8 +47,8 @@ import numpy as np
 
 import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
-from gptjax.files import disk, replace_file
 from gptjax.optim import make_schedule
+from gptjax.storage import Place, disk, files, patiently, replace_file
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -77,7 +82,7 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "report", "sizes", "study"),
     *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
-    *("files.py", "profile.py", "progress.py", "records.py", "replay.py", "speak.py", "status.py"),
+    *("profile.py", "progress.py", "records.py", "replay.py", "speak.py", "status.py"),
     "trained.py",
 )
 
@@ -87,7 +92,7 @@ JAX_SETTINGS = (
     *("jax_default_matmul_precision", "jax_default_prng_impl", "jax_disable_most_optimizations"),
     *("jax_enable_x64", "jax_threefry_partitionable"),
 )
-FLUSH_SECONDS = 10  # TensorBoard's file is synced to the disk this often; metrics.jsonl needs not
+FLUSH_SECONDS = 10  # between two syncs; on a disk metrics.jsonl needs none
 logger = logging.getLogger(__name__)
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a NaN is told by the loop
 
@@ -95,12 +100,16 @@ logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a NaN is told
 class Run:
     """The open records of a run; made by `open_run`. Only process 0 writes."""
 
-    def __init__(self, folder: Path, start: int, resume_step: int | None) -> None:
+    def __init__(self, folder: Place, start: int, resume_step: int | None) -> None:
         self.folder = folder
         self._writes = jax.process_index() == 0
         if self._writes:
-            self._metrics = (folder / METRICS).open("ab", buffering=0)
-            self._events = _events(folder / TENSORBOARD, start, resume_step)
+            # Where the files grow.
+            self._growing = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp())
+            if self._growing != folder and (folder / METRICS).is_file():
+                (self._growing / METRICS).write_bytes((folder / METRICS).read_bytes())
+            self._metrics = (self._growing / METRICS).open("ab", buffering=0)
+            self._events = _events(self._growing / TENSORBOARD, start, resume_step)
             self._synced = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -129,6 +138,29 @@ class Run:
             if self._metrics.write(line.encode()) != len(line.encode()):
                 raise OSError("No space left on device")
             self._curves(step, numbers)
+        if time.monotonic() - self._synced > FLUSH_SECONDS:
+            with contextlib.suppress(UserError):  # a bucket may be out of reach for a while
+                self.sync(patient=False)
+
+    def sync(self, patient: bool = True) -> None:
+        """Returns once all that was logged is where the run's folder lies, for others to read.
+
+        Args:
+            patient: try for minutes, where a bucket is out of reach.
+
+        Raises:
+            UserError: if it cannot be brought there.
+        """
+        if not self._writes:
+            return
+        self._synced = time.monotonic()
+        with disk(self.folder):
+            self._events.flush()
+            if self._growing != self.folder:
+                for name in files(self._growing):
+                    content, place = (self._growing / name).read_bytes(), self.folder / name
+                    put = functools.partial(replace_file, place, content)
+                    patiently(put) if patient else put()
 
     def close(self) -> None:
         """Closes the files; logging afterwards is an error."""
@@ -136,19 +168,22 @@ class Run:
             self._metrics.close()
             with disk(self.folder):
                 self._events.close()
+            if self._growing != self.folder:
+                self._events.flush = lambda: None
+                try:
+                    self.sync()
+                finally:
+                    shutil.rmtree(self._growing, ignore_errors=True)
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
         scalar, protos = _tensorboard("summary").scalar, _tensorboard("proto.event_pb2")
         for name, value in values.items():
             event = protos.Event(step=step, wall_time=time.time(), summary=scalar(name, value))
             self._events.write_event(event)
-        if time.monotonic() - self._synced > FLUSH_SECONDS:
-            self._events.flush()
-            self._synced = time.monotonic()
 
 
 def open_run(
-    workdir: str | os.PathLike[str],
+    workdir: Place,
     config: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     resume_step: int | None,
@@ -167,7 +202,7 @@ def open_run(
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
             `LENGTH`) or of other data, or cannot be written.
     """
-    folder, config = Path(workdir), json.loads(json.dumps(config))
+    folder, config = workdir, json.loads(json.dumps(config))
     history = _read(folder / ENVIRONMENT, [])
     changed = _changed_knobs(folder, config, resume_step or 0)
     _same_data(folder, history, fingerprints)
@@ -193,26 +228,26 @@ def open_run(
         return Run(folder, len(history), resume_step)
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(workdir: Place) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, non-finite numbers as floats; a torn last line is left out.
 
     Raises:
         UserError: if another line is not JSON.
     """
-    path = Path(workdir) / METRICS
+    path = workdir / METRICS
     return [_numbers(json.loads(line)) for line in _whole_lines(path)]
 
 
-def read_environment(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_environment(workdir: Place) -> list[dict[str, Any]]:
     """The records of environment.json, one for each start; none where there is no such file.
 
     Raises:
         UserError: if it is not JSON.
     """
-    return _read(Path(workdir) / ENVIRONMENT, [])
+    return _read(workdir / ENVIRONMENT, [])
 
 
-def _changed_knobs(folder: Path, config: Mapping[str, Any], done: int) -> dict[str, list[Any]]:
+def _changed_knobs(folder: Place, config: Mapping[str, Any], done: int) -> dict[str, list[Any]]:
     """{knob: [before, now]} of the knobs that may change; others that did are an error."""
     path = folder / CONFIG
     if not path.exists():
@@ -232,7 +267,7 @@ def _changed_knobs(folder: Path, config: Mapping[str, Any], done: int) -> dict[s
     return changed
 
 
-def _may_extend(folder: Path, was: Config, now: Config, done: int) -> None:
+def _may_extend(folder: Place, was: Config, now: Config, done: int) -> None:
     """Refuses another length or schedule under which the `done` steps would have been others."""
     old, new = was.train.steps, now.train.steps
     if new < done:
@@ -258,7 +293,7 @@ def _may_change(knob: str) -> bool:
     return any(knob == name or knob.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def _same_data(folder: Path, history: list[Any], fingerprints: Mapping[str, str]) -> None:
+def _same_data(folder: Place, history: list[Any], fingerprints: Mapping[str, str]) -> None:
     before = history[-1]["fingerprints"] if history else fingerprints
     differ = [
         name for name in {**before, **fingerprints} if before.get(name) != fingerprints.get(name)
@@ -331,7 +366,7 @@ def _git(*arguments: str) -> bytes | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _git_state(folder: Path, start: int) -> dict[str, Any] | None:
+def _git_state(folder: Place, start: int) -> dict[str, Any] | None:
     """Revision and changes of the package's source, the diff written to `folder`.
 
     None for an installed package, even one that lies inside some other checkout (a .venv).
@@ -387,7 +422,7 @@ def _tensorboard(module: str) -> Any:
         del sys.modules["torch"]
 
 
-def _keep_up_to(path: Path, step: int) -> None:
+def _keep_up_to(path: Place, step: int) -> None:
     """Drops the lines of later steps, and a last line that a kill tore."""
     if path.exists():
         lines = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
@@ -397,7 +432,7 @@ def _keep_up_to(path: Path, step: int) -> None:
             replace_file(path, content)
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _whole_lines(path: Place) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         del lines[-1]
@@ -435,7 +470,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) if isinstance(v, str) else v for k, v in line.items()}
 
 
-def _read(path: Path, default: Any) -> Any:
+def _read(path: Place, default: Any) -> Any:
     if not path.exists():
         return default
     try:

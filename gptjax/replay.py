@@ -26,12 +26,13 @@ from typing import Any
 
 import jax
 
-from gptjax import ensemble, loop, records, setup, spike, tokenizer
+from gptjax import ensemble, loop, places, records, setup, spike, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.data.sources import open_source
 from gptjax.progress import say
 from gptjax.sharding import make_mesh
+from gptjax.storage import Place
 
 # Of metrics.jsonl: what tells a machine's day, no result. Every other key is compared.
 TIMINGS = ("tokens_per_second", "mfu", "compile_seconds", "program_bytes")
@@ -104,7 +105,7 @@ class Past:
         return [knobs[knob][1] for knobs in changed if knob in knobs]
 
 
-def replay_run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any]:
+def replay_run(workdir: Place, begin: setup.Start | None = None) -> dict[str, Any]:
     """Trains the run in `workdir` again and compares; an unfinished run up to its last step.
 
     Args:
@@ -137,12 +138,13 @@ def replay_run(workdir: Path, begin: setup.Start | None = None) -> dict[str, Any
     return {"workdir": str(workdir), "differs": differs} | compare(past, retrained, precision)
 
 
-def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
+def verify(workdir: Place, begin: setup.Start | None = None) -> Past:
     """The record of a run, if config, tokenizer, data and `begin` are still those of the run.
 
     Raises:
         UserError: as `replay_run`.
     """
+    places.forget()  # every byte of the data is read
     history = records.read_environment(workdir)
     if not history:
         raise UserError(f"{workdir} holds no run: it has no {records.ENVIRONMENT}")
@@ -157,7 +159,7 @@ def verify(workdir: Path, begin: setup.Start | None = None) -> Past:
         ) from error
 
 
-def _verify(workdir: Path, history: list[dict[str, Any]], begin: setup.Start | None) -> Past:
+def _verify(workdir: Place, history: list[dict[str, Any]], begin: setup.Start | None) -> Past:
     config = _read_config(workdir, history[-1]["config_sha256"])
     verify_content(config, history[-1]["fingerprints"], begin)
     group, member = _read_group(workdir, config)
@@ -187,7 +189,7 @@ def _before(changed: list[dict[str, list[Any]]], config: Config) -> Config:
     return from_dict(tree)
 
 
-def _read_config(workdir: Path, sha256: str) -> Config:
+def _read_config(workdir: Place, sha256: str) -> Config:
     """That of config.json, if each byte is what the last start wrote."""
     path = workdir / records.CONFIG
     if not path.is_file():
@@ -201,7 +203,7 @@ def _read_config(workdir: Path, sha256: str) -> Config:
     )
 
 
-def _read_group(workdir: Path, config: Config) -> tuple[list[Config] | None, int]:
+def _read_group(workdir: Place, config: Config) -> tuple[list[Config] | None, int]:
     """The runs that were trained together with this one, and which of them it is."""
     file = workdir / ensemble.ENSEMBLE
     if not file.exists():
@@ -216,7 +218,7 @@ def _read_group(workdir: Path, config: Config) -> tuple[list[Config] | None, int
     return group, member
 
 
-def _altered(workdir: Path, content: bytes) -> str:
+def _altered(workdir: Place, content: bytes) -> str:
     """What is wrong with a config.json: by knob where a checkpoint tells what it held."""
     try:
         tree = to_dict(recorded(json.loads(content)))
@@ -270,7 +272,7 @@ def _same(name: str, was: str, current: str) -> None:
         )
 
 
-def by_step(lines: list[dict[str, float]], folder: Path) -> Numbers:
+def by_step(lines: list[dict[str, float]], folder: Place) -> Numbers:
     """The results in a log: a step's line of training and that of evaluation become one.
 
     Raises:
@@ -330,7 +332,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    past: Past, workdir: Path, folder: Path, mesh: jax.sharding.Mesh, begin: setup.Start | None
+    past: Past, workdir: Place, folder: Place, mesh: jax.sharding.Mesh, begin: setup.Start | None
 ) -> Numbers:
     """The log of the run trained again, in an empty folder."""
     t = past.config.train

@@ -17,10 +17,9 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.files import disk, replace_file
+from gptjax.storage import Place, disk, replace_file
 
 SPIKES = "spikes.json"
 RECENT, FEWEST = 100, 20  # losses that a new one is compared with, at most and at least
@@ -62,12 +61,12 @@ def batch(spikes: Iterable[Spike], step: int) -> int:
     return step - 1 + sum(s.step - s.checkpoint for s in spikes if s.checkpoint < step)
 
 
-def read(workdir: Path) -> list[Spike]:
+def read(workdir: Place) -> list[Spike]:
     file = workdir / SPIKES
     return parse(json.loads(file.read_bytes())) if file.exists() else []
 
 
-def write(workdir: Path, spikes: Sequence[Spike]) -> None:
+def write(workdir: Place, spikes: Sequence[Spike]) -> None:
     with disk(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         replace_file(workdir / SPIKES, json.dumps(plain(spikes)).encode())

@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gptjax import branch
@@ -34,6 +31,7 @@ from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
 from gptjax.report.formats import Table
 from gptjax.report.terminal import MISSING, number
+from gptjax.storage import Place, changed, children, holder
 
 # In the order of a table.
 STATES = (
@@ -77,7 +75,7 @@ class Status:
     differs: dict[str, Any] | None = None
 
 
-def statuses(folder: Path) -> list[Status]:
+def statuses(folder: Place) -> list[Status]:
     """Of a run, or of every folder in `folder` and, where that is no run, of the runs in it.
 
     Raises:
@@ -90,13 +88,15 @@ def statuses(folder: Path) -> list[Status]:
     runs = [run for inside in _folders(folder) for run in _runs_of(inside)]
     differs = _differences([run for run in runs if re.fullmatch(CELL, run.name)])
     of_each = [
-        dataclasses.replace(status(run), run=str(run.relative_to(folder)), differs=differs.get(run))
+        dataclasses.replace(
+            status(run), run=str(run).removeprefix(f"{folder}/"), differs=differs.get(run)
+        )
         for run in runs
     ]
     return sorted(of_each, key=lambda s: (STATES.index(s.state), *_natural(s)))
 
 
-def status(run: Path) -> Status:
+def status(run: Place) -> Status:
     """Of one folder, whatever lies there."""
     if not _is_run(run):
         return Status(run.name, "no run")
@@ -108,7 +108,7 @@ def status(run: Path) -> Status:
         return Status(run.name, "damaged", why=" ".join(text.split()), seconds_since=since)
 
 
-def _status(run: Path) -> Status:
+def _status(run: Place) -> Status:
     # Who holds it first, then what it wrote, then the checkpoints, which stand for having written
     # it: a run that ends meanwhile is seen with all it wrote.
     with Checkpoints(run / CHECKPOINTS) as checkpoints:
@@ -144,32 +144,36 @@ def _status(run: Path) -> Status:
     )  # fmt: skip
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: Place) -> bool:
     files = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, *MARKS.values(), BEGUN)
-    return any(os.path.exists(folder / file) for file in files)  # False where that cannot be read
+    for file in files:
+        with contextlib.suppress(OSError):  # that cannot be read
+            if (folder / file).exists():
+                return True
+    return False
 
 
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if os.path.isdir(p) and not p.name.startswith("."))
+def _folders(folder: Place) -> list[Place]:
+    return [p for p in children(folder) if not p.name.startswith(".") and p.is_dir()]
 
 
-def _runs_of(folder: Path) -> list[Path]:
+def _runs_of(folder: Place) -> list[Place]:
     """The folder if it is a run, else the runs in it, else the folder, which is none."""
-    runs: list[Path] = []
+    runs: list[Place] = []
     if not _is_run(folder):
         with contextlib.suppress(OSError):
             runs = [run for run in _folders(folder) if _is_run(run)]
     return runs or [folder]
 
 
-def _config(run: Path) -> Config | None:
+def _config(run: Place) -> Config | None:
     """None where it is not written yet."""
     if not (run / CONFIG).exists():
         return None
     return recorded(json.loads((run / CONFIG).read_bytes()))
 
 
-def _last(metrics: Path) -> dict[str, float]:
+def _last(metrics: Place) -> dict[str, float]:
     """The last value of each of the names that a row shows, and the last step."""
     if not metrics.exists():
         return {}
@@ -186,37 +190,29 @@ def _last(metrics: Path) -> dict[str, float]:
     return values
 
 
-def _reason(file: Path) -> str:
+def _reason(file: Place) -> str:
     with contextlib.suppress(FileNotFoundError):
         return str(json.loads(file.read_bytes())["reason"])
     return ""
 
 
-def _claimed(run: Path) -> bool:
+def _claimed(run: Place) -> bool:
     """Whether a study holds the run, which it does before its training begins."""
-    with (
-        contextlib.suppress(FileNotFoundError, NotADirectoryError),
-        (run.parent / ".locks" / run.name).open("rb") as file,
-    ):
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return holder(run.parent / ".locks" / run.name) != ""
 
 
-def _seconds_since(run: Path) -> float | None:
+def _seconds_since(run: Place) -> float | None:
     changes = []
     for name in (CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, *MARKS.values(), BEGUN):
         with contextlib.suppress(OSError):
-            changes.append((run / name).stat().st_mtime)
-    # A file server's clock may be ahead.
-    return max(0.0, time.time() - max(changes)) if changes else None
+            changes.append(changed(run / name) / 1e9)
+    # A file server's clock may be ahead. A bucket is not asked.
+    return max(0.0, time.time() - max(changes)) if any(changes) else None
 
 
-def _differences(runs: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+def _differences(runs: Sequence[Place]) -> dict[Place, dict[str, Any]]:
     """The seed of each run, and its knobs that most of them have otherwise."""
-    knobs: dict[Path, dict[str, Any]] = {}
+    knobs: dict[Place, dict[str, Any]] = {}
     for run in runs:
         with contextlib.suppress(Exception):  # `status` tells what is wrong with it
             if config := _config(run):

@@ -29,7 +29,8 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from gptjax.config import UserError, choose
-from gptjax.places import expand
+from gptjax.places import near
+from gptjax.storage import expand
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -244,7 +245,7 @@ def folder_of(name: str) -> Path | None:
         return FOLDERS[name]
     folder = expand(name)
     if (folder / TOKENIZER_FILE).is_file():
-        return folder
+        return near(folder)
     if folder.is_dir():
         raise UserError(f"data.tokenizer={name!r} is a folder without a {TOKENIZER_FILE}")
     if name not in TOKENIZERS and folder.name != name:  # a path

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import hf, pretrained
 from gptjax.model import Params, abstract_params
 from gptjax.sharding import make_mesh
+from gptjax.storage import Place
 from gptjax.tokenizer import Tokenizer
 
 # A pretrained model has no settings of ours for evaluation and sampling: these are taken.
@@ -35,12 +35,12 @@ class Trained(NamedTuple):
         source: what a Hugging Face folder says of itself; None of a run of ours.
     """
 
-    folder: Path
+    folder: Place
     config: Config
     source: pretrained.Folder | None = None
 
 
-def find(folder: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> Trained:
+def find(folder: Place, recipe: str | None = None, overrides: Sequence[str] = ()) -> Trained:
     """The model in a folder; no weights are read.
 
     Args:
@@ -62,7 +62,7 @@ def find(folder: Path, recipe: str | None = None, overrides: Sequence[str] = ())
     return Trained(folder, configure.of_run(folder, overrides))
 
 
-def _check_fits(config: Model, weights: Model, folder: Path) -> None:
+def _check_fits(config: Model, weights: Model, folder: Place) -> None:
     """Refuses a config by which a model's parameters would be others than those in `folder`.
 
     jax would not: of layers that are not there it takes the last again.
@@ -134,7 +134,7 @@ def opened(
             yield Opened(config, 0, pretrained.load(model.source).params, tokenizer)
 
 
-def _latest(config: Config, folder: Path) -> tuple[int, Params]:
+def _latest(config: Config, folder: Place) -> tuple[int, Params]:
     """Step and parameters of a run's latest checkpoint."""
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         step = checkpoints.latest()
@@ -145,7 +145,7 @@ def _latest(config: Config, folder: Path) -> tuple[int, Params]:
 
 
 def start_from(
-    config: Config, folder: Path, overrides: Sequence[str]
+    config: Config, folder: Place, overrides: Sequence[str]
 ) -> tuple[Config, setup.Start]:
     """`config` with a pretrained model's architecture and tokenizer, and its parameters.
 
@@ -161,7 +161,7 @@ def start_from(
     return config, _start(source)
 
 
-def start_of(folder: Path) -> setup.Start:
+def start_of(folder: Place) -> setup.Start:
     """A pretrained model's parameters to begin a run with.
 
     Raises:
@@ -170,7 +170,7 @@ def start_of(folder: Path) -> setup.Start:
     return _start(_source(folder))
 
 
-def _source(folder: Path) -> pretrained.Folder:
+def _source(folder: Place) -> pretrained.Folder:
     source = pretrained.find(folder)
     if source is None:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import checkpoint
+from gptjax import checkpoint, storage
 from gptjax.checkpoint import MANIFEST, META, Checkpoints
 from gptjax.config import UserError
 from gptjax.sharding import make_mesh
-from tests import tiny
+from gptjax.storage import BucketPath
+from tests import buckets, tiny
 from tests.child import Child
 
 MESHES = {
@@ -147,28 +150,31 @@ def test_a_name_is_a_name(name: str, tmp_path: Path) -> None:
 def test_a_save_that_is_not_whole_is_dropped_and_told(
     tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """orbax itself, for which brackets are a pattern: it writes no array and says nothing."""
-    monkeypatch.setattr(checkpoint, "_neutral", contextlib.nullcontext)
-    folder = tmp_path / "a[1-3]"
-    with Checkpoints(folder, keep=1) as checkpoints:
-        told = r"step 1 in .* dropped: of 5 arrays 5 were not written, such as .*from the beginning"
+    """An orbax that leaves out an array and says nothing, as it does below "a[1-3]"."""
+    write = checkpoint.ocp.args.PyTreeSave
+
+    def write_less(arrays: dict[str, Any], **options: Any) -> Any:
+        return write({"step": arrays["step"]}, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.args, "PyTreeSave", write_less)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        told = r"step 1 in .* dropped: of 5 arrays 4 were not written, such as .*from the beginning"
         with pytest.raises(UserError, match=told) as caught:
             checkpoints.save(1, state, DATA, wait=True)
         assert "\n" not in str(caught.value)
-        assert not list(folder.iterdir()) and checkpoints.latest() is None
+        assert not list(tmp_path.iterdir()) and checkpoints.latest() is None
 
 
 def test_an_array_without_one_of_its_chunks_is_not_whole(copied: Path, state: State) -> None:
-    folder, arrays = copied / "00000002" / "state", list(checkpoint._by_path(state))
-    assert checkpoint._lost(folder, arrays) == []
-    assert checkpoint._lost(folder, [*arrays, "params.other"]) == ["params.other"]
-    base = {"driver": "file", "path": f"{folder}/"}
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    folder, arrays = copied / "00000002", list(checkpoint._by_path(state))
+    store = checkpoint._arrays(folder, storage.context())
+    assert checkpoint._lost(store, arrays) == []
+    assert checkpoint._lost(store, [*arrays, "params.other"]) == ["params.other"]
     keys = [key.decode() for key in store.list().result()]
     kernel = "params.block.kernel"
     assert sum(key.startswith(f"{kernel}/") for key in keys) > 2, "of several chunks"
     store.delete_range(tensorstore.KvStore.KeyRange(f"{kernel}/1", f"{kernel}/1.0~")).result()
-    assert checkpoint._lost(folder, arrays) == [kernel]
+    assert checkpoint._lost(store, arrays) == [kernel]
 
 
 def test_meta_returns_as_saved(saved: Path) -> None:
@@ -275,9 +281,9 @@ def flips(path: Path, count: int) -> list[int]:
 
 
 def test_every_flipped_bit_is_refused(copied: Path, state: State, monkeypatch: Any) -> None:
-    """In every file. orbax must not even be asked: it would restore most of them silently."""
+    """In every file. Not one array may be read: tensorstore would not notice most of them."""
     checkpoints = Checkpoints(copied)
-    monkeypatch.setattr(checkpoint, "_orbax", lambda: pytest.fail("orbax was asked"))
+    monkeypatch.setattr(checkpoint, "_read", lambda *_: pytest.fail("an array was read"))
     files = [p for p in (copied / "00000002").rglob("*") if p.is_file()]
     assert {META, MANIFEST, "_METADATA"} < {p.name for p in files}
     for path in files:
@@ -358,8 +364,8 @@ def test_a_new_writer_removes_what_a_killed_save_left(
     assert Checkpoints(copied, keep=2).latest() == 1
     assert sorted(p.name for p in copied.iterdir()) == ["00000001", "notes"]
     assert [record.args for record in caplog.records] == [
-        (copied / "00000002",),
         (copied / "00000003.1.partial",),
+        (copied / "00000002",),
     ]
 
 
@@ -402,7 +408,7 @@ def test_a_failed_save_frees_its_space(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, "_write", fail)
+    monkeypatch.setattr(checkpoint.storage, "create", fail)
     error: Exception = OSError(5, "Input/output error")
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         with pytest.raises(UserError, match="Input/output error.* resumes from the beginning"):
@@ -422,21 +428,20 @@ def test_a_failed_save_frees_its_space(
 SAVER = """
     import os, signal, sys
     import jax, jax.numpy as jnp
-    from gptjax import checkpoint
+    from gptjax import checkpoint, storage
 
     folder, fatal = sys.argv[1], sys.argv[2]
-    suffix = fatal.partition(" ")[2]
-    real = {"rename": os.rename, "rmtree": checkpoint.shutil.rmtree, "write": checkpoint._write}
+    action, _, suffix = fatal.partition(" ")
 
-    def die_before(name):
+    def die_before(name, real):
         def patched(path, *args, **kwargs):
-            if fatal.startswith(name) and "00000003" in str(path) and str(path).endswith(suffix):
+            if action == name and "00000003" in str(path) and str(path).endswith(suffix):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real[name](path, *args, **kwargs)
+            return real(path, *args, **kwargs)
         return patched
 
-    os.rename, checkpoint._write = die_before("rename"), die_before("write")
-    checkpoint.shutil.rmtree = die_before("rmtree")
+    os.rename = die_before("rename", os.rename)
+    storage.create, storage.remove = die_before("create", storage.create), die_before("remove", storage.remove)
     with checkpoint.Checkpoints(folder, keep=2) as checkpoints:
         for step in range(1, 10_000):
             state = {"x": jnp.arange(2**19) * step, "y": jnp.full((2**19,), step, jnp.float32)}
@@ -483,12 +488,16 @@ def test_sigkill_at_any_moment_leaves_a_complete_step(tmp_path: Path, delay: flo
 
 @pytest.mark.parametrize(
     ("fatal", "latest"),
-    [("write meta.json", 2), ("write manifest.json", 2), ("rename", 2), ("rmtree", 5)],
+    [
+        *[("rename .ocdbt", 2), ("create meta.json", 2), ("create manifest.json", 2)],
+        *[("rename .partial", 2), ("remove 00000003", 5)],
+    ],
 )
 def test_sigkill_at_the_worst_moments(tmp_path: Path, fatal: str, latest: int) -> None:
-    """Arrays but no meta; no manifest; all but the rename; an old step about to be removed."""
+    """A part of the arrays; no meta; no manifest; all but the rename; an old step half removed."""
     saver_killed(tmp_path, fatal, 0)
-    assert any(p.name.endswith(".partial") for p in tmp_path.iterdir())
+    left = {p.name for p in tmp_path.iterdir() if not (p / MANIFEST).exists()}
+    assert left or fatal == "rename .partial"
     assert assert_survived(tmp_path) == latest
 
 
@@ -564,3 +573,122 @@ def test_the_manifest_lists_every_file(saved: Path) -> None:
         ["sha256sum", folder / META], capture_output=True, text=True, check=True
     ).stdout
     assert listed[META]["sha256"] == by_hand.split()[0]
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> Iterator[tuple[BucketPath, buckets.Proxy]]:
+    with buckets.served(request.param) as proxy:
+        folder = storage.expand(f"{request.param}://{buckets.BUCKET}/a b/[run]/checkpoints")
+        assert isinstance(folder, BucketPath)
+        yield folder, proxy
+
+
+@pytest.fixture
+def far(bucket: tuple[BucketPath, buckets.Proxy], state: State) -> Iterator[BucketPath]:
+    """A folder in a bucket, with steps 1 and 2."""
+    folder, proxy = bucket
+    storage.remove(folder.parent)
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, DATA | {"step": step}, wait=True)
+    yield folder
+    proxy.fault = lambda method, path: "pass"
+
+
+def test_a_bucket_keeps_checkpoints_as_a_disk_does(
+    far: BucketPath, state: State, tmp_path: Path
+) -> None:
+    like = abstract(make_state(MESHES["one"], seed=1))
+    with Checkpoints(far, keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2] and checkpoints.meta(2) == DATA | {"step": 2}
+        assert_bitwise(checkpoints.restore(2, like), state)
+        with pytest.raises(checkpoint.Busy, match=rf"is being trained by process {os.getpid()} on"):
+            Checkpoints(far, keep=2)
+        checkpoints.save(3, state, DATA, wait=True)
+        assert checkpoints.steps() == [2, 3]
+        assert {name.partition("/")[0] for name in storage.files(far)} == {"00000002", "00000003"}
+    assert storage.files(far.parent) == [f"checkpoints/{name}" for name in storage.files(far)]
+    # What orbax would find on a disk is there.
+    for name in storage.files(far / "00000003"):
+        (tmp_path / "3" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "3" / name).write_bytes((far / "00000003" / name).read_bytes())
+    assert_orbax_reads(tmp_path / "3" / "state", state)
+
+
+def assert_orbax_reads(folder: Path, state: State) -> None:
+    leaves = checkpoint._by_path(state)
+    arguments = {
+        path: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for path, x in leaves.items()
+    }
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        restored = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=arguments))
+    assert_bitwise(restored, leaves)
+
+
+def test_orbax_reads_what_is_saved(saved: Path, state: State) -> None:
+    assert_orbax_reads(saved / "00000002" / "state", state)
+
+
+def test_a_flipped_bit_in_a_bucket_is_refused(far: BucketPath, state: State) -> None:
+    for name in storage.files(far / "00000002"):
+        intact = (far / "00000002" / name).read_bytes()
+        flipped = bytearray(intact)
+        flipped[len(intact) // 2] ^= 1
+        storage.replace_file(far / "00000002" / name, bytes(flipped))
+        with pytest.raises(UserError, match=r"is damaged: .*Delete that folder to go back to step"):
+            Checkpoints(far).restore(2, abstract(state))
+        storage.replace_file(far / "00000002" / name, intact)
+    (far / "00000002" / "state" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match="is damaged: state/manifest.ocdbt is missing"):
+        Checkpoints(far).restore(2, abstract(state))
+
+
+@pytest.mark.parametrize("fault", ["busy", "unheard", "unanswered", "twice"])
+def test_a_save_outlasts_a_bucket_s_faults(
+    far: BucketPath, bucket: tuple[BucketPath, buckets.Proxy], state: State, fault: str
+) -> None:
+    """Every fifth request meets one."""
+    requests = itertools.count()
+    bucket[1].fault = lambda method, path: fault if next(requests) % 5 == 0 else "pass"
+    with Checkpoints(far, keep=2) as checkpoints:
+        checkpoints.save(3, state, DATA, wait=True)
+        assert_bitwise(checkpoints.restore(3, abstract(state)), state)
+    assert next(requests) > 30
+
+
+def test_a_save_is_not_completed_by_who_lost_the_lease(far: BucketPath, state: State) -> None:
+    with Checkpoints(far, keep=2) as checkpoints:
+        lease = b'{"holder": "process 1 on other, since then", "renewed": 0}'
+        storage.replace_file(far.with_name("checkpoints.lock"), lease)
+        with pytest.raises(
+            UserError, match="step 3 was not saved: .* trained by process 1 on other"
+        ):
+            checkpoints.save(3, state, DATA, wait=True)
+    assert Checkpoints(far).steps() == [1, 2]
+
+
+def test_a_save_killed_in_a_bucket_leaves_the_steps_before(far: BucketPath, state: State) -> None:
+    code = """
+    import os, signal, sys
+    import jax.numpy as jnp
+    from gptjax import checkpoint, storage
+
+    real = storage.create
+
+    def die_before(path, content):
+        if path.name == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, content)
+
+    storage.create = die_before
+    with checkpoint.Checkpoints(sys.argv[1], keep=2) as checkpoints:
+        checkpoints.save(3, {"x": jnp.arange(4.0)}, {}, wait=True)
+    """
+    for fatal in ("_METADATA", "meta.json", "manifest.json"):
+        child = Child(code, str(far), fatal)
+        assert child.wait().returncode == -signal.SIGKILL, child.stderr
+        assert Checkpoints(far).steps() == [1, 2]
+    with Checkpoints(far, keep=2) as checkpoints:  # the holder is gone: its lease too
+        assert not any(name.startswith("00000003") for name in storage.files(far))
+        checkpoints.save(3, state, DATA, wait=True)
+        assert_bitwise(checkpoints.restore(3, abstract(state)), state)

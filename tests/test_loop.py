@@ -23,6 +23,7 @@ from gptjax.data.store import StoreWriter
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.records import read_metrics
 from gptjax.sharding import make_mesh
+from gptjax.storage import Place
 from tests import tiny
 from tests.child import GPTJAX, Child, pair_of
 
@@ -35,7 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_store(tmp_path_factory.mktemp("text"))
 
 
-def run(store: Path, workdir: Path, prelude: str = "", devices: int = 1, **knobs: Any) -> Child:
+def run(store: Path, workdir: Place, prelude: str = "", devices: int = 1, **knobs: Any) -> Child:
     """`gptjax train` in a process of its own, after `prelude`, which may plant a signal."""
     words = ["train", f"--config={tiny.RECIPE}", f"--workdir={workdir}"]
     code = f"{prelude}\n{GPTJAX}"
@@ -73,7 +74,7 @@ def bits(tree: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def timeless(workdir: Path) -> list[dict[str, float]]:
+def timeless(workdir: Place) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(workdir)]
 
 

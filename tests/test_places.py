@@ -12,7 +12,8 @@ from gptjax import configure, places, tokenizer
 from gptjax.config import UserError
 from gptjax.data.sources import open_source
 from gptjax.evaluation.texts import Reading, open_text
-from gptjax.places import cache, expand
+from gptjax.places import cache
+from gptjax.storage import expand
 from tests import tiny
 
 REPO = Path(__file__).parents[1]

@@ -402,8 +402,9 @@ def test_files_are_replaced_whole_or_not_at_all(
 
 WRITER = """
     import json, sys
+    from pathlib import Path
     from gptjax.records import open_run, read_metrics
-    folder, config, resume = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    folder, config, resume = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
     run = open_run(folder, config, {}, resume)
     print("open", flush=True)
     for step in range(resume + 1, 10**9):
@@ -493,7 +494,7 @@ def test_code_that_looks_on_or_serves_does_not_count(package: Path, name: str) -
 
 def test_no_code_that_computes_imports_code_that_does_not_count() -> None:
     """But for these, by which the loop and the ensembles only show, name, time and write down."""
-    shown = {"accounting", "files", "profile", "progress", "records"}
+    shown = {"accounting", "alive", "profile", "progress", "records"}
     idle = {name.removesuffix(".py").replace("/", ".") for name in records.NOT_COMPUTING}
     files = modules(REPO)
     for module, file in files.items():

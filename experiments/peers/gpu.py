@@ -43,7 +43,7 @@ import run
 from measure import PROMPT, Result
 
 from gptjax.config import UserError
-from gptjax.files import replace_file
+from gptjax.storage import replace_file
 
 FLAGS = {  # of XLA, one at a time
     "latency-hiding scheduler": "--xla_gpu_enable_latency_hiding_scheduler=true",

@@ -53,7 +53,7 @@ from typing import Any, NamedTuple
 from measure import MEASURES, PROMPT, Result
 
 from gptjax.config import UserError, choose
-from gptjax.files import replace_file
+from gptjax.storage import replace_file
 
 TEXT = Path(__file__).parents[2] / "gptjax" / "data" / "assets" / "shakespeare.txt"
 

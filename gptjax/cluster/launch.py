@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptjax import storage
 from gptjax.cluster import kubernetes, local, slurm, tpu_vm
 from gptjax.cluster.job import Job
 from gptjax.config import UserError, choose, from_dict
 from gptjax.configure import RECIPES
-from gptjax.places import expand
 
 
 class Target(NamedTuple):
@@ -68,7 +68,7 @@ def read_site(name: str | None, on: str) -> Any:
         raise UserError(f"--on={on} has no particulars: leave --site out")
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
     try:
-        stated = {} if name is None else tomllib.loads(_find(name).read_text())
+        stated = {} if name is None else tomllib.loads(_find(name).read_text(encoding="utf-8"))
         return from_dict({**defaults, **stated}, cls)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, UserError) as error:
         where = f"--on={on} needs a site" if name is None else f"site {name}"
@@ -76,7 +76,7 @@ def read_site(name: str | None, on: str) -> Any:
 
 
 def _find(name: str) -> Path:
-    path = expand(name)
+    path = storage.local(name)
     if not path.is_file() and path == Path("configs/sites", path.name):
         path = RECIPES / "sites" / path.name
     if not path.is_file():

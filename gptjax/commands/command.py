@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gptjax import alive, heap
 from gptjax.config import UserError
-from gptjax.places import cache, expand
+from gptjax.places import cache
+from gptjax.storage import expand
 
 if TYPE_CHECKING:
     from gptjax.trained import Trained

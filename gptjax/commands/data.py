@@ -11,7 +11,7 @@ from gptjax.commands.command import (
     no_more,
 )
 from gptjax.config import ConfigError
-from gptjax.places import expand
+from gptjax.storage import expand, local
 
 
 def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -34,9 +34,9 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _add_files(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
-        "files", type=expand, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
+        "files", type=local, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
     )
-    parser.add_argument("--out", type=expand, required=True, help=out)
+    parser.add_argument("--out", type=local, required=True, help=out)
     parser.add_argument(
         "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
     )

@@ -14,7 +14,7 @@ from gptjax.commands.command import (
     no_more,
     prepare_jax,
 )
-from gptjax.places import expand
+from gptjax.storage import local
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -87,8 +87,8 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=expand, help="a Hugging Face folder or a .gguf file")
-    parser.add_argument("--out", type=expand, required=True, help="the folder to make")
+    parser.add_argument("source", type=local, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument("--out", type=local, required=True, help="the folder to make")
 
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -105,7 +105,7 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("--out", type=expand, required=True, help="the folder to make")
+    parser.add_argument("--out", type=local, required=True, help="the folder to make")
     parser.add_argument(
         "--dtype",
         default="float32",

@@ -24,7 +24,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
-from gptjax.places import expand
+from gptjax.storage import expand, local
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -38,6 +38,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         decode,
         doctor,
         loop,
+        places,
         profile,
         setup,
         speak,
@@ -45,6 +46,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     )
     from gptjax.sharding import make_mesh
 
+    if arguments.verify:
+        places.forget()
     steps, recipe = profile.parse_steps(arguments.profile), arguments.config or DEFAULT_RECIPE
     workdir, begin = arguments.workdir or Path("runs") / configure.find(recipe)[0].stem, None
     if arguments.branch is not None:
@@ -98,6 +101,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--profile",
         metavar="FIRST:LAST",
         help="trace these steps, both included, and print their time by part of the model",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte of the data, also of files that are as they were at an earlier start",
     )
     add_distributed(parser)
 
@@ -221,7 +229,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="none, or wikitext: what makes prose of a pre-tokenised corpus (%(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.add_argument("--html", type=expand, metavar="FILE", help="also a self-contained page")
+    parser.add_argument("--html", type=local, metavar="FILE", help="also a self-contained page")
     add_distributed(parser)
 
 
@@ -268,11 +276,11 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--lambada", type=expand, metavar="FILE", help='jsonl of {"text"}: guess its last word'
+        "--lambada", type=local, metavar="FILE", help='jsonl of {"text"}: guess its last word'
     )
     parser.add_argument(
         "--choices",
-        type=expand,
+        type=local,
         metavar="FILE",
         help='jsonl of {"query", "choices", "gold"}: tell the right choice, by its index',
     )
@@ -280,7 +288,7 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         "--harness", nargs="+", metavar="TASK", help="tasks of EleutherAI's lm-evaluation-harness"
     )
     parser.add_argument(
-        "--harness_path", type=expand, metavar="DIR", help="where more of its tasks are described"
+        "--harness_path", type=local, metavar="DIR", help="where more of its tasks are described"
     )
     parser.add_argument("--limit", type=int, help="only so many lines or documents of each task")
     parser.add_argument("--json", action="store_true", help="one JSON object")

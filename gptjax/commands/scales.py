@@ -17,7 +17,7 @@ from gptjax.commands.command import (
 )
 from gptjax.commands.studies import add_study, add_together, run_all, study_of
 from gptjax.config import UserError
-from gptjax.places import expand
+from gptjax.storage import local
 
 if TYPE_CHECKING:
     from gptjax.sizes.scaling import Points
@@ -63,7 +63,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add_together(parser)
     parser.add_argument(
         "--points",
-        type=expand,
+        type=local,
         metavar="FILE",
         help="instead of runs: a CSV table with the columns parameters, tokens, loss",
     )
@@ -74,7 +74,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="budgets to share out between parameters and tokens",
     )
-    parser.add_argument("--png", type=expand, metavar="FILE", help="also a picture")
+    parser.add_argument("--png", type=local, metavar="FILE", help="also a picture")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -119,8 +119,8 @@ def _add_coord_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", metavar="L1,L2", help="of model.layers, two or more")
     parser.add_argument("--steps", type=int, default=4, help="of training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each size (%(default)s)")
-    parser.add_argument("--png", type=expand, metavar="FILE", help="also a picture")
-    parser.add_argument("--html", type=expand, metavar="FILE", help="also a self-contained page")
+    parser.add_argument("--png", type=local, metavar="FILE", help="also a picture")
+    parser.add_argument("--html", type=local, metavar="FILE", help="also a self-contained page")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

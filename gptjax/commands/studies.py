@@ -19,7 +19,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError
-from gptjax.places import expand
+from gptjax.storage import expand, local
 
 if TYPE_CHECKING:
     from gptjax.study.results import Results
@@ -105,7 +105,7 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=expand, nargs="?", metavar="FILE", help="a file with STUDY = Study(...)"
+        "file", type=local, nargs="?", metavar="FILE", help="a file with STUDY = Study(...)"
     )
     parser.add_argument(
         "--config",
@@ -157,7 +157,7 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     add_study(parser)
     parser.add_argument(
-        "--out", type=expand, metavar="DIR", help=f"of the report; default: {OUT}/ and its name"
+        "--out", type=local, metavar="DIR", help=f"of the report; default: {OUT}/ and its name"
     )
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from gptjax.config import UserError
 from gptjax.data.prepare import SPLITS, prepare
 from gptjax.data.store import MANIFEST, Store
-from gptjax.places import cache, expand
+from gptjax.places import cache
+from gptjax.storage import expand
 from gptjax.tokenizer import ASSETS, Tokenizer
 
 

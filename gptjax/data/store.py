@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import UserError
+from gptjax.places import fetched, near, remembered
+from gptjax.storage import Place, expand
 from gptjax.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -47,7 +49,7 @@ class Store:
         manifest: as written by `StoreWriter`, its fingerprint apart; empty for a .bin file.
     """
 
-    path: Path
+    path: Place
     fingerprint: str
     document_ends: np.ndarray = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
@@ -91,8 +93,11 @@ class Store:
         return out
 
     @classmethod
-    def open(cls, path: str | Path, tokenizer: Tokenizer | None) -> Store:
+    def open(cls, path: str | Place, tokenizer: Tokenizer | None) -> Store:
         """Opens a store folder or a nanoGPT .bin file, and checks every byte of it.
+
+        A large file that is as it was when it was last checked on this machine is not read again
+        (`places.remembered`). Files of a bucket are read by copies in the cache.
 
         Args:
             path: a folder with a manifest, or a file of little-endian uint16.
@@ -102,9 +107,9 @@ class Store:
             UserError: if it is missing, incomplete or altered, was made with another
                 tokenizer, or holds an id outside the vocabulary (jax would clamp it silently).
         """
-        path = Path(path)
+        path = expand(path)
         if path.is_file():
-            return cls._open_bin(path, tokenizer)
+            return cls._open_bin(near(path), tokenizer)
         manifest = _read_manifest(path)
         recorded = manifest["tokenizer"]
         if tokenizer is not None and recorded["fingerprint"] != tokenizer.fingerprint:
@@ -117,14 +122,13 @@ class Store:
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         shards, weights = [], []
         for entry in manifest["shards"]:
-            shards.append(_map(path / entry["file"], dtype, entry["tokens"]))
-            _check(path / entry["file"], shards[-1], entry["sha256"], recorded["vocab_size"])
+            file, sha256, count = path / entry["file"], entry["sha256"], entry["tokens"]
+            shards.append(_checked(file, dtype, count, sha256, recorded["vocab_size"]))
             if "weights" in entry:
-                file = path / entry["weights"]
-                weights.append(_map(file, np.dtype("<f4"), entry["tokens"]))
-                _check(file, weights[-1], entry["weights_sha256"])
-        ends = _map(path / ENDS, np.dtype("<i8"), manifest["documents"])
-        _check(path / ENDS, ends, manifest["document_ends_sha256"])
+                file, sha256 = path / entry["weights"], entry["weights_sha256"]
+                weights.append(_checked(file, np.dtype("<f4"), count, sha256))
+        sha256, count = manifest["document_ends_sha256"], manifest["documents"]
+        ends = _checked(path / ENDS, np.dtype("<i8"), count, sha256)
         return cls(path, fingerprint(manifest), ends, manifest, shards, _starts(shards), weights)
 
     @classmethod
@@ -254,7 +258,7 @@ def _signed(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest | {"fingerprint": fingerprint(manifest)}, indent=1).encode()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Place) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is no token store: it has no {MANIFEST}; make one with `data`")
@@ -281,21 +285,43 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
+def _checked(
+    place: Place, dtype: np.dtype, count: int, sha256: str, vocab_size: int | None = None
+) -> np.ndarray:
+    """A file of a store on this machine, mapped and checked."""
+    path = fetched(place, sha256)
+    try:
+        array = _map(path, dtype, count)
+        _check(path, array, sha256, vocab_size)
+    except UserError:
+        if path == place:
+            raise
+        path.unlink()  # the copy was altered: what is fetched anew is right, or tells why not
+        array = _map(fetched(place, sha256), dtype, count)
+        _check(path, array, sha256, vocab_size)
+    return array
+
+
 def _check(path: Path, ids: np.ndarray, sha256: str | None, vocab_size: int | None = None) -> str:
     """The sha256 of the file mapped as `ids`; compares it, and the highest id, where given."""
+    facts = remembered(path, lambda: _examine(ids))
+    if sha256 is not None and facts["sha256"] != sha256:
+        raise UserError(f"{path} was altered (wrong sha256): {ANEW}")
+    if vocab_size is not None and facts["highest"] >= vocab_size:
+        raise UserError(
+            f"{path} holds token id {facts['highest']}, outside the vocabulary of {vocab_size}: it "
+            "was made with another tokenizer; set data.tokenizer to that one"
+        )
+    return facts["sha256"]
+
+
+def _examine(ids: np.ndarray) -> dict[str, Any]:
     digest, highest = hashlib.sha256(), 0
     for at in range(0, len(ids), _CHECK_TOKENS):
         part = ids[at : at + _CHECK_TOKENS]
         digest.update(part.data)
         highest = max(highest, int(part.max()))
-    if sha256 is not None and digest.hexdigest() != sha256:
-        raise UserError(f"{path} was altered (wrong sha256): {ANEW}")
-    if vocab_size is not None and highest >= vocab_size:
-        raise UserError(
-            f"{path} holds token id {highest}, outside the vocabulary of {vocab_size}: it was "
-            "made with another tokenizer; set data.tokenizer to that one"
-        )
-    return digest.hexdigest()
+    return {"sha256": digest.hexdigest(), "highest": highest}
 
 
 def _starts(shards: Iterable[np.ndarray]) -> list[int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gptjax.config import UserError
 from gptjax.data.prepare import Parts, open_parts
-from gptjax.files import new_folder
+from gptjax.storage import new_folder
 from gptjax.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer, load
 
 SMALLEST = 257  # the bytes and end-of-text

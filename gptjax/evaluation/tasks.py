@@ -29,6 +29,7 @@ from gptjax.layers.attention import ATTENTION, kernel_for
 from gptjax.progress import Progress, say
 from gptjax.report.interval import CONFIDENCE
 from gptjax.report.terminal import number
+from gptjax.storage import Place
 from gptjax.tokenizer import Tokenizer
 from gptjax.trained import Opened
 
@@ -319,7 +320,7 @@ def read_files(files: Mapping[str, Path], limit: int | None) -> dict[str, list[A
 
 
 def evaluate(
-    folder: Path, model: Opened, files: Mapping[str, Path], lines: Mapping[str, list[Any]]
+    folder: Place, model: Opened, files: Mapping[str, Path], lines: Mapping[str, list[Any]]
 ) -> dict[str, Any]:
     """Measures a model by tasks, on the mesh that is set.
 

@@ -18,7 +18,7 @@ from gptjax.config import UserError, choose
 from gptjax.data.prepare import READERS, Parts, open_parts, tokenise
 from gptjax.data.store import MANIFEST, Store, StoreWriter
 from gptjax.evaluation.detokenize import DETOKENIZERS
-from gptjax.places import expand
+from gptjax.storage import local
 from gptjax.tokenizer import Tokenizer
 
 HUB = "hub:"
@@ -85,7 +85,7 @@ def open_text(name: str, source: str, tokenizer: Tokenizer, folder: Path, how: R
         UserError: on what cannot be read, holds no text, or lacks the keys of `how`.
     """
     detokenise = choose(DETOKENIZERS, how.detokenizer, "--detokenizer")
-    path = expand(source)
+    path = local(source)
     if not source.startswith(HUB):
         if path.is_dir() or path.suffix == ".bin":
             return _open_store(name, path, tokenizer, how)

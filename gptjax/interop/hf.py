@@ -32,11 +32,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from gptjax import model as gpt
 from gptjax import sharding, tokenizer
 from gptjax.config import ConfigError, Model, UserError, choose
-from gptjax.files import new_folder
 from gptjax.interop.families import Family, Row, to_theirs
 from gptjax.interop.tokenizer_files import write_tokenizer
 from gptjax.layers.parameter import Spec
 from gptjax.progress import say
+from gptjax.storage import Place, new_folder
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -123,7 +123,7 @@ def _write_folder(
 
 
 @contextlib.contextmanager
-def about(source: Path) -> Iterator[None]:
+def about(source: Place) -> Iterator[None]:
     """Prefixes errors with the name of the source."""
     try:
         yield
@@ -133,7 +133,7 @@ def about(source: Path) -> Iterator[None]:
         raise UserError(f"{source}: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Place) -> dict[str, Any]:
     """The object in a folder's config.json.
 
     Raises:

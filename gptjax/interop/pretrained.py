@@ -14,6 +14,8 @@ from gptjax import model as gpt
 from gptjax.config import Config, Model
 from gptjax.interop import gguf, hf
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
+from gptjax.places import near
+from gptjax.storage import Place
 from gptjax.tokenizer import TOKENIZER_FILE
 
 
@@ -46,7 +48,7 @@ class Pretrained(NamedTuple):
     dtype: str
 
 
-def find(path: Path) -> Folder | None:
+def find(path: Place) -> Folder | None:
     """As `read`; None where config.json is not theirs, or is not there: a run of ours.
 
     Raises:
@@ -58,19 +60,20 @@ def find(path: Path) -> Folder | None:
     return _folder(path, keys) if "model_type" in keys else None
 
 
-def read(path: str | Path) -> Folder:
+def read(path: Place) -> Folder:
     """What a Hugging Face folder says of itself; no weights are read.
 
     Raises:
         UserError: if it is no such folder, or of an architecture that is not ours.
     """
-    return _folder(Path(path), hf.read_config(Path(path)))
+    return _folder(path, hf.read_config(path))
 
 
-def _folder(path: Path, keys: Keys) -> Folder:
+def _folder(path: Place, keys: Keys) -> Folder:
     tokenizer = str(path) if (path / TOKENIZER_FILE).is_file() else None
     with hf.about(path):
-        return Folder(path, *to_model(keys), tokenizer)
+        model = to_model(keys)
+    return Folder(near(path), *model, tokenizer)
 
 
 def load(folder: Folder) -> Pretrained:
@@ -101,7 +104,7 @@ def adopt(config: Config, folder: Folder) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(folder.model, **kept), data=data)
 
 
-def import_(source: str | Path, out: str | Path) -> Model:
+def import_(source: Place, out: Path) -> Model:
     """Reads a Hugging Face folder or a .gguf file, and writes it to the folder `out`.
 
     Every tensor keeps its value and, in a Hugging Face folder, its dtype; those of a GGUF file
@@ -113,10 +116,10 @@ def import_(source: str | Path, out: str | Path) -> Model:
     Raises:
         UserError: as `load`; if `out` exists.
     """
-    if Path(source).suffix == ".gguf":
-        return gguf.import_(Path(source), Path(out))
+    if source.suffix == ".gguf":
+        return gguf.import_(near(source), out)
     folder = read(source)
     with hf.about(folder.path):
         tensors = hf.Safetensors(folder.path, folder.family)
-        hf.copy(tensors, folder.family, folder.model, Path(out), folder.tokenizer)
+        hf.copy(tensors, folder.family, folder.model, out, folder.tokenizer)
     return folder.model

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from gptjax import accounting, configure
 from gptjax.config import Config
 from gptjax.records import read_environment
+from gptjax.storage import Place
 from gptjax.study import equalise, statistics
 from gptjax.study.results import ENDED, Outcome, Results, Status, at_edge
 from gptjax.study.spec import Settings, Study
@@ -397,5 +397,5 @@ def environment(results: Results) -> dict[str, list[str]]:
     return {name: list(values) for name, values in values_of.items()}
 
 
-def _folders(results: Results) -> list[Path]:
+def _folders(results: Results) -> list[Place]:
     return [o.folder for o in [*results.outcomes, *(o for o, _ in results.tuning)]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from gptjax.storage import Place
 from gptjax.study.equalise import EQUAL
 from gptjax.study.results import ENDED, Results
 from gptjax.study.tables import settings, stated
 
 
-def lines(results: Results, store: Path) -> Iterator[str]:
+def lines(results: Results, store: Place) -> Iterator[str]:
     """The plan for a person, of what `results.read` found in `store`."""
     study, measure = results.study, EQUAL[results.study.equal].measure
     shared = filter(None, (study.base, settings(study.settings), *study.overrides))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from gptjax.files import disk, replace_file
 from gptjax.report import formats
 from gptjax.report.formats import Table
 from gptjax.report.page import definitions, document
+from gptjax.storage import disk, replace_file
 from gptjax.study import plots, tables
 from gptjax.study.analysis import Analysis, environment
 from gptjax.study.results import SAMPLE

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import UserError
 from gptjax.records import DIVERGED, FAILED, METRICS, read_environment, read_metrics
+from gptjax.storage import Place
 from gptjax.study.spec import Cell, Settings, Study, cells, cross, tuning_cells
 from gptjax.study.store import code_and_versions, computation_recorded, differences, place
 
@@ -40,7 +40,7 @@ class Outcome:
     """
 
     cell: Cell
-    folder: Path
+    folder: Place
     status: Status
     reason: str
     metric: float
@@ -66,7 +66,7 @@ class Results:
     tuned: Mapping[tuple[str, str], Settings]
 
 
-def read(study: Study, store: Path, now: bool = False) -> Results:
+def read(study: Study, store: Place, now: bool = False) -> Results:
     """The results of a study so far.
 
     Args:
@@ -82,7 +82,7 @@ def read(study: Study, store: Path, now: bool = False) -> Results:
     return Results(study, outcomes, tuning, best)
 
 
-def outcome(study: Study, cell: Cell, store: Path, now: bool = False) -> Outcome:
+def outcome(study: Study, cell: Cell, store: Place, now: bool = False) -> Outcome:
     """What the folder of a cell records; `store.place` says which folder that is.
 
     Raises:
@@ -120,7 +120,7 @@ def outcome(study: Study, cell: Cell, store: Path, now: bool = False) -> Outcome
     )
 
 
-def _status(cell: Cell, folder: Path) -> tuple[Status, str]:
+def _status(cell: Cell, folder: Place) -> tuple[Status, str]:
     if not folder.is_dir():
         return "missing", ""
     for status, name in (("diverged", DIVERGED), ("failed", FAILED)):

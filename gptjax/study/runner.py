@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 
 from gptjax import ensemble, loop, setup, speak, trained
 from gptjax.checkpoint import Busy
 from gptjax.config import Config, UserError, out_of_memory
-from gptjax.files import disk, replace_file
 from gptjax.progress import say
 from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
+from gptjax.storage import Held, Lock, Place, disk, replace_file
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, tuning_cells
@@ -41,7 +39,7 @@ class Elsewhere(Exception):
     """Other processes have what is left to run."""
 
 
-def run_study(study: Study, store: Path, together: int = 1, worker: bool = False) -> Results:
+def run_study(study: Study, store: Place, together: int = 1, worker: bool = False) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
     Several processes, on several hosts that share the store, may run the same study or others:
@@ -80,10 +78,10 @@ def run_study(study: Study, store: Path, together: int = 1, worker: bool = False
 
 
 def _run(
-    study: Study, cells: Sequence[Cell], store: Path, together: int, worker: bool
+    study: Study, cells: Sequence[Cell], store: Place, together: int, worker: bool
 ) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
-    tried: set[Path] = set()
+    tried: set[Place] = set()
     waiting = False
     while True:
         outcomes = [outcome(study, cell, store, now=True) for cell in cells]
@@ -128,7 +126,7 @@ def _run(
             time.sleep(POLL_SECONDS)
 
 
-def _setbacks(group: Iterable[Path]) -> tuple[bool, int]:
+def _setbacks(group: Iterable[Place]) -> tuple[bool, int]:
     """By which groups are sorted: what failed before comes last, so that it keeps no other from
     running; behind it what was killed, maybe by the system because it takes too much memory."""
     failed, most_kills = any((f / FAILED).exists() for f in group), max(map(kills, group))
@@ -139,14 +137,14 @@ def _ended(outcomes: Iterable[Outcome]) -> bool:
     return all(o.status in ENDED for o in outcomes)
 
 
-def _groups(todo: Sequence[Outcome], store: Path, together: int) -> Iterator[dict[Path, Config]]:
+def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[dict[Place, Config]]:
     """What trains in one program each, by folder; between them all of `todo`, each once.
 
     A group that was begun stays as it is, whichever of its members `todo` has, so that what a
     kill broke off gives the same bits as what ran through.
     """
-    fresh: dict[str, dict[Path, Config]] = {}
-    begun: set[Path] = set()
+    fresh: dict[str, dict[Place, Config]] = {}
+    begun: set[Place] = set()
     for o in todo:
         config = o.cell.config
         if o.folder in begun:
@@ -166,7 +164,7 @@ def _groups(todo: Sequence[Outcome], store: Path, together: int) -> Iterator[dic
             yield dict(unbegun[i : i + together])
 
 
-def train_group(group: Mapping[Path, Config]) -> None:
+def train_group(group: Mapping[Place, Config]) -> None:
     """Runs or goes on with the cells of a group, by folder; what ends one is in its folder.
 
     Raises:
@@ -180,8 +178,7 @@ def train_group(group: Mapping[Path, Config]) -> None:
         for folder in folders:
             with disk(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                with (folder / BEGUN).open("ab") as starts:
-                    starts.write(b".")
+                replace_file(folder / BEGUN, b"." * (kills(folder) + 1))
         for config in configs:  # else found out after the training
             speak.check_sample(config, setup.load_tokenizer(config))
         mesh = make_mesh(configs[0].mesh)
@@ -213,10 +210,10 @@ def train_group(group: Mapping[Path, Config]) -> None:
             (folder / BEGUN).unlink(missing_ok=True)
 
 
-def kills(folder: Path) -> int:
+def kills(folder: Place) -> int:
     """How many times in a row the process that trained a cell was killed."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return (folder / BEGUN).stat().st_size
+        return len((folder / BEGUN).read_bytes())
     return 0
 
 
@@ -254,20 +251,14 @@ def _sample(outcomes: Sequence[Outcome]) -> None:
 
 
 @contextlib.contextmanager
-def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
-    """Holds cells for as long as the context lasts, or tells that another process has one.
-
-    The lock is the operating system's and falls with the process, however that ends.
-    """
-    locks = store / ".locks"
+def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool]:
+    """Holds cells for as long as the context lasts, or tells that another process has one."""
     with contextlib.ExitStack() as stack:
-        with disk(store):
-            locks.mkdir(parents=True, exist_ok=True)
-            files = [stack.enter_context((locks / f.name).open("wb")) for f in folders]
         try:
-            for file in files:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            with disk(store):
+                for folder in folders:
+                    stack.enter_context(Lock(store / ".locks" / folder.name))
+        except Held:
             locked = False
         else:
             locked = True
@@ -275,7 +266,7 @@ def _claim(store: Path, folders: Iterable[Path]) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def reporting(study: Study, store: Path) -> Iterator[None]:
+def reporting(study: Study, store: Place) -> Iterator[None]:
     """Lets processes that end a study together report it one after the other."""
     while True:
         with _claim(store, [store / f"report.{study.name}"]) as locked:

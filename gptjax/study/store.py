@@ -20,7 +20,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,16 +28,16 @@ import numpy as np
 from gptjax import branch, ensemble, setup, state
 from gptjax.config import Config, ConfigError, Mesh, UserError, recorded
 from gptjax.data.batches import Batch
-from gptjax.files import disk, replace_file
 from gptjax.perplexity import batch_nll
 from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
 from gptjax.sharding import make_mesh
+from gptjax.storage import Place, changed, children, disk, replace_file
 from gptjax.study.spec import address
 
 COMPUTES = "computes.json"
 
 
-def place(config: Config, store: Path, now: bool) -> Path:
+def place(config: Config, store: Place, now: bool) -> Place:
     """The folder of a run, which may not exist yet.
 
     Args:
@@ -62,31 +61,31 @@ def place(config: Config, store: Path, now: bool) -> Path:
     return folder
 
 
-def other_computations(config: Config, store: Path) -> dict[Path, list[str]]:
+def other_computations(config: Config, store: Place) -> dict[Place, list[str]]:
     """Runs of the same config that compute something else: {their folder: what differs}."""
     names = {folder: differences(folder, config) for folder in _of_config(config, store)}
     return {folder: differs for folder, differs in names.items() if differs}
 
 
-def _of_config(config: Config, store: Path) -> Iterator[Path]:
+def _of_config(config: Config, store: Place) -> Iterator[Place]:
     """The folders of runs with this config, that of its own name first.
 
     Older versions named folders by another fingerprint: their config tells.
     """
     name = address(config)
-    folders = sorted(store.iterdir()) if store.is_dir() else []
+    folders = children(store)
     named = [f for f in folders if re.fullmatch(rf"{name}(\.\d+)?", f.name)]
     yield from sorted(named, key=lambda f: (len(f.name), f.name))
     for folder in folders:
         file = folder / CONFIG
         if folder in named or not file.is_file():
             continue
-        if _address_in(file, file.stat().st_mtime_ns) == name:
+        if _address_in(file, changed(file)) == name:
             yield folder
 
 
 @functools.cache
-def _address_in(file: Path, changed: int) -> str | None:
+def _address_in(file: Place, changed: int) -> str | None:
     """Where the run of a config.json would lie now; None if that is no config of this version."""
     try:
         return address(recorded(json.loads(file.read_bytes())))
@@ -108,12 +107,12 @@ def _versions(versions: Mapping[str, str]) -> dict[str, str]:
     return {f"version of {name}": v for name, v in versions.items() if name != "gptjax"}
 
 
-def computation_recorded(folder: Path) -> bool:
+def computation_recorded(folder: Place) -> bool:
     """Whether a run recorded what it computes, which older versions did not."""
     return (folder / COMPUTES).is_file()
 
 
-def write(folder: Path, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> None:
+def write(folder: Place, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> None:
     """Records what a run is about to compute, on its mesh and with its group."""
     computes = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh)}
     with disk(folder):
@@ -121,7 +120,7 @@ def write(folder: Path, configs: Sequence[Config], member: int, mesh: jax.shardi
         replace_file(folder / COMPUTES, json.dumps(computes, indent=1).encode())
 
 
-def differences(folder: Path, config: Config) -> list[str]:
+def differences(folder: Place, config: Config) -> list[str]:
     """What the run in a folder does not share with one that would begin now, by its names.
 
     [] also for a run that recorded too little to compare (`computation_recorded`).

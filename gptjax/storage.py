@@ -1,0 +1,531 @@
+"""Where files lie, on a disk or in a bucket, and how they appear there: whole or not at all.
+
+A `Place` is a `pathlib.Path`, or a `BucketPath` for gs:// and s3://. A BucketPath has those of a
+Path's methods that this package uses, and every function here takes both, so that nothing else asks
+where a file lies. Buckets are reached by tensorstore alone. It is told of another server by
+AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, of a region by AWS_REGION or AWS_DEFAULT_REGION, and of
+another server for gs:// by its own TENSORSTORE_GCS_HTTP_URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from gptjax.config import UserError
+
+SCHEMES = ("gs", "s3")
+RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "2s"}  # some 6 s in all
+ANSWER_SECONDS = 60.0  # within which a request ends, and a second more for each 4 MB
+PATIENCE_SECONDS = 180.0  # for which `patiently` tries again
+LEASE_SECONDS = 60.0  # a lease of this age is its holder's no more
+RENEW_SECONDS = 10.0
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class BucketPath:
+    """A name in a bucket: s3://BUCKET/KEY. Folders are what names have in common."""
+
+    scheme: str
+    bucket: str
+    key: str  # without slashes at its ends
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> BucketPath:
+        parts = [part for part in (self.key, str(name).strip("/")) if part]
+        return dataclasses.replace(self, key="/".join(parts))
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> BucketPath:
+        return dataclasses.replace(self, key=self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> BucketPath:
+        return self.parent / name
+
+    def absolute(self) -> BucketPath:
+        return self
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return bool(self.key) and self._read() is not None
+
+    def is_dir(self) -> bool:
+        return bool(self._names())
+
+    def iterdir(self) -> Iterator[BucketPath]:
+        """As that of a Path, but an absent folder is an empty one."""
+        names = {name.partition("/")[0] for name in self._names()}
+        return (self / name for name in sorted(names))
+
+    def read_bytes(self) -> bytes:
+        return self.read_with_generation()[0]
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self.read_bytes().decode(encoding, errors)
+
+    def read_with_generation(self) -> tuple[bytes, bytes]:
+        """Content, and what changes with each write."""
+        if (found := self._read()) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return found
+
+    def unchanged_since(self, generation: bytes) -> bool:
+        """Whether the last write was that one; the content is not fetched to tell."""
+        result = self._do(lambda kv: kv.read(self.key, if_not_equal=generation))
+        return result.state == "unspecified"
+
+    def write_bytes(self, content: bytes) -> int:
+        self._write(content)
+        return len(content)
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a bucket has no folders."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if not missing_ok:
+            self.read_bytes()
+        self._write(None)
+
+    def _names(self) -> list[str]:
+        """All names below this one, relative to it."""
+        import tensorstore
+
+        prefix = f"{self.key}/" if self.key else ""
+        end = prefix[:-1] + "0" if prefix else ""  # "0" follows "/"
+        keys = tensorstore.KvStore.KeyRange(prefix, end)
+        names = [key.decode() for key in self._do(lambda kv: kv.list(keys))]
+        # A server that lists more than it was asked for must not have that taken for ours.
+        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+    def _read(self) -> tuple[bytes, bytes] | None:
+        """Content and generation; None where there is nothing."""
+        result = self._do(lambda kv: kv.read(self.key))
+        return (result.value, result.stamp.generation) if result.state == "value" else None
+
+    def _write(self, content: bytes | None, generation: bytes | None = None) -> bytes | None:
+        """Puts, or deletes with None; the new generation.
+
+        With a generation, only where that is still the one there (`_absent()`: where nothing is);
+        None where it is not.
+        """
+        seconds = ANSWER_SECONDS + len(content or b"") / 4e6
+        stamp = self._do(lambda kv: kv.write(self.key, content, if_equal=generation), seconds)
+        refused = generation is not None and stamp.generation in (b"", _absent())
+        # What was refused may be ours: the answer to the first try got lost, and it was repeated.
+        if refused and content is not None:
+            found = self._read()
+            return found[1] if found is not None and found[0] == content else None
+        return None if refused and content is not None else bytes(stamp.generation)
+
+    def _do(self, request: Callable[[Any], Any], seconds: float = ANSWER_SECONDS) -> Any:
+        try:
+            return request(_open(self.scheme, self.bucket)).result(timeout=seconds)
+        except TimeoutError:
+            reason = f"no answer within {seconds:.0f} s"
+            raise OSError(errno.ETIMEDOUT, reason, str(self)) from None
+        except Exception as error:  # tensorstore's are ValueErrors for the most part
+            reason = re.split(r" \[|\n", str(error))[0].strip()
+            raise OSError(errno.EIO, reason or type(error).__name__, str(self)) from error
+
+
+Place = Path | BucketPath
+
+
+def context() -> Any:
+    """One of tensorstore's: stores of one context share a cache, and can copy from each other."""
+    import tensorstore
+
+    retries = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 26}, **retries})
+
+
+@functools.cache
+def _absent() -> bytes:
+    """The generation of what is not there."""
+    import tensorstore
+
+    nothing = tensorstore.KvStore.open({"driver": "memory"}).result().read("x").result()
+    return bytes(nothing.stamp.generation)
+
+
+@functools.cache
+def _open(scheme: str, bucket: str) -> Any:
+    return open_kvstore(kvstore(BucketPath(scheme, bucket, "")), context())
+
+
+def open_kvstore(spec: dict[str, Any], context: Any) -> Any:
+    """A key-value store of tensorstore."""
+    import tensorstore
+
+    return tensorstore.KvStore.open(spec, context=context).result(timeout=ANSWER_SECONDS)
+
+
+def kvstore(folder: Place) -> dict[str, Any]:
+    """A folder as tensorstore is told of it."""
+    if isinstance(folder, Path):
+        return {"driver": "file", "path": f"{folder.absolute()}/"}
+    path = f"{folder.key}/" if folder.key else ""
+    if folder.scheme == "gs":
+        return {"driver": "gcs", "bucket": folder.bucket, "path": path}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": folder.bucket, "path": path}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        spec["endpoint"] = endpoint
+    if region or endpoint:
+        spec["aws_region"] = region or "us-east-1"
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # else tensorstore complains of an absent ~/.aws
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def expand(path: str | Place) -> Place:
+    """What a path or URL names; ~/x lies in the home directory, as a shell reads it.
+
+    Raises:
+        UserError: on another kind of URL, or one without a bucket; where the home directory is not
+            known.
+    """
+    text = str(path)
+    match = re.fullmatch(r"(\w+)://([^/]*)/*(.*?)/*", text, re.DOTALL)
+    if match is None:
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise UserError(
+                f"{text}: its home directory is not known, write the whole path"
+            ) from None
+    scheme, bucket, key = match.groups()
+    if scheme not in SCHEMES or len(bucket) < 3:
+        raise UserError(
+            f"{text} is no place for files: write a path, gs://BUCKET/X or s3://BUCKET/X"
+        )
+    return BucketPath(scheme, bucket, re.sub("/+", "/", key))
+
+
+def local(path: str | Place) -> Path:
+    """As `expand`, for what must lie on this machine.
+
+    Raises:
+        UserError: as `expand`; on the URL of a bucket.
+    """
+    expanded = expand(path)
+    if isinstance(expanded, Path):
+        return expanded
+    raise UserError(
+        f"{path} must be a path on this machine: only runs, stores of studies, data "
+        "sources and models may lie in a bucket"
+    )
+
+
+def children(folder: Place) -> list[Place]:
+    """What lies in a folder, sorted; nothing where there is no such folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def nearest_folder(place: Place) -> Path:
+    """Whose disk fills as files come to a place: the folder, the first above it that is there, or
+    that of temporary files, where a bucket's grow."""
+    if isinstance(place, Path):
+        return next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    return Path(tempfile.gettempdir())
+
+
+def changed(path: Place) -> int:
+    """When a file changed, in ns since 1970; 0 in a bucket, where that is not asked."""
+    return path.stat().st_mtime_ns if isinstance(path, Path) else 0
+
+
+def replace_file(path: Place, content: bytes) -> None:
+    """Writes so that no reader and no kill ever sees half a file."""
+    if isinstance(path, BucketPath):
+        path.write_bytes(content)
+        return
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def create(path: Place, content: bytes) -> bool:
+    """Writes durably where nothing is; False where something is. In a bucket one of several wins."""
+    if isinstance(path, BucketPath):
+        return path._write(content, _absent()) is not None
+    if path.exists():
+        return False
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # the name must never reach the disk before the content
+    os.replace(aside, path)
+    return True
+
+
+def publish(file: Path, path: Place) -> None:
+    """Brings a finished file from this machine to its place, where nothing lies yet; it is gone then.
+
+    On a disk both must be of one file system.
+
+    Raises:
+        FileExistsError: if something is there.
+    """
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(file, path)
+        return
+    content = file.read_bytes()
+    if not patiently(lambda: create(path, content)):
+        raise FileExistsError(errno.EEXIST, "another process writes there", str(path))
+    file.unlink()
+
+
+def remove(path: Place) -> None:
+    """Removes a file, or a folder with all that it holds; nothing where there is neither."""
+    if isinstance(path, BucketPath):
+        for name in [*path._names(), ""]:
+            (path / name)._write(None)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def files(folder: Place) -> list[str]:
+    """The names of all files below a folder, relative to it, sorted."""
+    if isinstance(folder, BucketPath):
+        return folder._names()
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@contextlib.contextmanager
+def disk(folder: Place) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run's records in {folder}: {error.strerror or error}. Free some "
+            "space or choose another --workdir"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, renamed to `out` at the end, removed on any error."""
+    if out.exists():
+        raise UserError(f"{out} exists: name a folder that is not there")
+    import jax
+
+    aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield aside
+        if jax.process_index() == 0:
+            os.rename(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """What `action` returns; it is tried again for `PATIENCE_SECONDS` while a bucket fails."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.ETIMEDOUT) or time.monotonic() > end:
+                raise
+        time.sleep(1.0)
+
+
+class Held(Exception):
+    """Somebody else holds a name.
+
+    Attributes:
+        holder: who.
+        certain: False where it is not known yet whether the holder still lives.
+    """
+
+    def __init__(self, holder: str, certain: bool) -> None:
+        super().__init__(holder)
+        self.holder, self.certain = holder, certain
+
+
+class Lock:
+    """A name that this process holds until it is closed.
+
+    On a disk it is a lock of the operating system, which falls with the process. In a bucket it is
+    a lease: an object that is written anew each `RENEW_SECONDS`. Whoever sees the same generation
+    of it for `LEASE_SECONDS`, by a clock of his own, may replace it, so clocks need not agree. The
+    lease of a process that is gone from this host is replaced at once.
+
+    Raises:
+        Held: if another process holds it.
+    """
+
+    def __init__(self, path: Place) -> None:
+        self._path = path
+        self.lost = False
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        self._text = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
+        if isinstance(path, BucketPath):
+            self._generation = self._lease(path)
+            self._end, self._renewing = threading.Event(), threading.Lock()
+            self._renewer = threading.Thread(target=self._renew, daemon=True)
+            self._renewer.start()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            self._flock()
+        except BlockingIOError:
+            self._file.close()
+            raise Held(holder(path) or "another process", certain=True) from None
+        self._file.truncate(0)
+        self._file.write(self._text)
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if isinstance(self._path, Path):
+            self._file.close()
+            return
+        self._end.set()
+        self._renewer.join()
+        if not self.lost:
+            with contextlib.suppress(OSError):  # it ends by itself
+                self._path._write(None, self._generation)
+
+    def _flock(self) -> None:
+        for _ in range(5):  # `holder` has it for an instant
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.02)
+        return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def confirm(self) -> None:
+        """Renews a lease now.
+
+        Raises:
+            Held: if it is this process's no more, which stood still for longer than it lasts.
+        """
+        if isinstance(self._path, BucketPath):
+            with self._renewing:
+                generation = self._path._write(self._content(), self._generation)
+                if generation is None or self.lost:
+                    self.lost = True
+                    found = self._path._read()
+                    raise Held(_holder(b"" if found is None else found[0]), certain=True)
+
+                self._generation = generation
+
+    def _content(self) -> bytes:
+        """Unlike any before: a lease shows by its change that its holder lives."""
+        record = {"holder": self._text, "host": socket.gethostname(), "pid": os.getpid()}
+        return json.dumps(record | {"renewed": time.time(), "nonce": uuid.uuid4().hex}).encode()
+
+    def _lease(self, path: BucketPath) -> bytes:
+        found = path._read()
+        if found is not None:
+            content, generation = found
+            before, since = _seen.get(path, (None, 0.0))
+            if before != generation:
+                _seen[path] = (generation, time.monotonic())
+            over = before == generation and time.monotonic() - since >= LEASE_SECONDS
+            if not over and not _gone(content):
+                raise Held(_holder(content), certain=before not in (None, generation))
+        taken = path._write(self._content(), _absent() if found is None else found[1])
+        if taken is None:  # somebody was faster
+            raise Held("another process", certain=False)
+        _seen.pop(path, None)
+        return taken
+
+    def _renew(self) -> None:
+        renewed = time.monotonic()
+        while not self._end.wait(RENEW_SECONDS) and not self.lost:
+            with contextlib.suppress(OSError):
+                try:
+                    self.confirm()
+                except Held:
+                    return
+                renewed = time.monotonic()
+            self.lost = self.lost or time.monotonic() - renewed > LEASE_SECONDS
+
+
+# Of leases that others hold: the generation that was seen, and since when.
+_seen: dict[BucketPath, tuple[bytes, float]] = {}
+
+
+def _gone(lease: bytes) -> bool:
+    """Whether the holder is a process of this host that has ended."""
+    try:
+        record = json.loads(lease)
+        os.kill(int(record["pid"]), 0) if record["host"] == socket.gethostname() else None
+    except ProcessLookupError:
+        return True
+    except (ValueError, LookupError, TypeError, PermissionError):
+        return False
+    return False
+
+
+def _holder(lease: bytes) -> str:
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return str(json.loads(lease)["holder"])
+    return "another process"
+
+
+def holder(path: Place) -> str:
+    """Who holds a name, "process 12 on host, since ..."; "" if nobody does.
+
+    Of a lease that tells whose it was within `LEASE_SECONDS`, by the clocks of both.
+    """
+    if isinstance(path, BucketPath):
+        found = path._read()
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            record = json.loads(b"{}" if found is None else found[0])
+            if time.time() - float(record["renewed"]) < LEASE_SECONDS:
+                return str(record["holder"])
+        return ""
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read() or "another process"
+    return ""
