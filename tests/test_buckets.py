@@ -69,11 +69,10 @@ def test_a_killed_run_in_a_bucket_is_the_run_on_a_disk(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
 def test_a_study_in_a_bucket_has_the_results_of_one_on_a_disk(
     bucket: BucketPath, text: Path, tmp_path: Path
 ) -> None:
-    if bucket.scheme == "gs":
-        pytest.skip("what differs is held above, and this takes long")
     knobs = {"train__steps": 4, "train__eval_every": 4, "train__checkpoint_every": 4}
     study = tiny.study(text, knobs=knobs, seeds=1)
     far, near = (run_study(study, store) for store in (bucket / "cells", tmp_path))
