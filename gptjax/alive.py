@@ -35,9 +35,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple, NoReturn
 
-from gptjax.config import UserError
+from gptjax.config import EXIT_STOPPED, UserError
 
-EXIT_AGAIN = 75  # EX_TEMPFAIL: the same command goes on
 HEARTBEAT_SECONDS = 10  # jax counts a process as lost that was silent for so long
 BEAT_SECONDS = 1.0  # how often a process says where it is
 SILENT_SECONDS = 3.0  # who has not for so long is named, should the job be ending
@@ -49,7 +48,7 @@ PREFIX = "gptjax/alive/"
 LOST = b"distributed service detected fatal errors"
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a process is, as it says itself.
 
     Attributes:
@@ -72,17 +71,17 @@ class Place(NamedTuple):
 class Seen(NamedTuple):
     """A process as another sees it; times are the seer's, so that no clocks are compared."""
 
-    place: Place
+    position: Position
     beaten: float  # when its beat last changed, in seconds
     moved: float  # and its moves
 
     @classmethod
-    def first(cls, place: Place, now: float) -> Seen:
-        return cls(place, now, now)
+    def first(cls, position: Position, now: float) -> Seen:
+        return cls(position, now, now)
 
-    def again(self, place: Place, now: float) -> Seen:
-        beaten = self.beaten if place.beat == self.place.beat else now
-        return Seen(place, beaten, self.moved if place.moves == self.place.moves else now)
+    def again(self, position: Position, now: float) -> Seen:
+        beaten = self.beaten if position.beat == self.position.beat else now
+        return Seen(position, beaten, self.moved if position.moves == self.position.moves else now)
 
 
 def silent(seen: Sequence[Seen], now: float) -> list[int]:
@@ -96,19 +95,19 @@ def hung(seen: Sequence[Seen], now: float) -> list[int]:
     They are those behind, by their count of moves: a process that is ahead waits for them, however
     long it does.
     """
-    least = min(s.place.moves for s in seen)
-    behind = [i for i, s in enumerate(seen) if s.place.moves == least]
-    patience = [seen[i].place.patience for i in behind]
+    least = min(s.position.moves for s in seen)
+    behind = [i for i, s in enumerate(seen) if s.position.moves == least]
+    patience = [seen[i].position.patience for i in behind]
     stuck = [
         p is not None and now - seen[i].moved > p for i, p in zip(behind, patience, strict=True)
     ]
     return behind if all(stuck) else []
 
 
-def describe(index: int, place: Place) -> str:
+def describe(index: int, position: Position) -> str:
     """ "process 1 on host7, at step 20 (training)"."""
-    at = "" if place.step is None else f"at step {place.step} "
-    return f"process {index} on {place.host}, {at}({place.doing})"
+    at = "" if position.step is None else f"at step {position.step} "
+    return f"process {index} on {position.host}, {at}({position.doing})"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -121,7 +120,7 @@ class Watch:
     """This process among the others; made by `meet`."""
 
     def __init__(self) -> None:
-        self._place = Place(socket.gethostname())  # the main thread's alone to change
+        self._position = Position(socket.gethostname())  # the main thread's alone to change
         self._beat = 0
         self._stderr = os.dup(2)
         self._held: IO[bytes] | None = None
@@ -133,7 +132,7 @@ class Watch:
         self._client: Any = None
         self._index, self._count = 0, 1
         self._seen: list[Seen] = []  # of process 0
-        self._zero: Place | None = None
+        self._zero: Position | None = None
         self._lost: list[str] = []  # who is silent, as process 0 says
         self._verdict: tuple[int, str] | None = None
         self._asleep: float | None = None  # since when the thread sleeps, which is for a second
@@ -188,9 +187,9 @@ class Watch:
     def moves(self, doing: str, step: int | None, slow: bool) -> None:
         seconds = self._hang_seconds
         patience = None if seconds is None else seconds * (PATIENCE if slow else 1)
-        place = self._place
-        self._place = place._replace(
-            moves=place.moves + 1, doing=doing, step=step, patience=patience
+        position = self._position
+        self._position = position._replace(
+            moves=position.moves + 1, doing=doing, step=step, patience=patience
         )
 
     @contextlib.contextmanager
@@ -200,7 +199,7 @@ class Watch:
         yield
         self._hang_seconds = None  # not after an error, which may be long in unwinding
         faulthandler.cancel_dump_traceback_later()
-        self.moves("done", self._place.step, True)
+        self.moves("done", self._position.step, True)
 
     def leave(self, status: int | None, message: str) -> None:
         """An error ends this process: ends it here, or returns to let it be told as it is.
@@ -218,13 +217,13 @@ class Watch:
             if self._lost:
                 # Should the fault be of this process after all, it is not hidden.
                 error = " ".join(traceback.format_exception_only(*sys.exc_info()[:2])[-1].split())
-                self._end(EXIT_AGAIN, f"{self._conclusion()[1]}; this process met: {error[:120]}")
+                self._end(EXIT_STOPPED, f"{self._conclusion()[1]}; this process met: {error[:120]}")
             traceback.print_exc()
             status = 1
         elif message:
             print(f"gptjax: {message}", file=sys.stderr)
-        words = f"{describe(self._index, self._place)}, has ended: {message}"
-        self._place = self._place._replace(left=(status, words))
+        words = f"{describe(self._index, self._position)}, has ended: {message}"
+        self._position = self._position._replace(left=(status, words))
         # The service ends with process 0: the others must have read why.
         with contextlib.suppress(Exception):
             self._tick()
@@ -267,7 +266,7 @@ class Watch:
             if self._verdict and not self._stopped:
                 status, words = self._conclusion()
                 # Meanwhile the others read it; or tell an error that all have.
-                time.sleep(2 * BEAT_SECONDS if status == EXIT_AGAIN else GRACE_SECONDS)
+                time.sleep(2 * BEAT_SECONDS if status == EXIT_STOPPED else GRACE_SECONDS)
                 self._end(status, words)
 
     def _line_of_main(self) -> str:
@@ -282,34 +281,37 @@ class Watch:
             seconds = self._hang_seconds * PATIENCE + 10
             faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
         self._beat += 1
-        place = json.dumps(self._place._replace(beat=self._beat))
-        self._client.key_value_set(f"{PREFIX}{self._index}", place, allow_overwrite=True)
+        position = json.dumps(self._position._replace(beat=self._beat))
+        self._client.key_value_set(f"{PREFIX}{self._index}", position, allow_overwrite=True)
         if self._index == 0:
             self._judge()
         else:
             said = json.loads(self._client.key_value_try_get("gptjax/judged"))
-            self._zero, self._lost = _place(said["zero"]), said["lost"]
+            self._zero, self._lost = _position(said["zero"]), said["lost"]
             self._verdict = tuple(said["verdict"]) if said["verdict"] else None
 
     def _judge(self) -> None:
         now = time.monotonic()
         texts = _by_index(self._client.key_value_dir_get(PREFIX))
-        places = [
-            _place(json.loads(texts[i])) if i in texts else Place("a host")
+        positions = [
+            _position(json.loads(texts[i])) if i in texts else Position("a host")
             for i in range(self._count)
         ]
         self._seen = (
-            [seen.again(place, now) for seen, place in zip(self._seen, places, strict=True)]
+            [
+                seen.again(position, now)
+                for seen, position in zip(self._seen, positions, strict=True)
+            ]
             if self._seen
-            else [Seen.first(place, now) for place in places]
+            else [Seen.first(position, now) for position in positions]
         )
         quiet = silent(self._seen, now)
         names = [
-            describe(i, s.place) + f", silent for {now - s.beaten:.0f} s" * (i in quiet)
+            describe(i, s.position) + f", silent for {now - s.beaten:.0f} s" * (i in quiet)
             for i, s in enumerate(self._seen)
         ]
         self._lost = [names[i] for i in quiet]
-        left = [s.place.left for s in self._seen if s.place.left]
+        left = [s.position.left for s in self._seen if s.position.left]
         stuck = hung(self._seen, now)
         if left:
             self._verdict = self._verdict or left[0]
@@ -319,25 +321,25 @@ class Watch:
                 f"no progress for {seconds:.0f} s (train.hang_seconds): all wait for "
                 f"{_listed([names[i] for i in stuck])}"
             )
-            self._verdict = self._verdict or (EXIT_AGAIN, words)
-        said = {"zero": self._place, "lost": self._lost[:4], "verdict": self._verdict}
+            self._verdict = self._verdict or (EXIT_STOPPED, words)
+        said = {"zero": self._position, "lost": self._lost[:4], "verdict": self._verdict}
         self._client.key_value_set("gptjax/judged", json.dumps(said), allow_overwrite=True)
 
     def _all_left(self) -> bool:
         others = [s for i, s in enumerate(self._seen) if i != 0]
-        return all(s.place.left for s in others)
+        return all(s.position.left for s in others)
 
     # The end.
 
     def _conclusion(self) -> tuple[int, str]:
         """Exit status, and why the job ends, as far as this process knows."""
-        if self._place.left:
-            return self._place.left[0], ""  # it has said why
+        if self._position.left:
+            return self._position.left[0], ""  # it has said why
         if self._verdict:
             status, words = self._verdict
-            here = f"; this one is at {self._line_of_main()}" * (status == EXIT_AGAIN)
+            here = f"; this one is at {self._line_of_main()}" * (status == EXIT_STOPPED)
             return status, words + here
-        return EXIT_AGAIN, self._who()
+        return EXIT_STOPPED, self._who()
 
     def _who(self) -> str:
         if self._lost:
@@ -364,7 +366,7 @@ class Watch:
         if os.isatty(self._stderr):
             os.write(self._stderr, b"\x1b[?25h")  # the cursor, which a bar hides
         if words:
-            again = ". The same command goes on from the last save" * (status == EXIT_AGAIN)
+            again = ". The same command goes on from the last save" * (status == EXIT_STOPPED)
             os.write(self._stderr, f"gptjax: {words}{again}\n".encode())
         os._exit(status)
 
@@ -543,6 +545,8 @@ def _by_index(pairs: Sequence[tuple[str, str]]) -> dict[int, str]:
     return {int(key.rpartition("/")[2]): text for key, text in pairs}
 
 
-def _place(fields: Sequence[Any]) -> Place:
-    place = Place(*fields)
-    return place._replace(left=None if place.left is None else (place.left[0], place.left[1]))
+def _position(fields: Sequence[Any]) -> Position:
+    position = Position(*fields)
+    return position._replace(
+        left=None if position.left is None else (position.left[0], position.left[1])
+    )

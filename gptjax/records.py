@@ -156,11 +156,7 @@ class Run:
         self._synced = time.monotonic()
         with disk(self.folder):
             self._events.flush()
-            if self._growing != self.folder:
-                for name in files(self._growing):
-                    content, place = (self._growing / name).read_bytes(), self.folder / name
-                    put = functools.partial(replace_file, place, content)
-                    patiently(put) if patient else put()
+            self._bring(patient)
 
     def close(self) -> None:
         """Closes the files; logging afterwards is an error."""
@@ -168,12 +164,18 @@ class Run:
             self._metrics.close()
             with disk(self.folder):
                 self._events.close()
-            if self._growing != self.folder:
-                self._events.flush = lambda: None
                 try:
-                    self.sync()
+                    self._bring(patient=True)
                 finally:
-                    shutil.rmtree(self._growing, ignore_errors=True)
+                    if self._growing != self.folder:
+                        shutil.rmtree(self._growing, ignore_errors=True)
+
+    def _bring(self, patient: bool) -> None:
+        """Puts the files into the run's folder, if they grow elsewhere."""
+        for name in files(self._growing) if self._growing != self.folder else []:
+            content = (self._growing / name).read_bytes()
+            put = functools.partial(replace_file, self.folder / name, content)
+            patiently(put) if patient else put()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
         scalar, protos = _tensorboard("summary").scalar, _tensorboard("proto.event_pb2")
@@ -207,6 +209,11 @@ def open_run(
     changed = _changed_knobs(folder, config, resume_step or 0)
     _same_data(folder, history, fingerprints)
     if jax.process_index() == 0:
+        if resume_step is not None and (software := _changed_software(history)):
+            logger.warning(
+                "%s goes on with other software, so the last bits of its numbers may differ: %s",
+                folder, ", ".join(software),
+            )  # fmt: skip
         with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             content = json.dumps(config, indent=1).encode()
@@ -265,6 +272,24 @@ def _changed_knobs(folder: Place, config: Mapping[str, Any], done: int) -> dict[
         changes = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
         raise UserError(f"{folder} holds a run of another config: {changes}. Use another --workdir")
     return changed
+
+
+def _changed_software(history: list[Any]) -> list[str]:
+    """What the last start had another version of: ["jax 0.10.2 -> 0.12.0"]."""
+    if not history:
+        return []
+    before = history[-1]["versions"] | {"python": history[-1]["python"]}
+    now = _versions() | {"python": platform.python_version()}
+    changed = [
+        f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]
+    ]
+    if history[-1].get("code") != code_fingerprint():
+        changed.append("gptjax's code")
+    return changed
+
+
+def _versions() -> dict[str, str]:
+    return {"gptjax": gptjax.__version__} | {p: importlib.metadata.version(p) for p in PACKAGES}
 
 
 def _may_extend(folder: Place, was: Config, now: Config, done: int) -> None:
@@ -330,8 +355,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "python": platform.python_version(),
-        "versions": {"gptjax": gptjax.__version__}
-        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": _versions(),
         "platform": platform.platform(),
         "cpu": _cpu(),
         "backend": jax.default_backend(),

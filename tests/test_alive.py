@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gptjax import alive
-from gptjax.alive import HEARTBEAT_SECONDS, SILENT_SECONDS, Place, Seen
+from gptjax.alive import HEARTBEAT_SECONDS, SILENT_SECONDS, Position, Seen
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from tests.child import GPTJAX, Child, free_port, pair_of
 
@@ -228,7 +228,7 @@ def test_one_process_is_not_watched() -> None:
 def seen(*processes: tuple[int, float, float | None]) -> list[Seen]:
     """Of (moves, moved, patience) each; the time of the last beat is that of the move."""
     return [
-        Seen(Place("h", 1, moves, "training", 1, patience), moved, moved)
+        Seen(Position("h", 1, moves, "training", 1, patience), moved, moved)
         for moves, moved, patience in processes
     ]
 
@@ -261,9 +261,9 @@ def test_at_no_moment_is_a_process_hung_that_others_do_not_wait_for() -> None:
 
 
 def test_a_beat_or_a_move_renews() -> None:
-    first = Seen.first(Place("h", beat=1, moves=1), 0.0)
-    assert first.again(Place("h", beat=2, moves=1), 5.0)[1:] == (5.0, 0.0)
-    assert first.again(Place("h", beat=2, moves=2), 5.0)[1:] == (5.0, 5.0)
-    still = first.again(Place("h", beat=1, moves=1), 5.0)
-    assert alive.silent([still, first.again(Place("h", beat=2), 5.0)], 5.0) == [0]
+    first = Seen.first(Position("h", beat=1, moves=1), 0.0)
+    assert first.again(Position("h", beat=2, moves=1), 5.0)[1:] == (5.0, 0.0)
+    assert first.again(Position("h", beat=2, moves=2), 5.0)[1:] == (5.0, 5.0)
+    still = first.again(Position("h", beat=1, moves=1), 5.0)
+    assert alive.silent([still, first.again(Position("h", beat=2), 5.0)], 5.0) == [0]
     assert SILENT_SECONDS < HEARTBEAT_SECONDS  # who is silent is known when jax ends the job

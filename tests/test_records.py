@@ -458,6 +458,26 @@ def test_the_record_tells_the_config_s_bytes_the_code_and_the_mesh(tmp_path: Pat
     assert (first["mesh"], second["mesh"]) == ({"data": 2, "tensor": 4}, {})
 
 
+def test_a_run_that_goes_on_with_other_software_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_run(tmp_path, CONFIG, {}, None).close()
+    open_run(tmp_path, CONFIG, {}, 5).close()
+    assert caplog.messages == []
+    starts = environment(tmp_path)
+    starts[-1]["versions"]["jax"], starts[-1]["code"] = "0.1.0", "ab12"
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    open_run(tmp_path, CONFIG, {}, 5).close()
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path} goes on with other software, so the last bits of its")
+    assert message.endswith(f"numbers may differ: jax 0.1.0 -> {jax.__version__}, gptjax's code")
+    # A new run in its place goes on with nothing.
+    caplog.clear()
+    (tmp_path / "environment.json").write_text(json.dumps(starts))
+    open_run(tmp_path, CONFIG, {}, None).close()
+    assert not [m for m in caplog.messages if "software" in m]
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package's source."""
