@@ -6,7 +6,9 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -23,8 +25,9 @@ from gptjax.data import DATASETS, Batches, Store, open_source, prepare
 from gptjax.data import sources as sources_module
 from gptjax.data import store as store_module
 from gptjax.data.sources import ASSETS
-from gptjax.tokenizer import Tokenizer, load
+from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 from tests import tiny
+from tests.child import Child
 
 # The package's attribute of this name is the function.
 prepare_module = sys.modules["gptjax.data.prepare"]
@@ -410,6 +413,50 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
 
 
 # ---- nanoGPT and the built-in texts
+
+
+PREPARER = """
+    import os, signal, sys
+    from pathlib import Path
+    from gptjax.data import store
+    prepare_module = sys.modules["gptjax.data.prepare"]
+
+    store.SHARD_TOKENS, prepare_module.BATCH_BYTES = 1000, 300
+    note, left = store.StoreWriter.note, int(sys.argv[3])
+
+    def note_and_die(writer, written):
+        global left
+        note(writer, written)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store.StoreWriter.note = note_and_die
+    files = [Path(sys.argv[1]) / name for name in ("a.txt", "b.jsonl")]
+    prepare_module.prepare(files, Path(sys.argv[2]), "bytes", val_fraction=0.4)
+"""
+
+
+def test_a_killed_preparation_goes_on_and_makes_the_same(tmp_path, capfd):
+    """Killed after some shards of the training split, then after some of the other."""
+    write(
+        tmp_path / "a.txt", END_OF_TEXT.join(PLAYS[i * 700 : i * 700 + 300 + i] for i in range(8))
+    )
+    lines = (json.dumps({"text": PLAYS[i * 90 : i * 90 + 2 * i]}) for i in range(60))
+    write(tmp_path / "b.jsonl", "\n".join(lines))
+    whole = Child(PREPARER, tmp_path, tmp_path / "whole", "-1").wait()
+    assert whole.returncode == 0, whole.stderr
+    for kills in (2, 3):  # shards are 3 and 2
+        killed = Child(PREPARER, tmp_path, tmp_path / "out", str(kills)).wait()
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (tmp_path / "out").exists()
+    assert re.search(r"/out: going on after [\d,]+ tokens of train\n", killed.stderr)
+    done = Child(PREPARER, tmp_path, tmp_path / "out", "-1").wait()
+    assert done.returncode == 0
+    assert re.search(r"/out: going on after [\d,]+ tokens of val\n", done.stderr), done.stderr
+    assert tiny.files(tmp_path / "out") == tiny.files(tmp_path / "whole")
+    assert len(list((tmp_path / "out" / "train").glob("tokens-*"))) >= 3
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_nanogpt_bins_open(tmp_path):

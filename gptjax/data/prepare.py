@@ -7,12 +7,14 @@ time, so that a corpus may be larger than memory (one jsonl line or parquet batc
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-import uuid
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gptjax.config import UserError, choose
 from gptjax.data.store import MANIFEST, Store, StoreWriter
+from gptjax.storage import Held, Lock
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
@@ -46,6 +49,9 @@ def prepare(
     text_key: str = "text",
 ) -> dict[str, Any]:
     """Tokenises files into OUT/train and OUT/val, which appear together or not at all.
+
+    If its process is killed, the same call goes on from the last whole shard; what it makes is the
+    same. Several processes that make the same wait for the first.
 
     A .txt or .raw file is one document, or several where the literal "<|endoftext|>" stands
     between them; a .jsonl file has one document a line, a .parquet file one a row. The last
@@ -80,41 +86,66 @@ def prepare(
 
     cut = int(total * (1 - val_fraction))
     bounds = {"train": (0, cut), "val": (cut, total)}
-    aside = out.parent / f".{out.name}.{uuid.uuid4().hex}.partial"
+    of = json.dumps([recipe, tokenizer.fingerprint], sort_keys=True).encode()
+    aside = out.parent / f".{out.name}.{hashlib.sha256(of).hexdigest()[:12]}.partial"
     try:
-        console = Console(stderr=True)
-        # Where standard error is no terminal, even a bar that vanishes leaves an empty line.
-        columns = (
-            TextColumn("{task.description}", markup=False),  # a folder may be named "x[/b]"
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(
-            *columns, console=console, transient=True, disable=not console.is_terminal
-        ) as progress:
-            task = progress.add_task(f"tokenising into {out}", total=total)
-            for split in SPLITS if val_fraction else SPLITS[:1]:
-                writer = StoreWriter(aside / split, tokenizer)
-                text = _clip((part for read in parts for part in read()), *bounds[split])
-                tokenise(text, writer, lambda chars: progress.advance(task, chars))
-                if not writer.tokens:
-                    raise UserError(
-                        f"a text of {total} characters leaves none for '{split}' with "
-                        f"val_fraction={val_fraction}: give more text or another fraction"
-                    )
-                writer.close(split=split, **recipe)
-        try:
-            os.rename(aside, out)
-        except OSError:
-            if not out.is_dir():
-                raise
-            # Another process was quicker; what it made must be this very store.
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-    finally:
+        with _alone(aside) as lock:
+            if out.is_dir() and any(out.iterdir()):  # another process has made it meanwhile
+                shutil.rmtree(aside)
+                return _existing(out, tokenizer, recipe)
+            console = Console(stderr=True)
+            # Where standard error is no terminal, even a bar that vanishes leaves an empty line.
+            columns = (
+                TextColumn("{task.description}", markup=False),  # a folder may be named "x[/b]"
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            ) as progress:
+                task = progress.add_task(f"tokenising into {out}", total=total)
+                for split in SPLITS if val_fraction else SPLITS[:1]:
+                    if (aside / split / MANIFEST).is_file():
+                        continue  # an interrupted preparation has closed it
+                    writer = StoreWriter(aside / split, tokenizer)
+                    if writer.written:
+                        where = f"{out}: going on after {writer.tokens:,} tokens of {split}"
+                        progress.console.print(where, soft_wrap=True, markup=False)
+                    text = _clip((part for read in parts for part in read()), *bounds[split])
+                    tokenise(text, writer, lambda chars: progress.advance(task, chars))
+                    if not writer.tokens:
+                        raise UserError(
+                            f"a text of {total} characters leaves none for '{split}' with "
+                            f"val_fraction={val_fraction}: give more text or another fraction"
+                        )
+                    writer.close(split=split, **recipe)
+            try:
+                os.rename(aside, out)
+            except OSError:
+                if not out.is_dir():
+                    raise
+                shutil.rmtree(aside)  # a host that shares no locks was quicker
+            (out / lock.name).unlink()  # behind the rename: who waits for it must find the store
+    except (OSError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot write {out}: {error}") from error
     return _existing(out, tokenizer, recipe)
+
+
+@contextlib.contextmanager
+def _alone(aside: Path) -> Iterator[Path]:
+    """Holds the folder, once no other process does; yields the file of the lock."""
+    lock = aside / "lock"
+    while True:
+        try:
+            with Lock(lock):
+                yield lock
+                return
+        except Held:
+            time.sleep(0.2)
 
 
 def _existing(out: Path, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -193,14 +224,25 @@ def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) 
     threads, tokenizer = os.cpu_count() or 1, writer.tokenizer
     waiting: deque[tuple[list[tuple[str, bool]], Future[list[np.ndarray]]]] = deque()
 
+    # Pieces; those that an interrupted preparation has written are not encoded again.
+    done, shards = writer.written, writer.shards
+
     def write_first() -> None:
+        nonlocal done, shards
         batch, encoded = waiting.popleft()
         for ids, (text, ends) in zip(encoded.result(), batch, strict=True):
             writer.write(ids, ends)
             advance(len(text))
+            done += 1
+        if writer.shards > shards:
+            shards = writer.shards
+            writer.note(done)
 
+    pieces = _pieces(parts, tokenizer)
+    for text, _ in itertools.islice(pieces, writer.written):
+        advance(len(text))
     with ThreadPoolExecutor(threads) as pool:
-        for batch in _batches(_pieces(parts, tokenizer)):
+        for batch in _batches(pieces):
             waiting.append((batch, pool.submit(tokenizer.encode_batch, [t for t, _ in batch])))
             if len(waiting) > 2 * threads:
                 write_first()

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +28,13 @@ import numpy as np
 
 from gptjax.config import UserError
 from gptjax.places import fetched, near, remembered
-from gptjax.storage import Place, expand
+from gptjax.storage import Place, expand, replace_file
 from gptjax.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 ENDS = "document_ends.bin"
+NOTE = "note.npz"  # of a writer that has not closed
 ANEW = "delete the store and prepare the text anew"
 SHARD_TOKENS = 1 << 26
 _CHECK_TOKENS = 1 << 24  # read at a time while checking
@@ -149,6 +152,11 @@ class Store:
 class StoreWriter:
     """Writes a store into a fresh folder; `close` writes the manifest.
 
+    What `note` recorded in the folder before its process was killed is gone on from.
+
+    Attributes:
+        written: the `written` of that note; 0 in a fresh folder.
+
     Args:
         folder: to make.
         tokenizer: of the ids.
@@ -156,8 +164,9 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, weighted: bool = False) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.tokenizer, self.weighted = folder, tokenizer, weighted
+        self.written = 0
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.tokens = self.bytes = self._document_start = 0
         self._ends: list[int] = []
@@ -165,6 +174,36 @@ class StoreWriter:
         self._held: list[np.ndarray] = []
         self._held_weights: list[np.ndarray] = []
         self._held_tokens = 0
+        if (folder / NOTE).is_file():
+            self._go_on()
+
+    @property
+    def shards(self) -> int:
+        """Those that are on the disk."""
+        return len(self._shards)
+
+    def note(self, written: int) -> None:
+        """Records how far it has come, for a writer of the same folder to go on from.
+
+        Args:
+            written: of the caller's own counting, which `written` gives back.
+        """
+        held = np.concatenate([*self._held, np.array([], self.dtype)])
+        weights = np.concatenate([*self._held_weights, np.array([], "<f4")])
+        counts = [written, self.tokens, self.bytes, self._document_start]
+        with io.BytesIO() as buffer:
+            np.savez(
+                buffer, held=held, weights=weights, ends=np.array(self._ends, "<i8"),
+                counts=np.array(counts, "<i8"), shards=np.array(json.dumps(self._shards)),
+            )  # fmt: skip
+            replace_file(self.folder / NOTE, buffer.getvalue())
+
+    def _go_on(self) -> None:
+        with np.load(self.folder / NOTE) as noted:
+            self.written, self.tokens, self.bytes, self._document_start = noted["counts"].tolist()
+            self._ends, self._shards = noted["ends"].tolist(), json.loads(str(noted["shards"]))
+            self._held, self._held_tokens = [noted["held"]], len(noted["held"])
+            self._held_weights = [noted["weights"]] if self.weighted else []
 
     def write(
         self,
@@ -217,6 +256,7 @@ class StoreWriter:
             "document_ends_sha256": hashlib.sha256(ends).hexdigest(),
             **provenance,
         }
+        (self.folder / NOTE).unlink(missing_ok=True)
         (self.folder / MANIFEST).write_bytes(_signed(manifest))
 
     def _append(self, ids: np.ndarray, weights: np.ndarray) -> None:
@@ -244,7 +284,10 @@ class StoreWriter:
 
     def _write(self, array: np.ndarray, name: str) -> str:
         """Writes a file of the store; returns its sha256."""
-        array.tofile(self.folder / name)
+        with (self.folder / name).open("wb") as file:
+            file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())  # a note that follows stands for it
         return hashlib.sha256(array.data).hexdigest()
 
 
