@@ -212,6 +212,14 @@ def test_anchors_are_names_in_the_code() -> None:
             assert name in names_in(REPO / file), f"docs/reading.md: {file}:{name}"
 
 
+def test_the_faults_have_their_tests() -> None:
+    named = re.findall(r"`(test_\w+)(?:::(test_\w+))?`", (REPO / "docs" / "faults.md").read_text())
+    assert len(named) > 40
+    for file, name in named:
+        source = (REPO / "tests" / f"{file}.py").read_text()
+        assert not name or f"\ndef {name}(" in source, f"{file}::{name} is not there"
+
+
 def test_what_to_edit_is_there() -> None:
     rows = re.findall(r"^\| [^|`]+ \| `([\w/.]+)`(.*?) \|$", ADDING, re.MULTILINE)
     assert len(rows) > 15
