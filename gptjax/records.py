@@ -48,7 +48,7 @@ import numpy as np
 import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.optim import make_schedule
-from gptjax.storage import Place, disk, files, patiently, replace_file
+from gptjax.storage import Place, disk, expand, files, patiently, replace_file
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -185,7 +185,7 @@ class Run:
 
 
 def open_run(
-    workdir: Place,
+    workdir: str | Place,
     config: Mapping[str, Any],
     fingerprints: Mapping[str, str],
     resume_step: int | None,
@@ -204,7 +204,7 @@ def open_run(
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
             `LENGTH`) or of other data, or cannot be written.
     """
-    folder, config = workdir, json.loads(json.dumps(config))
+    folder, config = expand(workdir), json.loads(json.dumps(config))
     history = _read(folder / ENVIRONMENT, [])
     changed = _changed_knobs(folder, config, resume_step or 0)
     _same_data(folder, history, fingerprints)
@@ -235,23 +235,23 @@ def open_run(
         return Run(folder, len(history), resume_step)
 
 
-def read_metrics(workdir: Place) -> list[dict[str, float]]:
+def read_metrics(workdir: str | Place) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, non-finite numbers as floats; a torn last line is left out.
 
     Raises:
         UserError: if another line is not JSON.
     """
-    path = workdir / METRICS
+    path = expand(workdir) / METRICS
     return [_numbers(json.loads(line)) for line in _whole_lines(path)]
 
 
-def read_environment(workdir: Place) -> list[dict[str, Any]]:
+def read_environment(workdir: str | Place) -> list[dict[str, Any]]:
     """The records of environment.json, one for each start; none where there is no such file.
 
     Raises:
         UserError: if it is not JSON.
     """
-    return _read(workdir / ENVIRONMENT, [])
+    return _read(expand(workdir) / ENVIRONMENT, [])
 
 
 def _changed_knobs(folder: Place, config: Mapping[str, Any], done: int) -> dict[str, list[Any]]:

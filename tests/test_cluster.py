@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -390,14 +390,25 @@ def stop(*_):
 """
 
 
+@contextlib.contextmanager
+def signals_heard() -> Iterator[None]:
+    """As in a terminal: what runs in a shell's background, or by nohup, ignores some of them."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in local.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
-def stands_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def stands_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     def program(code: str) -> None:
         words = (sys.executable, "-c", STANDS_IN + code)
         monkeypatch.setattr(local, "this_program", lambda: words)
 
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
-    return program
+    with signals_heard():
+        yield program
 
 
 def test_what_fails_first_ends_the_others_and_is_told(
@@ -525,7 +536,8 @@ def test_two_processes_train_as_one_stop_and_go_on(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    assert main(launched) == EXIT_STOPPED
+    with signals_heard():
+        assert main(launched) == EXIT_STOPPED
     assert 3 <= read_metrics(Path("pair"))[-1]["step"] < 30
     assert main(launched) == 0
     assert "pair: resumed at step" in capfd.readouterr().err

@@ -184,8 +184,8 @@ def test_a_process_that_holds_a_cell_is_waited_for(
             assert not again
 
         def nap(seconds: float) -> None:
-            naps.append(seconds)
-            if len(naps) == 2:
+            naps.extend([seconds] * (seconds >= 1))  # the others are of a lock
+            if len(naps) == 2 and not (copied / first.address).exists():
                 away.rename(copied / first.address)
 
         monkeypatch.setattr(runner.time, "sleep", nap)

@@ -14,7 +14,7 @@ from gptjax.commands.command import (
     no_more,
     prepare_jax,
 )
-from gptjax.storage import local
+from gptjax.storage import expand, local
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -87,7 +87,7 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=local, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument("source", type=expand, help="a Hugging Face folder or a .gguf file")
     parser.add_argument("--out", type=local, required=True, help="the folder to make")
 
 

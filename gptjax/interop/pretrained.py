@@ -15,7 +15,7 @@ from gptjax.config import Config, Model
 from gptjax.interop import gguf, hf
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
-from gptjax.storage import Place
+from gptjax.storage import Place, expand, local
 from gptjax.tokenizer import TOKENIZER_FILE
 
 
@@ -60,13 +60,14 @@ def find(path: Place) -> Folder | None:
     return _folder(path, keys) if "model_type" in keys else None
 
 
-def read(path: Place) -> Folder:
+def read(path: str | Place) -> Folder:
     """What a Hugging Face folder says of itself; no weights are read.
 
     Raises:
         UserError: if it is no such folder, or of an architecture that is not ours.
     """
-    return _folder(path, hf.read_config(path))
+    folder = expand(path)
+    return _folder(folder, hf.read_config(folder))
 
 
 def _folder(path: Place, keys: Keys) -> Folder:
@@ -104,7 +105,7 @@ def adopt(config: Config, folder: Folder) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(folder.model, **kept), data=data)
 
 
-def import_(source: Place, out: Path) -> Model:
+def import_(source: str | Place, out: str | Path) -> Model:
     """Reads a Hugging Face folder or a .gguf file, and writes it to the folder `out`.
 
     Every tensor keeps its value and, in a Hugging Face folder, its dtype; those of a GGUF file
@@ -116,8 +117,9 @@ def import_(source: Place, out: Path) -> Model:
     Raises:
         UserError: as `load`; if `out` exists.
     """
-    if source.suffix == ".gguf":
-        return gguf.import_(near(source), out)
+    place, out = expand(source), local(out)
+    if place.suffix == ".gguf":
+        return gguf.import_(near(place), out)
     folder = read(source)
     with hf.about(folder.path):
         tensors = hf.Safetensors(folder.path, folder.family)
