@@ -24,6 +24,7 @@ here, in a thread that waits for orbax and looks that every array is there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -49,7 +50,7 @@ import tensorstore
 from gptjax import storage
 from gptjax.config import UserError
 from gptjax.progress import from_any_process, from_process_0, say
-from gptjax.storage import Held, Lock, Place
+from gptjax.storage import Held, Lock, Place, patiently
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
@@ -304,20 +305,22 @@ class Checkpoints:
                     f"{self._resumes_from()}"
                 )
             if self._lock is not None:
-                self._lock.confirm()
-            save.complete()
-            self._remove(outdated(self.steps(), self._keep or 0, self._keep_every))
+                patiently(self._lock.confirm)
+            patiently(save.complete)
+            outdated_steps = outdated(self.steps(), self._keep or 0, self._keep_every)
+            patiently(lambda: self._remove(outdated_steps))
         except Exception as error:
             raise self._failed(save, error) from error
 
     def _remove(self, steps: Iterable[int]) -> None:
         """Removes complete steps; the manifest first, so that a kill leaves no half of one."""
         for step in steps:
-            (self._final(step) / MANIFEST).unlink()
+            (self._final(step) / MANIFEST).unlink(missing_ok=True)
             storage.remove(self._final(step))
 
     def _failed(self, save: _Save, error: Exception) -> Exception:
         """Frees what a failed save wrote; the error to raise, in a user's words where it is his."""
+        save.ours &= not isinstance(error, (Held, FileExistsError))
         save.fail(str(error))
         if isinstance(error, Held):
             return UserError(
@@ -379,14 +382,17 @@ class _Save:
 
     Attributes:
         unwritten: arrays that are not whole, known once the parts are joined.
+        ours: whether the step's folder may be removed, should the save fail. In a bucket not once it
+            is complete, or seems to be another process's.
     """
 
     def __init__(self, folder: Place, step: int, name: str, arrays: list[str], meta: str) -> None:
         self.step, self.arrays, self._meta = step, arrays, meta
         self._final = folder / f"{step:08d}"
+        self._partial = folder / f"{step:08d}.{name}{PARTIAL}"
         # A disk renames a folder at once; a bucket does not, and there the manifest alone counts.
-        on_disk = isinstance(folder, Path)
-        self._folder = folder / f"{step:08d}.{name}{PARTIAL}" if on_disk else self._final
+        self._folder = self._partial if isinstance(folder, Path) else self._final
+        self.ours = True
         self._me, self._count = jax.process_index(), jax.process_count()
         self.unwritten: list[str] = []
 
@@ -424,7 +430,8 @@ class _Save:
 
     def leave(self, note: dict[str, Any]) -> None:
         """Tells process 0: {"files": ...} of `bring`, or {"error": why}."""
-        storage.replace_file(self._folder / self._note(self._me), json.dumps(note).encode())
+        content = json.dumps(note).encode()
+        patiently(lambda: storage.replace_file(self._partial / self._note(self._me), content))
 
     def join(self) -> None:
         """On process 0: waits for all parts, and makes one checkpoint of them."""
@@ -434,7 +441,7 @@ class _Save:
             self._entries |= self._await(process, end)
         with _neutral(self._folder) as folder:
             # A cache of its own: a step that is saved again is another in the same place.
-            context = storage.context()
+            context = storage.context(patient=True)
             whole = _arrays(folder, context)
             transaction = tensorstore.Transaction(atomic=True)
             for process in range(self._count):
@@ -444,15 +451,16 @@ class _Save:
             self.unwritten = _lost(whole, self.arrays)
 
     def complete(self) -> None:
-        """On process 0: writes what is left, the manifest last."""
+        """On process 0: writes what is left, the manifest last. May be called again if it fails."""
         for process in range(self._count):
-            storage.remove(self._folder / self._note(process))
+            storage.remove(self._partial / self._note(process))
         storage.create(self._folder / META, self._meta.encode())
         for name in storage.files(self._folder):
             if name not in self._entries:
                 self._entries[name] = _entry(self._folder / name)
+        self.ours = isinstance(self._folder, Path)
         if not storage.create(self._folder / MANIFEST, _manifest(self._entries)):
-            raise FileExistsError(f"another process has saved step {self.step}")
+            raise FileExistsError(errno.EEXIST, f"another process has saved step {self.step}")
         if isinstance(self._folder, Path) and isinstance(self._final, Path):
             os.rename(self._folder, self._final)
 
@@ -460,7 +468,9 @@ class _Save:
         """Tells process 0; there, frees the space."""
         with contextlib.suppress(OSError):
             if self._me == 0:
-                storage.remove(self._folder)
+                storage.remove(self._partial)
+                if self.ours:
+                    storage.remove(self._folder)
             else:
                 self.leave({"error": next(iter(reason.splitlines()), "it failed")})
 
@@ -469,10 +479,10 @@ class _Save:
 
     def _await(self, process: int, end: float) -> dict[str, Any]:
         """The files that a process wrote, once it has."""
-        place = self._folder / self._note(process)
+        place = self._partial / self._note(process)
         while True:
             with contextlib.suppress(FileNotFoundError):
-                note = json.loads(place.read_bytes())
+                note = json.loads(patiently(place.read_bytes))
                 if "error" in note:
                     raise OSError(f"process {process} could not write its part: {note['error']}")
                 return note["files"]

@@ -40,6 +40,10 @@ RENEW_SECONDS = 10.0
 Result = TypeVar("Result")
 
 
+class Unreachable(OSError):
+    """A bucket does not do what it was asked; a while later it may."""
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class BucketPath:
     """A name in a bucket: s3://BUCKET/KEY. Folders are what names have in common."""
@@ -152,20 +156,24 @@ class BucketPath:
             return request(_open(self.scheme, self.bucket)).result(timeout=seconds)
         except TimeoutError:
             reason = f"no answer within {seconds:.0f} s"
-            raise OSError(errno.ETIMEDOUT, reason, str(self)) from None
+            raise Unreachable(errno.ETIMEDOUT, reason, str(self)) from None
         except Exception as error:  # tensorstore's are ValueErrors for the most part
             reason = re.split(r" \[|\n", str(error))[0].strip()
-            raise OSError(errno.EIO, reason or type(error).__name__, str(self)) from error
+            raise Unreachable(errno.EIO, reason or type(error).__name__, str(self)) from error
 
 
 Place = Path | BucketPath
 
 
-def context() -> Any:
-    """One of tensorstore's: stores of one context share a cache, and can copy from each other."""
+def context(patient: bool = False) -> Any:
+    """One of tensorstore's: stores of one context share a cache, and can copy from each other.
+
+    A patient one tries a request again for `PATIENCE_SECONDS`.
+    """
     import tensorstore
 
-    retries = {"s3_request_retries": RETRIES, "gcs_request_retries": RETRIES}
+    tries = RETRIES | {"max_retries": int(PATIENCE_SECONDS / 2)} if patient else RETRIES
+    retries = {"s3_request_retries": tries, "gcs_request_retries": tries}
     return tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 26}, **retries})
 
 
@@ -364,8 +372,8 @@ def patiently(action: Callable[[], Result]) -> Result:
     while True:
         try:
             return action()
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.ETIMEDOUT) or time.monotonic() > end:
+        except Unreachable:
+            if time.monotonic() > end:
                 raise
         time.sleep(1.0)
 

@@ -667,6 +667,48 @@ def test_a_save_is_not_completed_by_who_lost_the_lease(far: BucketPath, state: S
     assert Checkpoints(far).steps() == [1, 2]
 
 
+def test_a_failing_save_leaves_what_is_another_s(far: BucketPath, state: State) -> None:
+    """The other, who took the lease over, has completed the same step meanwhile."""
+    with Checkpoints(far, keep=3) as checkpoints:
+        lease = b'{"holder": "process 1 on other, since then", "renewed": 0}'
+        storage.replace_file(far.with_name("checkpoints.lock"), lease)
+        theirs = {n: (far / "00000002" / n).read_bytes() for n in storage.files(far / "00000002")}
+        create = storage.create
+
+        def overtaken(path: Any, content: bytes) -> bool:
+            for name, data in theirs.items():
+                storage.replace_file(far / "00000003" / name, data)
+            return create(path, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(storage, "create", overtaken)
+            with pytest.raises(UserError, match="step 3"):
+                checkpoints.save(3, state, DATA, wait=True)
+    assert {n: (far / "00000003" / n).read_bytes() for n in theirs} == theirs
+    assert not [name for name in storage.files(far) if ".partial" in name]
+
+
+def test_a_step_that_is_complete_stays_though_older_ones_cannot_be_removed(
+    far: BucketPath,
+    bucket: tuple[BucketPath, buckets.Proxy],
+    state: State,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
+    storage._open.cache_clear()
+    with Checkpoints(far, keep=1) as checkpoints:
+        bucket[1].fault = lambda method, path: (
+            "busy" if method == "DELETE" and "00000001" in path else "pass"
+        )
+        with pytest.raises(UserError, match="could not write the checkpoint of step 3"):
+            checkpoints.save(3, state, DATA, wait=True)
+        bucket[1].fault = lambda method, path: "pass"
+        assert 3 in checkpoints.steps()
+        assert_bitwise(checkpoints.restore(3, abstract(state)), state)
+    storage._open.cache_clear()
+
+
 def test_a_save_killed_in_a_bucket_leaves_the_steps_before(far: BucketPath, state: State) -> None:
     code = """
     import os, signal, sys
