@@ -160,8 +160,15 @@ class Checkpoints:
         arrays = _by_path(state)
         description = {"step": step, "tree": _describe(arrays), "meta": meta}
         text = json.dumps(description, indent=1, allow_nan=False)
-        if jax.process_index() == 0:
-            self._remove_incomplete()
+        overtaken = ""
+        if self._lock is not None:  # on process 0
+            try:
+                patiently(self._lock.confirm)
+                patiently(self._remove_incomplete)
+            except Held as held:
+                overtaken = held.holder
+        if overtaken := from_process_0(overtaken):
+            raise self._overtaken(step, overtaken)
         # Drawn anew: after a failed write orbax's other threads go on filling its folder. No process
         # goes on before process 0 has drawn it, and removed what was there.
         save = _Save(self._folder, step, from_process_0(secrets.token_hex(4)), list(arrays), text)
@@ -323,10 +330,7 @@ class Checkpoints:
         save.ours &= not isinstance(error, (Held, FileExistsError))
         save.fail(str(error))
         if isinstance(error, Held):
-            return UserError(
-                f"step {save.step} was not saved: {self._folder.parent} is trained by "
-                f"{error.holder} since this process stood still. Leave the run to it"
-            )
+            return self._overtaken(save.step, error.holder)
         # Tensorstore words a failed system call as a ValueError "...: REASON [os_error_code=..",
         # before 0.1.86 with [source locations=..] between the two.
         words = r"([^:]+?) \[(?:source locations='[^']*'\] \[)?os_error_code"
@@ -338,6 +342,12 @@ class Checkpoints:
             f"could not write the checkpoint of step {save.step} to {self._folder}: {reason}. Free "
             f"some space or repair the disk, then start the run again: it resumes from "
             f"{self._resumes_from()}"
+        )
+
+    def _overtaken(self, step: int, holder: str) -> UserError:
+        return UserError(
+            f"step {step} was not saved: {self._folder.parent} is trained by {holder} since this "
+            "process stood still. Leave the run to it"
         )
 
     def _resumes_from(self) -> str:
@@ -666,7 +676,8 @@ def _damage(folder: Place, process: int, processes: int) -> str:
         for name in sorted({*names, *listed} - {MANIFEST}):
             if name not in names:
                 return f"{name} is missing"
-            if name not in listed:
+            # In a bucket it may be of a process that had lost its lease, and harms nobody.
+            if name not in listed and isinstance(folder, Path):
                 return f"{name} is not in the manifest"
         # The largest first, in turn, so that the shares are about equal.
         share = sorted(listed, key=lambda name: (sizes[name], name))[process::processes]

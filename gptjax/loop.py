@@ -317,7 +317,8 @@ class Log:
     The first record of a start holds `cost` as well.
 
     Args:
-        batches, spikes: what the steps read.
+        batches: that the steps read.
+        spikes: past which they have gone.
         recent: the losses before `start`, to which those of the steps are added.
     """
 

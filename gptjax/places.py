@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.storage import BucketPath, Place, files, local, replace_file
+from gptjax.storage import BucketPath, Place, alone, files, local, remove, replace_file
 
 REMEMBERED_BYTES = 1 << 24  # what is smaller is examined sooner than looked up
 
@@ -66,11 +67,14 @@ def near(place: Place) -> Path:
         return place
     copy = cache() / "near" / hashlib.sha256(str(place).encode()).hexdigest()[:32]
     names = files(place)
-    for name in names or [""]:
-        _update(copy / name, place / name)
-    for name in files(copy):
-        if names and name.removesuffix(_SEEN) not in names:
-            (copy / name).unlink()
+    with alone(copy.with_suffix(".lock")):
+        if copy.is_dir() != bool(names):  # a folder that became a file, or the other way
+            remove(copy)
+        for name in names or [""]:
+            _update(copy / name, place / name)
+        for name in files(copy) if names else []:
+            if name.removesuffix(_SEEN) not in names:
+                (copy / name).unlink()
     return copy
 
 
@@ -80,11 +84,12 @@ _SEEN = ".seen.json"  # beside a copy: the generation that it was taken of, and 
 def _update(copy: Path, original: BucketPath) -> None:
     seen = copy.with_name(copy.name + _SEEN)
     if copy.is_file() and seen.is_file():
-        record = json.loads(seen.read_bytes())
-        with copy.open("rb") as stream:
-            intact = hashlib.file_digest(stream, "sha256").hexdigest() == record["sha256"]
-        if intact and original.unchanged_since(bytes.fromhex(record["generation"])):
-            return
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a record cut short is none
+            record = json.loads(seen.read_bytes())
+            with copy.open("rb") as stream:
+                intact = hashlib.file_digest(stream, "sha256").hexdigest() == record["sha256"]
+            if intact and original.unchanged_since(bytes.fromhex(record["generation"])):
+                return
     content, generation = original.read_with_generation()
     seen.unlink(missing_ok=True)
     _write(copy, content)
@@ -105,7 +110,7 @@ def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, A
     record = _remembered() / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
     with record.with_suffix(".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if record.is_file():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # cut short, or none
             before = json.loads(record.read_bytes())
             if before["identity"] == identity:
                 return before["facts"]

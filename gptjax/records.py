@@ -48,7 +48,16 @@ import numpy as np
 import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.optim import make_schedule
-from gptjax.storage import Place, disk, expand, files, patiently, replace_file
+from gptjax.storage import (
+    BucketPath,
+    Place,
+    disk,
+    expand,
+    files,
+    patiently,
+    replace_file,
+    replace_unchanged,
+)
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -106,8 +115,10 @@ class Run:
         if self._writes:
             # Where the files grow.
             self._growing = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp())
-            if self._growing != folder and (folder / METRICS).is_file():
-                (self._growing / METRICS).write_bytes((folder / METRICS).read_bytes())
+            self._put: dict[str, bytes] = {}  # in a bucket: the generations that this start put
+            if isinstance(folder, BucketPath) and (folder / METRICS).is_file():
+                content, self._put[METRICS] = (folder / METRICS).read_with_generation()
+                (self._growing / METRICS).write_bytes(content)
             self._metrics = (self._growing / METRICS).open("ab", buffering=0)
             self._events = _events(self._growing / TENSORBOARD, start, resume_step)
             self._synced = time.monotonic()
@@ -171,11 +182,15 @@ class Run:
                         shutil.rmtree(self._growing, ignore_errors=True)
 
     def _bring(self, patient: bool) -> None:
-        """Puts the files into the run's folder, if they grow elsewhere."""
-        for name in files(self._growing) if self._growing != self.folder else []:
+        """Puts the files into a bucket, unless another process has put them meanwhile."""
+        if not isinstance(self.folder, BucketPath):
+            return
+        for name in files(self._growing):
             content = (self._growing / name).read_bytes()
-            put = functools.partial(replace_file, self.folder / name, content)
-            patiently(put) if patient else put()
+            put = functools.partial(
+                replace_unchanged, self.folder / name, content, self._put.get(name)
+            )
+            self._put[name] = patiently(put) if patient else put()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
         scalar, protos = _tensorboard("summary").scalar, _tensorboard("proto.event_pb2")

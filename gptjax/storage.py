@@ -33,6 +33,8 @@ from gptjax.config import UserError
 SCHEMES = ("gs", "s3")
 RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "2s"}  # some 6 s in all
 ANSWER_SECONDS = 60.0  # within which a request ends, and a second more for each 4 MB
+READ_SECONDS = 900.0  # the same of a read, whose size is not known
+REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "NOT_FOUND")  # for good
 PATIENCE_SECONDS = 180.0  # for which `patiently` tries again
 LEASE_SECONDS = 60.0  # a lease of this age is its holder's no more
 RENEW_SECONDS = 10.0
@@ -81,7 +83,10 @@ class BucketPath:
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        return bool(self.key) and self._read() is not None
+        import tensorstore
+
+        only = tensorstore.KvStore.KeyRange(self.key, self.key + "\0")
+        return bool(self.key) and bool(self._do(lambda kv: kv.list(only)))
 
     def is_dir(self) -> bool:
         return bool(self._names())
@@ -116,8 +121,8 @@ class BucketPath:
         """Nothing: a bucket has no folders."""
 
     def unlink(self, missing_ok: bool = False) -> None:
-        if not missing_ok:
-            self.read_bytes()
+        if not missing_ok and not self.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         self._write(None)
 
     def _names(self) -> list[str]:
@@ -128,12 +133,17 @@ class BucketPath:
         end = prefix[:-1] + "0" if prefix else ""  # "0" follows "/"
         keys = tensorstore.KvStore.KeyRange(prefix, end)
         names = [key.decode() for key in self._do(lambda kv: kv.list(keys))]
-        # A server that lists more than it was asked for must not have that taken for ours.
-        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        # A server that lists more than it was asked for must not have that taken for ours. Consoles
+        # make objects "folder/", which are no files.
+        return sorted(
+            name.removeprefix(prefix)
+            for name in names
+            if name.startswith(prefix) and not name.endswith("/")
+        )
 
     def _read(self) -> tuple[bytes, bytes] | None:
         """Content and generation; None where there is nothing."""
-        result = self._do(lambda kv: kv.read(self.key))
+        result = self._do(lambda kv: kv.read(self.key), READ_SECONDS)
         return (result.value, result.stamp.generation) if result.state == "value" else None
 
     def _write(self, content: bytes | None, generation: bytes | None = None) -> bytes | None:
@@ -145,11 +155,14 @@ class BucketPath:
         seconds = ANSWER_SECONDS + len(content or b"") / 4e6
         stamp = self._do(lambda kv: kv.write(self.key, content, if_equal=generation), seconds)
         refused = generation is not None and stamp.generation in (b"", _absent())
+        if not refused or content is None:
+            return bytes(stamp.generation)
         # What was refused may be ours: the answer to the first try got lost, and it was repeated.
-        if refused and content is not None:
-            found = self._read()
-            return found[1] if found is not None and found[0] == content else None
-        return None if refused and content is not None else bytes(stamp.generation)
+        found = self._read()
+        if found is None and generation == _absent():
+            reason = "nothing is there, and yet nothing can be created: is there such a bucket?"
+            raise FileNotFoundError(errno.ENOENT, reason, str(self))
+        return found[1] if found is not None and found[0] == content else None
 
     def _do(self, request: Callable[[Any], Any], seconds: float = ANSWER_SECONDS) -> Any:
         try:
@@ -159,7 +172,8 @@ class BucketPath:
             raise Unreachable(errno.ETIMEDOUT, reason, str(self)) from None
         except Exception as error:  # tensorstore's are ValueErrors for the most part
             reason = re.split(r" \[|\n", str(error))[0].strip()
-            raise Unreachable(errno.EIO, reason or type(error).__name__, str(self)) from error
+            kind = OSError if reason.startswith(REFUSALS) else Unreachable
+            raise kind(errno.EIO, reason or type(error).__name__, str(self)) from error
 
 
 Place = Path | BucketPath
@@ -225,7 +239,7 @@ def expand(path: str | Place) -> Place:
             known.
     """
     text = str(path)
-    match = re.fullmatch(r"(\w+)://([^/]*)/*(.*?)/*", text, re.DOTALL)
+    match = re.fullmatch(r"([\w.+-]+)://([^/]*)/*(.*?)/*", text, re.DOTALL)
     if match is None:
         try:
             return Path(text).expanduser()
@@ -284,6 +298,18 @@ def replace_file(path: Place, content: bytes) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_bytes(content)
     os.replace(aside, path)
+
+
+def replace_unchanged(path: BucketPath, content: bytes, generation: bytes | None) -> bytes:
+    """Writes over that generation alone, None for nothing; returns the new one.
+
+    Raises:
+        FileExistsError: if something else is there by now.
+    """
+    new = path._write(content, _absent() if generation is None else generation)
+    if new is None:
+        raise FileExistsError(errno.EEXIST, "another process writes there", str(path))
+    return new
 
 
 def create(path: Place, content: bytes) -> bool:
@@ -415,12 +441,17 @@ class Lock:
             self._renewer.start()
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+", encoding="utf-8")
-        try:
-            self._flock()
-        except BlockingIOError:
-            self._file.close()
-            raise Held(holder(path) or "another process", certain=True) from None
+        while True:
+            self._file = path.open("a+", encoding="utf-8")
+            try:
+                self._flock()
+            except BlockingIOError:
+                self._file.close()
+                raise Held(holder(path) or "another process", certain=True) from None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                    break
+            self._file.close()  # who held it before has removed this file
         self._file.truncate(0)
         self._file.write(self._text)
         self._file.flush()
@@ -457,7 +488,7 @@ class Lock:
         if isinstance(self._path, BucketPath):
             with self._renewing:
                 generation = self._path._write(self._content(), self._generation)
-                if generation is None or self.lost:
+                if generation is None:
                     self.lost = True
                     found = self._path._read()
                     raise Held(_holder(b"" if found is None else found[0]), certain=True)
@@ -466,7 +497,7 @@ class Lock:
 
     def _content(self) -> bytes:
         """Unlike any before: a lease shows by its change that its holder lives."""
-        record = {"holder": self._text, "host": socket.gethostname(), "pid": os.getpid()}
+        record = {"holder": self._text, "process": _identity(os.getpid())}
         return json.dumps(record | {"renewed": time.time(), "nonce": uuid.uuid4().hex}).encode()
 
     def _lease(self, path: BucketPath) -> bytes:
@@ -486,15 +517,12 @@ class Lock:
         return taken
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
-        while not self._end.wait(RENEW_SECONDS) and not self.lost:
-            with contextlib.suppress(OSError):
+        while not self._end.wait(RENEW_SECONDS):
+            with contextlib.suppress(OSError):  # the bucket may be back before anybody else comes
                 try:
                     self.confirm()
                 except Held:
                     return
-                renewed = time.monotonic()
-            self.lost = self.lost or time.monotonic() - renewed > LEASE_SECONDS
 
 
 # Of leases that others hold: the generation that was seen, and since when.
@@ -503,14 +531,44 @@ _seen: dict[BucketPath, tuple[bytes, float]] = {}
 
 def _gone(lease: bytes) -> bool:
     """Whether the holder is a process of this host that has ended."""
-    try:
-        record = json.loads(lease)
-        os.kill(int(record["pid"]), 0) if record["host"] == socket.gethostname() else None
-    except ProcessLookupError:
-        return True
-    except (ValueError, LookupError, TypeError, PermissionError):
-        return False
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        host, pid, started = json.loads(lease)["process"]
+        if host == _identity(os.getpid())[0] != "":
+            return _identity(pid)[2] != started
     return False
+
+
+def _identity(pid: int) -> tuple[str, int, str]:
+    """A host as it booted and whose numbers of processes count, the number, and when it started.
+
+    The host is "" where /proc does not tell, the start "" of a process that is not there.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        host = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "", pid, ""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = stat.rpartition(")")[2].split()
+        return host, pid, "" if state == "Z" else fields[18]
+    except OSError:
+        return host, pid, ""
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds a name on a disk, once no other process does; its file goes with the context."""
+    while True:
+        try:
+            with Lock(path):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        except Held:
+            time.sleep(0.2)
 
 
 def _holder(lease: bytes) -> str:

@@ -132,8 +132,10 @@ class _Gcs(_Handler):
 
 # What a proxy does with a request, told by its method and path: pass it on ("pass"), answer 503
 # ("busy"), close the connection instead of an answer, before ("unheard") or after ("unanswered")
-# the request is passed on, pass it on twice ("twice"), or so many seconds late (a number).
+# the request is passed on, pass it on twice ("twice"), or so many seconds late (a number), or answer
+# a status of `STATUS`.
 Fault = Callable[[str, str], str | float]
+STATUS = {"forbidden": 403, "refused": 412}  # answers in place of the store's
 
 
 class Proxy(Server):
@@ -155,6 +157,8 @@ class _Proxy(_Handler):
             time.sleep(fault)
         if fault == "busy":
             return self.answer(503, b"slow down")
+        if fault in STATUS:
+            return self.answer(STATUS[fault])
         if fault == "unheard":
             return self._hang_up()
         for _ in range(2 if fault == "twice" else 1):

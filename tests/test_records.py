@@ -23,9 +23,10 @@ import pytest
 
 import gptjax
 from configs.base import get_config
-from gptjax import config, records
+from gptjax import config, records, storage
 from gptjax.config import UserError
 from gptjax.records import open_run, read_metrics
+from tests import buckets
 from tests.test_floors import imports, modules
 
 REPO = Path(__file__).parents[1]
@@ -456,6 +457,22 @@ def test_the_record_tells_the_config_s_bytes_the_code_and_the_mesh(tmp_path: Pat
     assert second["config_sha256"] == written != first["config_sha256"]
     assert first["code"] == second["code"] == records.code_fingerprint()
     assert (first["mesh"], second["mesh"]) == ({"data": 2, "tensor": 4}, {})
+
+
+def test_a_start_that_was_overtaken_in_a_bucket_puts_no_records() -> None:
+    with buckets.served("gs"):
+        folder = storage.expand(f"gs://{buckets.BUCKET}/run")
+        first = open_run(folder, CONFIG, {}, None)
+        first.log(1, {"loss": 1.0})
+        first.sync()
+        second = open_run(folder, CONFIG, {}, 1)
+        for step in (2, 3):
+            second.log(step, {"loss": 1.0})
+        second.close()
+        first.log(2, {"loss": 9.0})
+        with pytest.raises(UserError, match="another process writes there"):
+            first.close()
+        assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
 
 
 def test_a_run_that_goes_on_with_other_software_says_so(

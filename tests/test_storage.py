@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -273,3 +274,80 @@ def test_a_lease_whose_holder_lost_it_cannot_be_confirmed(far: BucketPath) -> No
     assert lock.lost
     lock.close()
     assert (far / "run.lock").exists(), "it removed another's lease"
+
+
+def test_a_bucket_that_is_not_there_is_told(bucket: buckets.Proxy) -> None:
+    if bucket.scheme == "gs":
+        bucket.fault = lambda method, path: "refused" if method == "POST" else "pass"
+    for what in (Lock, lambda place: storage.create(place, b"1")):
+        with pytest.raises(FileNotFoundError, match="is there such a bucket"):
+            what(storage.expand(f"{bucket.scheme}://absent/run.lock"))
+    bucket.fault = lambda method, path: "pass"
+
+
+def test_objects_that_stand_for_folders_are_no_files(far: BucketPath) -> None:
+    for name in ("/", "/run/", "/run/a", "/run/b/"):
+        storage._open(far.scheme, far.bucket).write(far.key + name, b"").result()
+    assert storage.files(far) == ["run/a"]
+    assert storage.children(far) == [far / "run"]
+    assert storage.children(far / "run") == [far / "run" / "a"]
+    assert not (far / "run" / "b").exists() and (far / "run").is_dir()
+
+
+def test_a_refusal_for_good_is_not_tried_again(bucket: buckets.Proxy, far: BucketPath) -> None:
+    bucket.fault = lambda method, path: "forbidden"
+    before = time.monotonic()
+    with pytest.raises(OSError, match="PERMISSION_DENIED"):
+        storage.patiently(lambda: storage.create(far / "a", b"1"))
+    assert time.monotonic() - before < storage.PATIENCE_SECONDS / 4
+
+
+def test_an_outage_longer_than_a_lease_does_not_end_it(
+    bucket: buckets.Proxy, far: BucketPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
+    storage._open.cache_clear()
+    with Lock(far / "run.lock") as lock:
+        bucket.fault = lambda method, path: "busy"
+        time.sleep(1.5)
+        bucket.fault = lambda method, path: "pass"
+        lock.confirm()
+        assert not lock.lost
+    assert not (far / "run.lock").exists()
+    storage._open.cache_clear()
+
+
+def test_a_process_is_gone_only_where_its_number_means_the_same(far: BucketPath) -> None:
+    """Another host, another boot, another namespace of numbers, or the number used again."""
+    host, pid, started = storage._identity(os.getpid())
+    assert host and started
+    child = Child("print('done')")
+    child.wait()
+    lease = lambda *process: json.dumps({"holder": "x", "process": process}).encode()  # noqa: E731
+    assert storage._gone(lease(host, child.pid, "1"))
+    assert storage._gone(lease(host, pid, "1")), "a number that is used again"
+    assert not storage._gone(lease(host, pid, started))
+    assert not storage._gone(lease(host + "1", child.pid, "1"))
+    assert not storage._gone(lease("", child.pid, "1"))
+    assert not storage._gone(b"") and not storage._gone(b'{"pid": 1}')
+
+
+def test_who_waits_for_a_name_gets_it_once_its_file_is_gone(tmp_path: Path) -> None:
+    """Each holds the name alone, though each removes its file."""
+    code = """
+    import sys, time
+    from pathlib import Path
+    from gptjax import storage
+    folder = Path(sys.argv[1])
+    for _ in range(20):
+        with storage.alone(folder / "name.lock"):
+            (folder / "inside").mkdir()
+            time.sleep(0.002)
+            (folder / "inside").rmdir()
+    """
+    children = [Child(code, tmp_path) for _ in range(3)]
+    for child in children:
+        assert child.wait(60).returncode == 0, child.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -195,6 +195,28 @@ def test_a_process_that_holds_a_cell_is_waited_for(
     assert set(starts(copied).values()) == {1}
 
 
+def test_a_worker_stays_while_it_is_not_known_whether_a_cell_is_held(
+    copied: Path, text: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease in a bucket tells only after a while that its holder is gone."""
+    first = cells(whole.study, {})[0]
+    shutil.rmtree(copied / first.address)
+    asked = 0
+
+    class Slow(runner.Lock):
+        def __init__(self, path: Path) -> None:
+            nonlocal asked
+            asked += path.name == first.address
+            if path.name == first.address and asked < 3:
+                raise runner.Held("process 1 on other", certain=False)
+            super().__init__(path)
+
+    monkeypatch.setattr(runner, "Lock", Slow)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    found = runner.run_study(whole.study, copied, worker=True)
+    assert asked >= 3 and {o.status for o in found.outcomes} == {"finished"}
+
+
 def test_a_run_that_ends_while_it_is_read_is_not_read_half(
     whole: Whole, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gptjax.config import UserError, choose
 from gptjax.data.store import MANIFEST, Store, StoreWriter
-from gptjax.storage import Held, Lock
+from gptjax.storage import alone
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
@@ -87,11 +86,12 @@ def prepare(
     cut = int(total * (1 - val_fraction))
     bounds = {"train": (0, cut), "val": (cut, total)}
     of = json.dumps([recipe, tokenizer.fingerprint], sort_keys=True).encode()
-    aside = out.parent / f".{out.name}.{hashlib.sha256(of).hexdigest()[:12]}.partial"
+    name = f".{out.name}.{hashlib.sha256(of).hexdigest()[:12]}"
+    aside, lock = out.parent / f"{name}.partial", out.parent / f"{name}.lock"
     try:
-        with _alone(aside) as lock:
+        with alone(lock), _removed_on_error(aside):
             if out.is_dir() and any(out.iterdir()):  # another process has made it meanwhile
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 return _existing(out, tokenizer, recipe)
             console = Console(stderr=True)
             # Where standard error is no terminal, even a bar that vanishes leaves an empty line.
@@ -126,26 +126,19 @@ def prepare(
                 if not out.is_dir():
                     raise
                 shutil.rmtree(aside)  # a host that shares no locks was quicker
-            (out / lock.name).unlink()  # behind the rename: who waits for it must find the store
-    except (OSError, UserError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
+    except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
     return _existing(out, tokenizer, recipe)
 
 
 @contextlib.contextmanager
-def _alone(aside: Path) -> Iterator[Path]:
-    """Holds the folder, once no other process does; yields the file of the lock."""
-    lock = aside / "lock"
-    while True:
-        try:
-            with Lock(lock):
-                yield lock
-                return
-        except Held:
-            time.sleep(0.2)
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """But not by Ctrl-C, after which as after a kill the next preparation goes on there."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _existing(out: Path, tokenizer: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -90,9 +90,10 @@ def _run(
         if not todo:
             return [o for o in outcomes if o.status == "failed"]
         _refuse_other_code(outcomes)
-        ran = False
+        ran = undecided = False
         for group in sorted(_groups(todo, store, together), key=_setbacks):
             with _claim(store, group) as locked:
+                undecided |= locked is None
                 group_outcomes = [
                     outcome(study, o.cell, store, now=True) for o in todo if o.folder in group
                 ]
@@ -117,7 +118,7 @@ def _run(
                     _sample(group_outcomes)
                     ran = True
         if not ran:
-            if worker:
+            if worker and not undecided:
                 say(f"other processes run the {len(todo)} cells that are left, and will report")
                 raise Elsewhere
             if not waiting:
@@ -251,17 +252,19 @@ def _sample(outcomes: Sequence[Outcome]) -> None:
 
 
 @contextlib.contextmanager
-def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool]:
-    """Holds cells for as long as the context lasts, or tells that another process has one."""
+def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool | None]:
+    """Holds cells for as long as the context lasts, or tells that another process has one.
+
+    None: it is not known yet whether that process still lives; ask again.
+    """
+    locked: bool | None = True
     with contextlib.ExitStack() as stack:
         try:
             with disk(store):
                 for folder in folders:
                     stack.enter_context(Lock(store / ".locks" / folder.name))
-        except Held:
-            locked = False
-        else:
-            locked = True
+        except Held as held:
+            locked = False if held.certain else None
         yield locked
 
 
