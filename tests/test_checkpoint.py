@@ -671,11 +671,11 @@ def test_a_failing_save_leaves_what_is_another_s(far: BucketPath, state: State) 
     """The other, who took the lease over, has completed the same step meanwhile."""
     with Checkpoints(far, keep=3) as checkpoints:
         lease = b'{"holder": "process 1 on other, since then", "renewed": 0}'
-        storage.replace_file(far.with_name("checkpoints.lock"), lease)
         theirs = {n: (far / "00000002" / n).read_bytes() for n in storage.files(far / "00000002")}
         create = storage.create
 
         def overtaken(path: Any, content: bytes) -> bool:
+            storage.replace_file(far.with_name("checkpoints.lock"), lease)
             for name, data in theirs.items():
                 storage.replace_file(far / "00000003" / name, data)
             return create(path, content)
