@@ -14,15 +14,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
+from bench_ensemble import batch as random_batch
 
 from gptjax import configure, loop, setup, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
-from gptjax.data.batches import Batch
 from gptjax.sharding import make_mesh
 
 TURNS = 5
@@ -39,7 +37,8 @@ def main(recipe: str, *overrides: str) -> None:
 
 def measure(config: Config, folder: Path, turns: int = TURNS) -> dict[str, float]:
     """Medians, in seconds, and the share of the loop's time."""
-    train_state, batch = state.create(config), make_batch(config)
+    placed = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    train_state, batch = state.create(config), jax.device_put(random_batch(config), placed)
     step, _ = loop.compile_step(state.make_train_step(config), train_state, batch)
     abstract = state.abstract(config)
     numbers: dict[str, list[float]] = {}
@@ -92,16 +91,6 @@ def measure(config: Config, folder: Path, turns: int = TURNS) -> dict[str, float
         f"{whole:.2f} s, a restore {medians['a restore']:.2f} s"
     )
     return medians
-
-
-def make_batch(config: Config) -> Any:
-    shape = (config.data.batch_size // config.train.accumulation, config.train.accumulation)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(config.model.vocab_size, size=(*shape, config.model.context + 1))
-    weights = np.ones((*shape, config.model.context), np.float32)
-    inputs, targets = tokens[..., :-1].astype(np.int32), tokens[..., 1:].astype(np.int32)
-    placed = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P())
-    return jax.device_put(Batch(inputs, targets, weights), placed)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ class Checkpoints:
         Raises:
             UserError: if there is no such complete step, if the tree's paths, shapes or dtypes
                 are not the saved ones, or if any file is missing, extra, truncated or altered;
-                nothing is read by orbax before all of that is checked.
+                no array is read before all of that is checked.
         """
         self.wait()
         leaves = _by_path(abstract_state)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,11 +48,12 @@ def fetched(file: Place, sha256: str) -> Path:
     if isinstance(file, Path):
         return file
     copy = cache() / "fetched" / sha256
-    if not copy.is_file():
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{file} was altered (wrong sha256): bring the right file there")
-        _write(copy, content)
+    with alone(copy.with_suffix(".lock")):
+        if not copy.is_file():
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise UserError(f"{file} was altered (wrong sha256): bring the right file there")
+            replace_file(copy, content)
     return copy
 
 
@@ -92,9 +91,10 @@ def _update(copy: Path, original: BucketPath) -> None:
                 return
     content, generation = original.read_with_generation()
     seen.unlink(missing_ok=True)
-    _write(copy, content)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(copy, content)
     record = {"generation": generation.hex(), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(seen, json.dumps(record).encode())
+    replace_file(seen, json.dumps(record).encode())
 
 
 def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -108,8 +108,7 @@ def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, A
         return examine()
     identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     record = _remembered() / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
-    with record.with_suffix(".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(record.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # cut short, or none
             before = json.loads(record.read_bytes())
             if before["identity"] == identity:
@@ -129,14 +128,3 @@ def _remembered() -> Path:
     folder = cache() / "examined"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
-from gptjax.storage import expand, local
+from gptjax.storage import Place, expand, local
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -49,7 +49,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.verify:
         places.forget()
     steps, recipe = profile.parse_steps(arguments.profile), arguments.config or DEFAULT_RECIPE
-    workdir, begin = arguments.workdir or Path("runs") / configure.find(recipe)[0].stem, None
+    workdir, begin = _workdir(arguments, recipe), None
     if arguments.branch is not None:
         if arguments.workdir is None or arguments.config or arguments.start:
             raise UserError(
@@ -79,11 +79,21 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
             speak.generate(config, weights, setup.load_tokenizer(config))
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"a recipe ({DEFAULT_RECIPE})")
+def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:
+    from gptjax import configure
+
+    return arguments.workdir or Path("runs") / configure.find(recipe)[0].stem
+
+
+def _add_workdir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
     )
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE[:ARG]", help=f"a recipe ({DEFAULT_RECIPE})")
+    _add_workdir(parser)
     parser.add_argument(
         "--branch",
         metavar="RUN@STEP",
@@ -117,7 +127,7 @@ def examine(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from gptjax import configure, doctor
 
     config = configure.from_file(arguments.config, overrides)
-    workdir = arguments.workdir or Path("runs") / configure.find(arguments.config)[0].stem
+    workdir = _workdir(arguments, arguments.config)
     report = doctor.examine(config, workdir)
     if jax.process_index() == 0:
         if arguments.json:
@@ -140,9 +150,7 @@ def _add_examine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
     )
-    parser.add_argument(
-        "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
-    )
+    _add_workdir(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_distributed(parser)
 
