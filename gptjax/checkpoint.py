@@ -47,10 +47,11 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
-from gptjax import storage
+from gptjax import locks, storage
 from gptjax.config import UserError
+from gptjax.locks import Held, Lock
 from gptjax.progress import from_any_process, from_process_0, say
-from gptjax.storage import Held, Lock, Place, patiently
+from gptjax.storage import Place, patiently
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
@@ -128,7 +129,7 @@ class Checkpoints:
 
     def writer(self) -> str:
         """Who writes in the folder now, "process 12 on host, since ..."; "" if nobody does."""
-        return storage.holder(self._lock_path)
+        return locks.holder(self._lock_path)
 
     def steps(self) -> list[int]:
         """The complete steps as this process sees them, ascending."""
@@ -513,7 +514,7 @@ def _wait_for(path: Place) -> Lock:
             if not waiting:
                 say(
                     f"{path.parent} was held by {held.holder}: waiting for at most "
-                    f"{storage.LEASE_SECONDS:.0f} s to see whether it still is"
+                    f"{locks.LEASE_SECONDS:.0f} s to see whether it still is"
                 )
             waiting = True
         time.sleep(1.0)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import UserError
-from gptjax.storage import BucketPath, Place, alone, files, local, remove, replace_file
+from gptjax.locks import alone
+from gptjax.storage import BucketPath, Place, files, local, remove, replace_file
 
 REMEMBERED_BYTES = 1 << 24  # what is smaller is examined sooner than looked up
 

@@ -28,10 +28,11 @@ from typing import Any
 from gptjax import branch
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, recorded, to_dict
+from gptjax.locks import holder
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
 from gptjax.report.formats import Table
 from gptjax.report.terminal import MISSING, number
-from gptjax.storage import Place, changed, children, holder
+from gptjax.storage import Place, changed, children
 
 # In the order of a table.
 STATES = (

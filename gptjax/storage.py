@@ -12,21 +12,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
-import json
 import os
 import re
 import shutil
-import socket
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from gptjax.config import UserError
 
@@ -36,8 +31,6 @@ ANSWER_SECONDS = 60.0  # within which a request ends, and a second more for each
 READ_SECONDS = 900.0  # the same of a read, whose size is not known
 REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "NOT_FOUND")  # for good
 PATIENCE_SECONDS = 180.0  # for which `patiently` tries again
-LEASE_SECONDS = 60.0  # a lease of this age is its holder's no more
-RENEW_SECONDS = 10.0
 
 Result = TypeVar("Result")
 
@@ -102,9 +95,14 @@ class BucketPath:
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
 
+    def find(self) -> tuple[bytes, bytes] | None:
+        """Content and generation; None where there is nothing."""
+        result = self._do(lambda kv: kv.read(self.key), READ_SECONDS)
+        return (result.value, result.stamp.generation) if result.state == "value" else None
+
     def read_with_generation(self) -> tuple[bytes, bytes]:
         """Content, and what changes with each write."""
-        if (found := self._read()) is None:
+        if (found := self.find()) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return found
 
@@ -141,11 +139,6 @@ class BucketPath:
             if name.startswith(prefix) and not name.endswith("/")
         )
 
-    def _read(self) -> tuple[bytes, bytes] | None:
-        """Content and generation; None where there is nothing."""
-        result = self._do(lambda kv: kv.read(self.key), READ_SECONDS)
-        return (result.value, result.stamp.generation) if result.state == "value" else None
-
     def _write(self, content: bytes | None, generation: bytes | None = None) -> bytes | None:
         """Puts, or deletes with None; the new generation.
 
@@ -158,7 +151,7 @@ class BucketPath:
         if not refused or content is None:
             return bytes(stamp.generation)
         # What was refused may be ours: the answer to the first try got lost, and it was repeated.
-        found = self._read()
+        found = self.find()
         if found is None and generation == _absent():
             reason = "nothing is there, and yet nothing can be created: is there such a bucket?"
             raise FileNotFoundError(errno.ENOENT, reason, str(self))
@@ -312,6 +305,11 @@ def replace_unchanged(path: BucketPath, content: bytes, generation: bytes | None
     return new
 
 
+def remove_unchanged(path: BucketPath, generation: bytes) -> None:
+    """Removes that generation alone."""
+    path._write(None, generation)
+
+
 def create(path: Place, content: bytes) -> bool:
     """Writes durably where nothing is; False where something is. In a bucket one of several wins."""
     if isinstance(path, BucketPath):
@@ -402,196 +400,3 @@ def patiently(action: Callable[[], Result]) -> Result:
             if time.monotonic() > end:
                 raise
         time.sleep(1.0)
-
-
-class Held(Exception):
-    """Somebody else holds a name.
-
-    Attributes:
-        holder: who.
-        certain: False where it is not known yet whether the holder still lives.
-    """
-
-    def __init__(self, holder: str, certain: bool) -> None:
-        super().__init__(holder)
-        self.holder, self.certain = holder, certain
-
-
-class Lock:
-    """A name that this process holds until it is closed.
-
-    On a disk it is a lock of the operating system, which falls with the process. In a bucket it is
-    a lease: an object that is written anew each `RENEW_SECONDS`. Whoever sees the same generation
-    of it for `LEASE_SECONDS`, by a clock of his own, may replace it, so clocks need not agree. The
-    lease of a process that is gone from this host is replaced at once.
-
-    Raises:
-        Held: if another process holds it.
-    """
-
-    def __init__(self, path: Place) -> None:
-        self._path = path
-        self.lost = False
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
-        self._text = f"process {os.getpid()} on {socket.gethostname()}, since {now}"
-        if isinstance(path, BucketPath):
-            self._generation = self._lease(path)
-            self._end, self._renewing = threading.Event(), threading.Lock()
-            self._renewer = threading.Thread(target=self._renew, daemon=True)
-            self._renewer.start()
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            self._file = path.open("a+", encoding="utf-8")
-            try:
-                self._flock()
-            except BlockingIOError:
-                self._file.close()
-                raise Held(holder(path) or "another process", certain=True) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                    break
-            self._file.close()  # who held it before has removed this file
-        self._file.truncate(0)
-        self._file.write(self._text)
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if isinstance(self._path, Path):
-            self._file.close()
-            return
-        self._end.set()
-        self._renewer.join()
-        if not self.lost:
-            with contextlib.suppress(OSError):  # it ends by itself
-                self._path._write(None, self._generation)
-
-    def _flock(self) -> None:
-        for _ in range(5):  # `holder` has it for an instant
-            with contextlib.suppress(BlockingIOError):
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            time.sleep(0.02)
-        return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def confirm(self) -> None:
-        """Renews a lease now.
-
-        Raises:
-            Held: if it is this process's no more, which stood still for longer than it lasts.
-        """
-        if isinstance(self._path, BucketPath):
-            with self._renewing:
-                generation = self._path._write(self._content(), self._generation)
-                if generation is None:
-                    self.lost = True
-                    found = self._path._read()
-                    raise Held(_holder(b"" if found is None else found[0]), certain=True)
-
-                self._generation = generation
-
-    def _content(self) -> bytes:
-        """Unlike any before: a lease shows by its change that its holder lives."""
-        record = {"holder": self._text, "process": _identity(os.getpid())}
-        return json.dumps(record | {"renewed": time.time(), "nonce": uuid.uuid4().hex}).encode()
-
-    def _lease(self, path: BucketPath) -> bytes:
-        found = path._read()
-        if found is not None:
-            content, generation = found
-            before, since = _seen.get(path, (None, 0.0))
-            if before != generation:
-                _seen[path] = (generation, time.monotonic())
-            over = before == generation and time.monotonic() - since >= LEASE_SECONDS
-            if not over and not _gone(content):
-                raise Held(_holder(content), certain=before not in (None, generation))
-        taken = path._write(self._content(), _absent() if found is None else found[1])
-        if taken is None:  # somebody was faster
-            raise Held("another process", certain=False)
-        _seen.pop(path, None)
-        return taken
-
-    def _renew(self) -> None:
-        while not self._end.wait(RENEW_SECONDS):
-            with contextlib.suppress(OSError):  # the bucket may be back before anybody else comes
-                try:
-                    self.confirm()
-                except Held:
-                    return
-
-
-# Of leases that others hold: the generation that was seen, and since when.
-_seen: dict[BucketPath, tuple[bytes, float]] = {}
-
-
-def _gone(lease: bytes) -> bool:
-    """Whether the holder is a process of this host that has ended."""
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        host, pid, started = json.loads(lease)["process"]
-        if host == _identity(os.getpid())[0] != "":
-            return _identity(pid)[2] != started
-    return False
-
-
-def _identity(pid: int) -> tuple[str, int, str]:
-    """A host as it booted and whose numbers of processes count, the number, and when it started.
-
-    The host is "" where /proc does not tell, the start "" of a process that is not there.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        host = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return "", pid, ""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        state, *fields = stat.rpartition(")")[2].split()
-        return host, pid, "" if state == "Z" else fields[18]
-    except OSError:
-        return host, pid, ""
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds a name on a disk, once no other process does; its file goes with the context."""
-    while True:
-        try:
-            with Lock(path):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        except Held:
-            time.sleep(0.2)
-
-
-def _holder(lease: bytes) -> str:
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        return str(json.loads(lease)["holder"])
-    return "another process"
-
-
-def holder(path: Place) -> str:
-    """Who holds a name, "process 12 on host, since ..."; "" if nobody does.
-
-    Of a lease that tells whose it was within `LEASE_SECONDS`, by the clocks of both.
-    """
-    if isinstance(path, BucketPath):
-        found = path._read()
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            record = json.loads(b"{}" if found is None else found[0])
-            if time.time() - float(record["renewed"]) < LEASE_SECONDS:
-                return str(record["holder"])
-        return ""
-    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return lock.read() or "another process"
-    return ""

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.storage import BucketPath, Place, expand
+from tests import buckets
+
 STARTED = time.monotonic()
 
 # Before jax starts, which reads these once; subprocesses of tests inherit them.
@@ -109,3 +112,29 @@ def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests import tiny
 
     monkeypatch.setattr(jax, "devices", tiny.devices)
+
+
+@pytest.fixture(scope="module", params=("gs", "s3"))
+def bucket(request: pytest.FixtureRequest) -> Iterator[buckets.Proxy]:
+    with buckets.served(request.param) as proxy:
+        proxy.scheme = request.param
+        yield proxy
+
+
+@pytest.fixture
+def far(bucket: buckets.Proxy, request: pytest.FixtureRequest) -> Iterator[BucketPath]:
+    """An empty folder in a bucket."""
+    folder = expand(f"{bucket.scheme}://{buckets.BUCKET}/{request.node.name}")
+    assert isinstance(folder, BucketPath)
+    yield folder
+    bucket.fault = lambda method, path: "pass"
+
+
+@pytest.fixture(params=["disk", "gs", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """One on a disk, and one in each kind of bucket."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    with buckets.served(request.param):
+        yield expand(f"{request.param}://{buckets.BUCKET}/runs")

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gptjax import storage
 from gptjax.config import UserError
-from gptjax.storage import BucketPath, Held, Lock, Place
+from gptjax.storage import BucketPath, Place
 from tests import buckets
-from tests.child import Child
 
 SCHEMES = ("gs", "s3")
-
-
-@pytest.fixture(scope="module", params=SCHEMES)
-def bucket(request: pytest.FixtureRequest) -> Iterator[buckets.Proxy]:
-    with buckets.served(request.param) as proxy:
-        proxy.scheme = request.param
-        yield proxy
-
-
-@pytest.fixture
-def far(bucket: buckets.Proxy, request: pytest.FixtureRequest) -> Iterator[BucketPath]:
-    """An empty folder in a bucket."""
-    folder = storage.expand(f"{bucket.scheme}://{buckets.BUCKET}/{request.node.name}")
-    assert isinstance(folder, BucketPath)
-    yield folder
-    bucket.fault = lambda method, path: "pass"
-
-
-@pytest.fixture(params=["disk", *SCHEMES])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    if request.param == "disk":
-        yield tmp_path
-        return
-    with buckets.served(request.param):
-        yield storage.expand(f"{request.param}://{buckets.BUCKET}/runs")
 
 
 def test_a_place_is_read_and_written_alike_on_a_disk_and_in_a_bucket(folder: Place) -> None:
@@ -199,89 +169,11 @@ def test_patience_outlasts_a_store_that_is_away(
     storage._open.cache_clear()
 
 
-def test_a_name_is_held_by_one(folder: Place) -> None:
-    with Lock(folder / "run.lock"):
-        told = f"process {os.getpid()} on {socket.gethostname()}, since "
-        assert storage.holder(folder / "run.lock").startswith(told)
-        with pytest.raises(Held, match=told):
-            Lock(folder / "run.lock")
-        Lock(folder / "other.lock").close()
-    assert storage.holder(folder / "run.lock") == ""
-    with Lock(folder / "run.lock") as again:
-        again.confirm()
-
-
-HOLDER = """
-    import sys, time
-    from gptjax import storage
-    storage.RENEW_SECONDS, storage.LEASE_SECONDS = 0.1, float(sys.argv[2])
-    lock = storage.Lock(storage.expand(sys.argv[1]))
-    print("held", flush=True)
-    for _ in range(600):
-        time.sleep(0.1)
-        if lock.lost:
-            print("lost", flush=True)
-            break
-"""
-
-
-def test_a_killed_holder_on_this_host_is_replaced_at_once(folder: Place) -> None:
-    child = Child(HOLDER, str(folder / "run.lock"), "60")
-    assert next(child.lines("stdout")) == "held\n", child.stderr
-    with pytest.raises(Held, match=f"process {child.pid} on"):
-        Lock(folder / "run.lock")
-    child.kill()
-    Lock(folder / "run.lock").close()
-
-
-def test_a_lease_is_replaced_once_its_holder_stands_still_and_not_before(
-    far: BucketPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No clock of another host is asked: what counts is that the lease does not change."""
-    monkeypatch.setattr(storage, "LEASE_SECONDS", 1.5)
-    child = Child(HOLDER, str(far / "run.lock"), "1.5")
-    assert next(child.lines("stdout")) == "held\n", child.stderr
-
-    def attempt() -> Lock | Held:
-        try:
-            return Lock(far / "run.lock")
-        except Held as held:
-            return held
-
-    first = attempt()
-    assert isinstance(first, Held) and not first.certain
-    time.sleep(0.5)
-    second = attempt()
-    assert isinstance(second, Held) and second.certain, "it was renewed"
-    child.signal(signal.SIGSTOP)
-    end = time.monotonic() + 30
-    while isinstance(taken := attempt(), Held):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    child.signal(signal.SIGCONT)
-    lines = child.lines("stdout")
-    assert next(lines) == "held\n" and next(lines) == "lost\n", "it went on as if nothing were"
-    taken.confirm()
-    taken.close()
-    child.kill()
-
-
-def test_a_lease_whose_holder_lost_it_cannot_be_confirmed(far: BucketPath) -> None:
-    lock = Lock(far / "run.lock")
-    storage.replace_file(far / "run.lock", b'{"holder": "process 1 on other, since then"}')
-    with pytest.raises(Held, match="process 1 on other"):
-        lock.confirm()
-    assert lock.lost
-    lock.close()
-    assert (far / "run.lock").exists(), "it removed another's lease"
-
-
 def test_a_bucket_that_is_not_there_is_told(bucket: buckets.Proxy) -> None:
     if bucket.scheme == "gs":
         bucket.fault = lambda method, path: "refused" if method == "POST" else "pass"
-    for what in (Lock, lambda place: storage.create(place, b"1")):
-        with pytest.raises(FileNotFoundError, match="is there such a bucket"):
-            what(storage.expand(f"{bucket.scheme}://absent/run.lock"))
+    with pytest.raises(FileNotFoundError, match="is there such a bucket"):
+        storage.create(storage.expand(f"{bucket.scheme}://absent/a"), b"1")
     bucket.fault = lambda method, path: "pass"
 
 
@@ -300,54 +192,3 @@ def test_a_refusal_for_good_is_not_tried_again(bucket: buckets.Proxy, far: Bucke
     with pytest.raises(OSError, match="PERMISSION_DENIED"):
         storage.patiently(lambda: storage.create(far / "a", b"1"))
     assert time.monotonic() - before < storage.PATIENCE_SECONDS / 4
-
-
-def test_an_outage_longer_than_a_lease_does_not_end_it(
-    bucket: buckets.Proxy, far: BucketPath, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "LEASE_SECONDS", 0.3)
-    monkeypatch.setattr(storage, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(storage, "RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
-    storage._open.cache_clear()
-    with Lock(far / "run.lock") as lock:
-        bucket.fault = lambda method, path: "busy"
-        time.sleep(1.5)
-        bucket.fault = lambda method, path: "pass"
-        lock.confirm()
-        assert not lock.lost
-    assert not (far / "run.lock").exists()
-    storage._open.cache_clear()
-
-
-def test_a_process_is_gone_only_where_its_number_means_the_same(far: BucketPath) -> None:
-    """Another host, another boot, another namespace of numbers, or the number used again."""
-    host, pid, started = storage._identity(os.getpid())
-    assert host and started
-    child = Child("print('done')")
-    child.wait()
-    lease = lambda *process: json.dumps({"holder": "x", "process": process}).encode()  # noqa: E731
-    assert storage._gone(lease(host, child.pid, "1"))
-    assert storage._gone(lease(host, pid, "1")), "a number that is used again"
-    assert not storage._gone(lease(host, pid, started))
-    assert not storage._gone(lease(host + "1", child.pid, "1"))
-    assert not storage._gone(lease("", child.pid, "1"))
-    assert not storage._gone(b"") and not storage._gone(b'{"pid": 1}')
-
-
-def test_who_waits_for_a_name_gets_it_once_its_file_is_gone(tmp_path: Path) -> None:
-    """Each holds the name alone, though each removes its file."""
-    code = """
-    import sys, time
-    from pathlib import Path
-    from gptjax import storage
-    folder = Path(sys.argv[1])
-    for _ in range(20):
-        with storage.alone(folder / "name.lock"):
-            (folder / "inside").mkdir()
-            time.sleep(0.002)
-            (folder / "inside").rmdir()
-    """
-    children = [Child(code, tmp_path) for _ in range(3)]
-    for child in children:
-        assert child.wait(60).returncode == 0, child.stderr
-    assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gptjax.config import UserError, choose
 from gptjax.data.store import MANIFEST, Store, StoreWriter
-from gptjax.storage import alone
+from gptjax.locks import alone
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")

@@ -13,10 +13,11 @@ import jax
 from gptjax import ensemble, loop, setup, speak, trained
 from gptjax.checkpoint import Busy
 from gptjax.config import Config, UserError, out_of_memory
+from gptjax.locks import Held, Lock
 from gptjax.progress import say
 from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
-from gptjax.storage import Held, Lock, Place, disk, replace_file
+from gptjax.storage import Place, disk, replace_file
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, tuning_cells
