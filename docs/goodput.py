@@ -12,6 +12,7 @@ restore. Failures strike during a restart as well.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,13 @@ def expected(
     return interval * rate * math.exp(-rate * (restart + complete)) * cycle / (1 - cycle)
 
 
-def main() -> None:
+def main(*words: str) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", type=float, required=True, help="seconds of the loop")
     parser.add_argument("--complete", type=float, required=True, help="seconds until it counts")
     parser.add_argument("--restart", type=float, required=True, help="seconds after a failure")
     parser.add_argument("--png", type=Path, required=True)
-    a = parser.parse_args()
+    a = parser.parse_args(words)
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import io
 import json
 import pkgutil
@@ -155,6 +156,20 @@ def test_scripts_that_are_shown_run(capsys: pytest.CaptureFixture[str]) -> None:
         main(*words, *small)
         said = capsys.readouterr().out
         assert all(name in said for name in few)
+
+
+def test_what_a_save_costs_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(REPO / "docs")
+    monkeypatch.chdir(REPO)
+    page = (REPO / "docs" / "clusters.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python docs/bench_save.py (.*)$", page, re.MULTILINE)
+    main = runpy.run_path(str(REPO / "docs" / "bench_save.py"))["main"]
+    main.__globals__.update(measure=functools.partial(main.__globals__["measure"], turns=1))
+    main(*command.split(), *(f"--config.{knob}={value}" for knob, value in SMALL.items()))
+    said = capsys.readouterr().out
+    assert re.search(r"of which it stands still \d+\.\d+ s .* a save costs -?\d", said, re.DOTALL)
 
 
 def test_make_has_its_targets() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 
-GOODPUT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "goodput.py"))
+DOCS = Path(__file__).parents[1] / "docs"
+GOODPUT = runpy.run_path(str(DOCS / "goodput.py"))
 simulate, expected = GOODPUT["simulate"], GOODPUT["expected"]
 DAYS = 20_000  # some 155,000 failures
 
@@ -31,3 +34,17 @@ def test_without_failures_only_saves_cost() -> None:
 
 def test_the_published_rate_is_one_failure_in_three_hours() -> None:
     assert 1 / GOODPUT["RATE"] / 3600 == pytest.approx(3.09, abs=0.01)
+
+
+def test_the_page_says_what_its_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (DOCS / "clusters.md").read_text()
+    (command,) = re.findall(r"^python docs/goodput.py (.*)$", page, re.MULTILINE)
+    (share,) = re.findall(r"a save every five minutes leaves ([\d.]+)% of the time", page)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    GOODPUT["main"](*shlex.split(command))
+    best, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"restart 14 s: {share}% with a save every 300 s", best)
+    assert (tmp_path / "docs/goodput.png").read_bytes()[1:4] == b"PNG"
