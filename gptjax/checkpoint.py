@@ -55,7 +55,8 @@ from gptjax.storage import Place, patiently
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
-# Orbax begins another file of arrays after so many bytes: what is put in a bucket and hashed at once.
+# Orbax begins another file of arrays after so many bytes, and cuts a larger array into chunks of no
+# more: so no file, which is put in a bucket and hashed at once, has twice as many. S3 takes 5 GB.
 FILE_BYTES = 1 << 28
 READERS = 4  # threads that read or put files; hashlib and tensorstore leave the interpreter's lock
 PART_SECONDS = 1200.0  # for which process 0 waits for the parts of others
@@ -151,7 +152,8 @@ class Checkpoints:
 
         Raises:
             UserError: if this or the previous save met a full or failing disk.
-            ValueError: if `step` is saved already, `meta` is not JSON, or `keep` was None.
+            ValueError: if `step` is saved already, `meta` is not JSON, or `keep` was None; if
+                `state` holds no array, or one without an element, which orbax cannot store.
         """
         self.wait()
         if self._keep is None:
@@ -159,6 +161,10 @@ class Checkpoints:
         if self._final(step).exists():
             raise ValueError(f"step {step} is already saved in {self._folder}")
         arrays = _by_path(state)
+        if not arrays:
+            raise ValueError("the state holds no array to save")
+        if empty := [path for path, array in arrays.items() if array.size == 0]:
+            raise ValueError(f"orbax cannot store an array without an element: {empty[0]}")
         description = {"step": step, "tree": _describe(arrays), "meta": meta}
         text = json.dumps(description, indent=1, allow_nan=False)
         overtaken = ""

@@ -199,6 +199,11 @@ def test_misuse_is_refused(copied: Path, state: State) -> None:
             checkpoints.save(3, state, {"loss": float("nan")})
         with pytest.raises(ValueError, match="contains a dot"):
             checkpoints.save(3, {"a.b": state.step, "a": {"b": state.step}}, DATA)
+        with pytest.raises(ValueError, match="holds no array"):
+            checkpoints.save(3, {"a": None}, DATA)
+        with pytest.raises(ValueError, match="without an element: a.b"):
+            checkpoints.save(3, {"a": {"b": jnp.zeros((0, 3))}, "c": state.step}, DATA)
+        assert sorted(p.name for p in copied.iterdir()) == ["00000001", "00000002"]
         with pytest.raises(UserError, match="no complete checkpoint of step 3 .* steps: 1, 2"):
             checkpoints.restore(3, abstract(state))
     with Checkpoints(copied) as reader, pytest.raises(ValueError, match="only read"):
@@ -627,6 +632,22 @@ def assert_orbax_reads(folder: Path, state: State) -> None:
 
 def test_orbax_reads_what_is_saved(saved: Path, state: State) -> None:
     assert_orbax_reads(saved / "00000002" / "state", state)
+
+
+def test_no_file_of_a_large_array_is_more_than_a_bucket_takes(
+    far: BucketPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device, so that orbax would make one chunk of each; small, the bound with it."""
+    large = make_state(MESHES["one"], width=2**18)  # 8 and 4 MiB
+    for folder in (far, tmp_path):
+        monkeypatch.setattr(checkpoint, "FILE_BYTES", 2**20)
+        with Checkpoints(folder, keep=2) as checkpoints:
+            checkpoints.save(3, large, DATA, wait=True)
+            assert_bitwise(checkpoints.restore(3, abstract(large)), large)
+        names = storage.files(folder / "00000003")
+        sizes = [len((folder / "00000003" / name).read_bytes()) for name in names]
+        assert sum(sizes) > 12 * 2**20 and max(sizes) < 2 * 2**20
+    assert_orbax_reads(tmp_path / "00000003" / "state", large)
 
 
 def test_a_flipped_bit_in_a_bucket_is_refused(far: BucketPath, state: State) -> None:
