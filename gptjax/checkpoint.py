@@ -33,7 +33,6 @@ import os
 import re
 import secrets
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -423,8 +422,8 @@ class _Save:
                 yield Path(str(folder))
             storage.remove(scratch)
         else:
-            with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
-                yield Path(folder)
+            with locks.scratch() as folder:
+                yield folder
 
     def bring(self, scratch: Path) -> dict[str, Any]:
         """Hashes what this process wrote and brings it to its place; what a manifest says of it."""
@@ -580,8 +579,8 @@ def _neutral(folder: Place) -> Iterator[Place]:
     if not isinstance(folder, Path) or re.fullmatch(r"[\w/. -]+", str(folder)):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="gptjax-") as parent:
-        link = Path(parent) / "checkpoint"
+    with locks.scratch() as parent:
+        link = parent / "checkpoint"
         link.symlink_to(folder)
         yield link
 

@@ -1,12 +1,15 @@
-"""Names that one process holds: locks on a disk, leases in a bucket."""
+"""What one process holds: locks on a disk, leases in a bucket, scratch folders."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -174,6 +177,22 @@ def _identity(pid: int) -> tuple[str, int, str]:
         return host, pid, "" if state == "Z" else fields[18]
     except OSError:
         return host, pid, ""
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder among the temporary files, for as long as the context lasts.
+
+    Its name tells whose it is, so that what killed processes left there is removed before.
+    """
+    host, pid, started = _identity(os.getpid())
+    here = f"gptjax-{hashlib.sha256(host.encode()).hexdigest()[:16]}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{here}*-*-*") if host else ():
+        its_pid, its_start, _ = folder.name.removeprefix(here).split("-")
+        if _identity(int(its_pid))[2] != its_start:
+            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{here}{pid}-{started}-") as own:
+        yield Path(own)
 
 
 @contextlib.contextmanager

@@ -31,10 +31,8 @@ import logging
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -47,6 +45,7 @@ import numpy as np
 
 import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
+from gptjax.locks import scratch
 from gptjax.optim import make_schedule
 from gptjax.storage import (
     BucketPath,
@@ -114,7 +113,10 @@ class Run:
         self._writes = jax.process_index() == 0
         if self._writes:
             # Where the files grow.
-            self._growing = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp())
+            self._scratch = contextlib.ExitStack()
+            self._growing = (
+                folder if isinstance(folder, Path) else self._scratch.enter_context(scratch())
+            )
             self._put: dict[str, bytes] = {}  # in a bucket: the generations that this start put
             if isinstance(folder, BucketPath) and (folder / METRICS).is_file():
                 content, self._put[METRICS] = (folder / METRICS).read_with_generation()
@@ -175,11 +177,8 @@ class Run:
             self._metrics.close()
             with disk(self.folder):
                 self._events.close()
-                try:
+                with self._scratch:
                     self._bring(patient=True)
-                finally:
-                    if self._growing != self.folder:
-                        shutil.rmtree(self._growing, ignore_errors=True)
 
     def _bring(self, patient: bool) -> None:
         """Puts the files into a bucket, unless another process has put them meanwhile."""

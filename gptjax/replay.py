@@ -19,9 +19,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +28,7 @@ from gptjax import ensemble, loop, places, records, setup, spike, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.data.sources import open_source
+from gptjax.locks import scratch
 from gptjax.progress import say
 from gptjax.sharding import make_mesh
 from gptjax.storage import Place
@@ -132,8 +131,8 @@ def replay_run(workdir: Place, begin: setup.Start | None = None) -> dict[str, An
     say(
         f"{workdir}: config and data are those of the run; training{companions} to step {past.last}"
     )
-    with tempfile.TemporaryDirectory(prefix="gptjax-replay-") as folder:
-        retrained = _train(past, workdir, Path(folder), mesh, begin)
+    with scratch() as folder:
+        retrained = _train(past, workdir, folder, mesh, begin)
     precision = _precision(past) if differs else None
     return {"workdir": str(workdir), "differs": differs} | compare(past, retrained, precision)
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +29,30 @@ def test_a_name_is_held_by_one(folder: Place) -> None:
     assert locks.holder(folder / "run.lock") == ""
     with Lock(folder / "run.lock") as again:
         again.confirm()
+
+
+def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """
+    import sys, tempfile, time
+    from gptjax import locks
+    tempfile.tempdir = sys.argv[1]
+    with locks.scratch() as folder:
+        (folder / "file").touch()
+        print(folder, flush=True)
+        time.sleep(100)
+    """
+    killed, living = (Child(code, tmp_path) for _ in range(2))
+    folders = [Path(next(child.lines("stdout")).strip()) for child in (killed, living)]
+    (tmp_path / "gptjax-other-1-1-x").mkdir()  # of another host
+    killed.kill()
+    with locks.scratch() as mine, locks.scratch() as another:
+        assert not folders[0].exists() and (folders[1] / "file").exists()
+        assert mine.is_dir() and another.is_dir()
+    assert set(tmp_path.glob("gptjax-*")) == {folders[1], tmp_path / "gptjax-other-1-1-x"}
+    living.kill()
 
 
 HOLDER = """

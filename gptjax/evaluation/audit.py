@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from gptjax.config import Model
 from gptjax.data.sources import open_source
 from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
 from gptjax.evaluation.texts import Reading, Text, open_text
+from gptjax.locks import scratch
 from gptjax.progress import Progress
 from gptjax.tokenizer import Tokenizer
 from gptjax.trained import Trained
@@ -52,7 +51,7 @@ def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
     tokenizer = setup.load_tokenizer(model.config)
     with ExitStack() as stack:
         # Then texts: a mistake in them shows before a model is loaded.
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptjax-eval-")))
+        folder = stack.enter_context(scratch())
         texts = [
             open_text(name, source, tokenizer, folder / str(number), how)
             for number, (name, source) in enumerate(sets.items())

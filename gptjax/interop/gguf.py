@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gptjax.interop import hf
 from gptjax.interop.families import Keys, to_model
 from gptjax.interop.tokenizer_files import BYTES, split, tokenizer_json
 from gptjax.layers.position import ROPE_SCALING, frequencies
+from gptjax.locks import scratch
 from gptjax.tokenizer import TOKENIZER_FILE
 
 # Name in the file -> Hugging Face's.
@@ -104,15 +104,15 @@ def import_(source: Path, out: Path) -> Model:
         UserError: if it is no GGUF file of a Llama, its tokenizer is no byte-level BPE, a tensor
             is missing, misshapen or left over, or `out` exists.
     """
-    with hf.about(source), tempfile.TemporaryDirectory() as vocabulary:
+    with hf.about(source), scratch() as vocabulary:
         reader = _open(source)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        write_tokenizer(fields, Path(vocabulary))
+        write_tokenizer(fields, vocabulary)
         tensors = Tensors(reader, fields)
         # The reader keeps an object for each token of the vocabulary: as much as small weights.
         reader.fields.clear()
         family, config = to_model(tensors.config)
-        hf.copy(tensors, family, config, out, vocabulary)
+        hf.copy(tensors, family, config, out, str(vocabulary))
     return config
 
 
