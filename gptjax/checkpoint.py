@@ -50,7 +50,7 @@ from gptjax import locks, storage
 from gptjax.config import UserError
 from gptjax.locks import Held, Lock
 from gptjax.progress import from_any_process, from_process_0, say
-from gptjax.storage import Place, patiently
+from gptjax.storage import Place, Unreachable
 
 CHECKPOINTS = "checkpoints"  # the folder of the checkpoints in a run's folder
 STATE, META, MANIFEST, PARTIAL = "state", "meta.json", "manifest.json", ".partial"
@@ -151,6 +151,7 @@ class Checkpoints:
 
         Raises:
             UserError: if this or the previous save met a full or failing disk.
+            Unreachable: if it met a bucket that is away.
             ValueError: if `step` is saved already, `meta` is not JSON, or `keep` was None; if
                 `state` holds no array, or one without an element, which orbax cannot store.
         """
@@ -169,8 +170,8 @@ class Checkpoints:
         overtaken = ""
         if self._lock is not None:  # on process 0
             try:
-                patiently(self._lock.confirm)
-                patiently(self._remove_incomplete)
+                self._lock.confirm()
+                self._remove_incomplete()
             except Held as held:
                 overtaken = held.holder
         if overtaken := from_process_0(overtaken):
@@ -197,6 +198,7 @@ class Checkpoints:
 
         Raises:
             UserError: if the save met a full or failing disk.
+            Unreachable: if it met a bucket that is away.
         """
         if self._saving is not None and self._saving.done():
             self.wait()
@@ -251,9 +253,15 @@ class Checkpoints:
         if damage := from_any_process(damage):
             raise self._damaged(step, damage)
         try:
-            with _neutral(folder) as named, ThreadPoolExecutor(READERS) as pool:
+            with (
+                _neutral(folder) as named,
+                storage.asking(named),
+                ThreadPoolExecutor(READERS) as pool,
+            ):
                 store = _arrays(named, storage.context())
                 arrays = list(pool.map(lambda path: _read(store, path, leaves[path]), leaves))
+        except Unreachable:
+            raise
         except (ValueError, OSError) as error:  # it was whole a moment ago
             raise self._damaged(step, str(error).splitlines()[0]) from error
         return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays)
@@ -270,6 +278,8 @@ class Checkpoints:
                 lock = _wait_for(self._lock_path)
             except Held as held:
                 other = held.holder
+            except Unreachable:
+                raise
             except OSError as error:
                 failure = error.strerror or str(error)
         # One line on all processes, instead of some that wait for the first for ever.
@@ -318,10 +328,9 @@ class Checkpoints:
                     f"{self._resumes_from()}"
                 )
             if self._lock is not None:
-                patiently(self._lock.confirm)
-            patiently(save.complete)
-            outdated_steps = outdated(self.steps(), self._keep or 0, self._keep_every)
-            patiently(lambda: self._remove(outdated_steps))
+                self._lock.confirm()
+            save.complete()
+            self._remove(outdated(self.steps(), self._keep or 0, self._keep_every))
         except Exception as error:
             raise self._failed(save, error) from error
 
@@ -334,9 +343,11 @@ class Checkpoints:
     def _failed(self, save: _Save, error: Exception) -> Exception:
         """Frees what a failed save wrote; the error to raise, in a user's words where it is his."""
         save.ours &= not isinstance(error, (Held, FileExistsError))
-        save.fail(str(error))
+        save.fail(error)
         if isinstance(error, Held):
             return self._overtaken(save.step, error.holder)
+        if isinstance(error, Unreachable):
+            return error
         # Tensorstore words a failed system call as a ValueError "...: REASON [os_error_code=..",
         # before 0.1.86 with [source locations=..] between the two.
         words = r"([^:]+?) \[(?:source locations='[^']*'\] \[)?os_error_code"
@@ -344,10 +355,11 @@ class Checkpoints:
         if system_error is None and not isinstance(error, OSError):
             return error
         reason = system_error[1].strip() if system_error else error.strerror or str(error)  # type: ignore[attr-defined]
+        on_disk = isinstance(self._folder, Path)
+        mend = "Free some space or repair the disk" if on_disk else "See that it may be written"
         return UserError(
-            f"could not write the checkpoint of step {save.step} to {self._folder}: {reason}. Free "
-            f"some space or repair the disk, then start the run again: it resumes from "
-            f"{self._resumes_from()}"
+            f"could not write the checkpoint of step {save.step} to {self._folder}: {reason}. "
+            f"{mend}, then start the run again: it resumes from {self._resumes_from()}"
         )
 
     def _overtaken(self, step: int, holder: str) -> UserError:
@@ -445,9 +457,9 @@ class _Save:
             return dict(zip(names, pool.map(publish, names), strict=True))
 
     def leave(self, note: dict[str, Any]) -> None:
-        """Tells process 0: {"files": ...} of `bring`, or {"error": why}."""
+        """Tells process 0: {"files": ...} of `bring`, or {"error": why, "again": may it succeed}."""
         content = json.dumps(note).encode()
-        patiently(lambda: storage.replace_file(self._partial / self._note(self._me), content))
+        storage.replace_file(self._partial / self._note(self._me), content)
 
     def join(self) -> None:
         """On process 0: waits for all parts, and makes one checkpoint of them."""
@@ -455,9 +467,9 @@ class _Save:
         end = time.monotonic() + PART_SECONDS
         for process in range(self._count):
             self._entries |= self._await(process, end)
-        with _neutral(self._folder) as folder:
+        with _neutral(self._folder) as folder, storage.asking(folder):
             # A cache of its own: a step that is saved again is another in the same place.
-            context = storage.context(patient=True)
+            context = storage.context()
             whole = _arrays(folder, context)
             transaction = tensorstore.Transaction(atomic=True)
             for process in range(self._count):
@@ -480,15 +492,16 @@ class _Save:
         if isinstance(self._folder, Path) and isinstance(self._final, Path):
             os.rename(self._folder, self._final)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: Exception) -> None:
         """Tells process 0; there, frees the space."""
+        reason = next(iter(str(error).splitlines()), "it failed")
         with contextlib.suppress(OSError):
             if self._me == 0:
                 storage.remove(self._partial)
                 if self.ours:
                     storage.remove(self._folder)
             else:
-                self.leave({"error": next(iter(reason.splitlines()), "it failed")})
+                self.leave({"error": reason, "again": isinstance(error, Unreachable)})
 
     def _note(self, process: int) -> str:
         return f"written.{process}.json"
@@ -498,12 +511,15 @@ class _Save:
         place = self._partial / self._note(process)
         while True:
             with contextlib.suppress(FileNotFoundError):
-                note = json.loads(patiently(place.read_bytes))
+                note = json.loads(place.read_bytes())
                 if "error" in note:
-                    raise OSError(f"process {process} could not write its part: {note['error']}")
+                    kind = Unreachable if note["again"] else OSError
+                    reason = f"process {process} could not write its part: {note['error']}"
+                    raise kind(errno.EIO, reason, str(place))
                 return note["files"]
             if time.monotonic() > end:
-                raise OSError(f"process {process} has not written its part")
+                reason = f"process {process} has not written its part"
+                raise OSError(errno.ETIMEDOUT, reason, str(place))
             time.sleep(0.05)
 
 
@@ -692,6 +708,8 @@ def _damage(folder: Place, process: int, processes: int) -> str:
             for name, entry in zip(share, entries, strict=True):
                 if entry != listed[name]:
                     return f"{name} was altered or cut short (it holds {entry['bytes']} bytes)"
+    except Unreachable:
+        raise
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     return ""

@@ -22,6 +22,7 @@ from gptjax.commands.command import (
     without_launch,
 )
 from gptjax.config import EXIT_STOPPED, UserError, out_of_memory
+from gptjax.storage import Unreachable
 
 EXIT_USER_ERROR = 2
 EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell tells of `yes | head -1`
@@ -178,6 +179,11 @@ def _explain(error: BaseException) -> tuple[int | None, str]:
             return 130, "interrupted"
         case BrokenPipeError():
             return None, ""
+        case Unreachable():
+            return EXIT_STOPPED, (
+                f"{error.filename} is out of reach ({error.strerror}): the same command goes on "
+                "once it answers"
+            )
         case OSError():
             return EXIT_USER_ERROR, f"{error.filename or 'a file'}: {error.strerror or error}"
     if out_of_memory(error):

@@ -30,7 +30,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Exit status after SIGTERM or Ctrl-C: saved, run the same command to go on (EX_TEMPFAIL).
+# Exit status after SIGTERM or Ctrl-C, which save, or where a process was lost or a bucket is out of
+# reach: run the same command to go on (EX_TEMPFAIL).
 EXIT_STOPPED = 75
 
 

@@ -34,9 +34,10 @@ from gptjax.config import Config, UserError, to_dict
 from gptjax.progress import say
 from gptjax.records import code_fingerprint
 from gptjax.report import formats, terminal
-from gptjax.storage import Place, nearest_folder, replace_file
+from gptjax.storage import PATIENCE_SECONDS, Place, Unreachable, nearest_folder, replace_file
 
-SECONDS = 60.0  # within which each process must have looked
+# Within which each process must have looked, and may have waited for a bucket.
+SECONDS = 60.0 + PATIENCE_SECONDS
 # Processes take each step together, at the pace of the slowest. At half the pace of the median a
 # process wastes half of all the others.
 SLOW = 0.5
@@ -140,6 +141,8 @@ def _writable(look: Look) -> str:
     try:
         mine.write_bytes(b"gptjax")
         mine.unlink()
+    except Unreachable:
+        raise
     except OSError as error:
         return f"cannot write in {look.folder.absolute()}: {error.strerror or error}"
     return ""
@@ -302,6 +305,8 @@ def _token(workdir: Place) -> Iterator[str]:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             replace_file(workdir / name, b"")
+        except Unreachable:
+            raise
         except OSError as error:
             failure = f"cannot write in {workdir}: {error.strerror or error}"
     name, failure = json.loads(

@@ -33,7 +33,7 @@ from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
 from gptjax.setup import Start, describe, load_batch, set_up
-from gptjax.storage import Place, replace_file
+from gptjax.storage import Place, patient, replace_file
 from gptjax.watch import make_watch
 
 TOLD = 8  # rows of a batch that was skipped
@@ -60,6 +60,7 @@ class Diverged(UserError):
         replace_file(workdir / DIVERGED, json.dumps(record).encode())
 
 
+@patient()
 def train(
     config: Config,
     workdir: Place,

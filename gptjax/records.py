@@ -50,10 +50,10 @@ from gptjax.optim import make_schedule
 from gptjax.storage import (
     BucketPath,
     Place,
+    Unreachable,
     disk,
     expand,
     files,
-    patiently,
     replace_file,
     replace_unchanged,
 )
@@ -130,7 +130,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A disk too full for the last curves must not hide the error that ended the run.
-        with contextlib.suppress(*(() if error is None else (UserError,))):
+        with contextlib.suppress(*(() if error is None else (UserError, Unreachable))):
             self.close()
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
@@ -152,24 +152,25 @@ class Run:
                 raise OSError("No space left on device")
             self._curves(step, numbers)
         if time.monotonic() - self._synced > FLUSH_SECONDS:
-            with contextlib.suppress(UserError):  # a bucket may be out of reach for a while
-                self.sync(patient=False)
+            with contextlib.suppress(UserError, Unreachable):  # a bucket may be away for a while
+                self.sync(wait=False)
 
-    def sync(self, patient: bool = True) -> None:
+    def sync(self, wait: bool = True) -> None:
         """Returns once all that was logged is where the run's folder lies, for others to read.
 
         Args:
-            patient: try for minutes, where a bucket is out of reach.
+            wait: for a bucket that is away, as `storage.patient` says.
 
         Raises:
             UserError: if it cannot be brought there.
+            Unreachable: if a bucket is away.
         """
         if not self._writes:
             return
         self._synced = time.monotonic()
         with disk(self.folder):
             self._events.flush()
-            self._bring(patient)
+            self._bring(wait)
 
     def close(self) -> None:
         """Closes the files; logging afterwards is an error."""
@@ -178,18 +179,17 @@ class Run:
             with disk(self.folder):
                 self._events.close()
                 with self._scratch:
-                    self._bring(patient=True)
+                    self._bring()
 
-    def _bring(self, patient: bool) -> None:
+    def _bring(self, wait: bool = True) -> None:
         """Puts the files into a bucket, unless another process has put them meanwhile."""
         if not isinstance(self.folder, BucketPath):
             return
         for name in files(self._growing):
             content = (self._growing / name).read_bytes()
-            put = functools.partial(
-                replace_unchanged, self.folder / name, content, self._put.get(name)
+            self._put[name] = replace_unchanged(
+                self.folder / name, content, self._put.get(name), wait
             )
-            self._put[name] = patiently(put) if patient else put()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
         scalar, protos = _tensorboard("summary").scalar, _tensorboard("proto.event_pb2")

@@ -32,7 +32,7 @@ from gptjax.locks import holder
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
 from gptjax.report.formats import Table
 from gptjax.report.terminal import MISSING, number
-from gptjax.storage import Place, changed, children
+from gptjax.storage import Place, Unreachable, changed, children
 
 # In the order of a table.
 STATES = (
@@ -103,6 +103,8 @@ def status(run: Place) -> Status:
         return Status(run.name, "no run")
     try:
         return _status(run)
+    except Unreachable:
+        raise
     except Exception as error:  # of any file that somebody else wrote
         text = str(error) if isinstance(error, (UserError, OSError)) else repr(error)
         since = _seconds_since(run)

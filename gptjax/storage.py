@@ -13,15 +13,17 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from gptjax.config import UserError
 
@@ -30,13 +32,15 @@ RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "2s"}  # som
 ANSWER_SECONDS = 60.0  # within which a request ends, and a second more for each 4 MB
 READ_SECONDS = 900.0  # the same of a read, whose size is not known
 REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "NOT_FOUND")  # for good
-PATIENCE_SECONDS = 180.0  # for which `patiently` tries again
-
-Result = TypeVar("Result")
+PATIENCE_SECONDS = 180.0  # of `patient`
+logger = logging.getLogger(__name__)
 
 
 class Unreachable(OSError):
-    """A bucket does not do what it was asked; a while later it may."""
+    """A bucket does not do what it was asked; a while later it may.
+
+    The command line prints a line, and exits with `config.EXIT_STOPPED`.
+    """
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -139,14 +143,16 @@ class BucketPath:
             if name.startswith(prefix) and not name.endswith("/")
         )
 
-    def _write(self, content: bytes | None, generation: bytes | None = None) -> bytes | None:
+    def _write(
+        self, content: bytes | None, generation: bytes | None = None, wait: bool = True
+    ) -> bytes | None:
         """Puts, or deletes with None; the new generation.
 
         With a generation, only where that is still the one there (`_absent()`: where nothing is);
         None where it is not.
         """
         seconds = ANSWER_SECONDS + len(content or b"") / 4e6
-        stamp = self._do(lambda kv: kv.write(self.key, content, if_equal=generation), seconds)
+        stamp = self._do(lambda kv: kv.write(self.key, content, if_equal=generation), seconds, wait)
         refused = generation is not None and stamp.generation in (b"", _absent())
         if not refused or content is None:
             return bytes(stamp.generation)
@@ -157,31 +163,75 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, reason, str(self))
         return found[1] if found is not None and found[0] == content else None
 
-    def _do(self, request: Callable[[Any], Any], seconds: float = ANSWER_SECONDS) -> Any:
-        try:
-            return request(_open(self.scheme, self.bucket)).result(timeout=seconds)
-        except TimeoutError:
-            reason = f"no answer within {seconds:.0f} s"
-            raise Unreachable(errno.ETIMEDOUT, reason, str(self)) from None
-        except Exception as error:  # tensorstore's are ValueErrors for the most part
-            reason = re.split(r" \[|\n", str(error))[0].strip()
-            kind = OSError if reason.startswith(REFUSALS) else Unreachable
-            raise kind(errno.EIO, reason or type(error).__name__, str(self)) from error
+    def _do(
+        self, request: Callable[[Any], Any], seconds: float = ANSWER_SECONDS, wait: bool = True
+    ) -> Any:
+        end, told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                with asking(self):
+                    return request(_open(self.scheme, self.bucket)).result(timeout=seconds)
+            except Unreachable as error:
+                if not wait or not _patient.is_set():
+                    raise
+                if time.monotonic() > end:
+                    _patient.clear()  # what is asked while the process ends is not waited for too
+                    raise
+                if not told:
+                    words = "%s is out of reach (%s): trying again for %.0f s"
+                    logger.warning(words, self, error.strerror, PATIENCE_SECONDS)
+                told = True
+            time.sleep(1.0)
 
 
 Place = Path | BucketPath
+_patient = threading.Event()
 
 
-def context(patient: bool = False) -> Any:
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """As long as it lasts, a bucket that is away is asked again for `PATIENCE_SECONDS`.
+
+    For what trains; whoever waits at a terminal is told after the seconds of `RETRIES`.
+    """
+    before = _patient.is_set()
+    _patient.set()
+    try:
+        yield
+    finally:
+        if not before:
+            _patient.clear()
+
+
+@contextlib.contextmanager
+def asking(place: Place) -> Iterator[None]:
+    """What tensorstore raises of a bucket is an OSError that names the place.
+
+    Raises:
+        Unreachable: where a later try may succeed.
+    """
+    try:
+        yield
+    except Exception as error:  # tensorstore's are ValueErrors for the most part
+        if isinstance(place, Path) or (isinstance(error, OSError) and error.filename):
+            raise
+        late = "no answer" if isinstance(error, TimeoutError) else ""
+        reason = late or re.split(r" \[|\n", str(error))[0].strip() or type(error).__name__
+        kind = OSError if reason.startswith(REFUSALS) else Unreachable
+        raise kind(errno.EIO, reason, str(place)) from error
+
+
+def context(retries: Mapping[str, Any] | None = None) -> Any:
     """One of tensorstore's: stores of one context share a cache, and can copy from each other.
 
-    A patient one tries a request again for `PATIENCE_SECONDS`.
+    Its requests are tried again as this process is `patient`, unless `retries` says how.
     """
     import tensorstore
 
-    tries = RETRIES | {"max_retries": int(PATIENCE_SECONDS / 2)} if patient else RETRIES
-    retries = {"s3_request_retries": tries, "gcs_request_retries": tries}
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 26}, **retries})
+    often = int(PATIENCE_SECONDS / 2) if _patient.is_set() else RETRIES["max_retries"]
+    tries = dict(retries or RETRIES | {"max_retries": often})
+    settings = {"s3_request_retries": tries, "gcs_request_retries": tries}
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": 1 << 26}, **settings})
 
 
 @functools.cache
@@ -195,7 +245,7 @@ def _absent() -> bytes:
 
 @functools.cache
 def _open(scheme: str, bucket: str) -> Any:
-    return open_kvstore(kvstore(BucketPath(scheme, bucket, "")), context())
+    return open_kvstore(kvstore(BucketPath(scheme, bucket, "")), context(RETRIES))
 
 
 def open_kvstore(spec: dict[str, Any], context: Any) -> Any:
@@ -293,13 +343,18 @@ def replace_file(path: Place, content: bytes) -> None:
     os.replace(aside, path)
 
 
-def replace_unchanged(path: BucketPath, content: bytes, generation: bytes | None) -> bytes:
+def replace_unchanged(
+    path: BucketPath, content: bytes, generation: bytes | None, wait: bool = True
+) -> bytes:
     """Writes over that generation alone, None for nothing; returns the new one.
+
+    Args:
+        wait: as `patient` says; without it a bucket that is away is not waited for.
 
     Raises:
         FileExistsError: if something else is there by now.
     """
-    new = path._write(content, _absent() if generation is None else generation)
+    new = path._write(content, _absent() if generation is None else generation, wait)
     if new is None:
         raise FileExistsError(errno.EEXIST, "another process writes there", str(path))
     return new
@@ -338,7 +393,7 @@ def publish(file: Path, path: Place) -> None:
         os.rename(file, path)
         return
     content = file.read_bytes()
-    if not patiently(lambda: create(path, content)):
+    if not create(path, content):
         raise FileExistsError(errno.EEXIST, "another process writes there", str(path))
     file.unlink()
 
@@ -365,6 +420,8 @@ def files(folder: Place) -> list[str]:
 def disk(folder: Place) -> Iterator[None]:
     try:
         yield
+    except Unreachable:
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write the run's records in {folder}: {error.strerror or error}. Free some "
@@ -388,15 +445,3 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def patiently(action: Callable[[], Result]) -> Result:
-    """What `action` returns; it is tried again for `PATIENCE_SECONDS` while a bucket fails."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return action()
-        except Unreachable:
-            if time.monotonic() > end:
-                raise
-        time.sleep(1.0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ import pytest
 
 from gptjax import model, places, status, storage, trained
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import UserError
+from gptjax.cli import EXIT_USER_ERROR
+from gptjax.config import EXIT_STOPPED, UserError
 from gptjax.data import store as data_store
 from gptjax.data.store import Store
 from gptjax.interop import hf, pretrained
@@ -22,8 +26,8 @@ from gptjax.records import read_metrics
 from gptjax.storage import BucketPath, Place
 from gptjax.study.runner import run_study
 from tests import buckets, tiny
-from tests.child import Child
-from tests.test_loop import SIGKILL, at_step, run, timeless
+from tests.child import GPTJAX, Child, pair_of
+from tests.test_loop import SIGKILL, SIGTERM, at_step, run, timeless
 
 SCHEMES = ("gs", "s3")
 
@@ -40,6 +44,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+TEN: dict[str, Any] = {"train__steps": 10}
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of ten steps on a disk."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(text, folder, **TEN).returncode == 0
+    return folder
+
+
 def put(folder: Path, place: Place) -> None:
     for name in storage.files(folder):
         storage.replace_file(place / name, (folder / name).read_bytes())
@@ -47,16 +62,15 @@ def put(folder: Path, place: Place) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_in_a_bucket_is_the_run_on_a_disk(
-    bucket: BucketPath, text: Path, tmp_path: Path, own_cache: Path
+    bucket: BucketPath, text: Path, whole: Path, own_cache: Path
 ) -> None:
     """Its tokens lie there too. Killed with a checkpoint in flight, then run again."""
     put(text, bucket / "data")
-    knobs: dict[str, Any] = {"data__sources": f"('{bucket / 'data'}',)", "train__steps": 10}
+    knobs: dict[str, Any] = {"data__sources": f"('{bucket / 'data'}',)"} | TEN
     killed = run(text, bucket / "run", at_step(7, SIGKILL), **knobs)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert run(text, bucket / "run", **knobs).returncode == 0
-    assert run(text, tmp_path / "run", train__steps=10).returncode == 0
-    assert timeless(bucket / "run") == timeless(tmp_path / "run")
+    assert timeless(bucket / "run") == timeless(whole)
     assert Checkpoints(bucket / "run" / CHECKPOINTS).steps() == [5, 10]
     assert not [n for n in storage.files(bucket) if n.endswith((".tmp", ".lock", ".partial"))]
     assert any(name.startswith("tensorboard/events") for name in storage.files(bucket / "run"))
@@ -66,6 +80,78 @@ def test_a_killed_run_in_a_bucket_is_the_run_on_a_disk(
     assert again.returncode == 0 and "is done: 10 of 10 steps" in again.stderr
     # What a checkpoint stands for was there before it.
     assert [line["step"] for line in read_metrics(bucket / "run")][-1] == 10
+
+
+# Short tries, and patience for so many seconds.
+PATIENCE = """
+from gptjax import storage
+storage.RETRIES |= {{"max_retries": 1}}
+storage.PATIENCE_SECONDS = {}
+"""
+
+
+def away(seconds: float, after: Callable[[str, str], bool]) -> buckets.Fault:
+    """A store that is away for so long from the first request on of which `after` is true."""
+    begin = math.inf
+
+    def fault(method: str, path: str) -> str:
+        nonlocal begin
+        if after(method, path):
+            begin = min(begin, time.monotonic())
+        return "busy" if begin <= time.monotonic() < begin + seconds else "pass"
+
+    return fault
+
+
+MOMENTS: dict[str, Callable[[str, str], bool]] = {
+    "at the start": lambda method, path: True,
+    "while saving": lambda method, path: method in ("PUT", "POST") and "00000005" in path,
+    "while restoring": lambda method, path: method == "GET" and "00000008/state" in path,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_outlasts_a_bucket_that_is_away(moment: str, text: Path, whole: Path) -> None:
+    """For longer than one request is tried; and where it does not, the same command goes on."""
+    with buckets.served("s3") as proxy:
+        workdir = storage.expand(f"s3://{buckets.BUCKET}/run")
+        if moment == "while restoring":
+            assert run(text, workdir, at_step(7, SIGTERM), **TEN).returncode == EXIT_STOPPED
+        proxy.fault = away(600, MOMENTS[moment])
+        given_up = run(text, workdir, PATIENCE.format(2), **TEN)
+        assert given_up.returncode == EXIT_STOPPED, given_up.stderr
+        assert re.search(r"gptjax: s3://lab/\S+ is out of reach \(ABORTED.*\n$", given_up.stderr)
+        assert "Traceback" not in given_up.stderr
+        proxy.fault = away(4, MOMENTS[moment])
+        waited = run(text, workdir, PATIENCE.format(60), **TEN)
+        assert waited.returncode == 0 and "trying again for 60 s" in waited.stderr, waited.stderr
+        proxy.fault = lambda method, path: "pass"
+        assert timeless(workdir) == timeless(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault, status", [("busy", EXIT_STOPPED), ("forbidden", EXIT_USER_ERROR), (1.0, 0)]
+)
+def test_a_process_that_cannot_save_its_part_ends_all(
+    fault: str | float, status: int, text: Path
+) -> None:
+    """With its name, and no step half complete; one whose puts are slow is waited for."""
+    with buckets.served("s3") as proxy:
+        workdir = storage.expand(f"s3://{buckets.BUCKET}/run")
+        of_1 = "00000010/state/ocdbt.process_1/"
+        proxy.fault = lambda method, path: fault if method == "PUT" and of_1 in path else "pass"
+        with pair_of(text, workdir, f"{PATIENCE.format(2)}\n{GPTJAX}", **TEN) as pair:
+            assert [p.wait(100).returncode for p in pair] == [status] * 2, pair[0].stderr
+        assert ("process 1" in pair[0].stderr) == bool(status)
+        assert "Traceback" not in pair[0].stderr + pair[1].stderr
+        proxy.fault = lambda method, path: "pass"
+        assert Checkpoints(workdir / CHECKPOINTS).steps() == ([5] if status else [5, 10])
+        with pair_of(text, workdir, **TEN) as pair:
+            assert [p.wait(100).returncode for p in pair] == [0, 0], pair[0].stderr
+        told = "resumed at step 5" if status else "is done: 10 of 10"
+        assert told in pair[0].stderr and Checkpoints(workdir / CHECKPOINTS).steps() == [5, 10]
 
 
 @pytest.mark.slow

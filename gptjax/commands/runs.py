@@ -24,9 +24,10 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
-from gptjax.storage import Place, expand, local
+from gptjax.storage import Place, expand, local, patient
 
 
+@patient()
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)
     import jax

@@ -19,7 +19,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError
-from gptjax.storage import expand, local
+from gptjax.storage import expand, local, patient
 
 if TYPE_CHECKING:
     from gptjax.study.results import Results
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STORE, OUT = Path("runs/cells"), Path("runs/studies")
 
 
+@patient()
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
     definition = study_of(arguments, overrides)
@@ -50,6 +51,7 @@ def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
             _report(complete, arguments.out)
 
 
+@patient()
 def run_all(arguments: argparse.Namespace, definition: Study, worker: bool = False) -> Results:
     """Prints the plan, runs the cells without a result, and reads the results of all.
 

@@ -17,7 +17,7 @@ from gptjax.locks import Held, Lock
 from gptjax.progress import say
 from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
-from gptjax.storage import Place, disk, replace_file
+from gptjax.storage import Place, disk, patient, replace_file
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, tuning_cells
@@ -40,6 +40,7 @@ class Elsewhere(Exception):
     """Other processes have what is left to run."""
 
 
+@patient()
 def run_study(study: Study, store: Place, together: int = 1, worker: bool = False) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
