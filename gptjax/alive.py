@@ -21,99 +21,36 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
-import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from gptjax.config import EXIT_STOPPED, UserError
+from gptjax.positions import (
+    SILENT_SECONDS,
+    Position,
+    Seen,
+    describe,
+    hung,
+    listed,
+    position_of,
+    silent,
+)
+from gptjax.signals import Native
 
 HEARTBEAT_SECONDS = 10  # jax counts a process as lost that was silent for so long
 BEAT_SECONDS = 1.0  # how often a process says where it is
-SILENT_SECONDS = 3.0  # who has not for so long is named, should the job be ending
 GRACE_SECONDS = 5.0  # in which a process whose peers end tells its own error, if it has one
 PATIENCE = 6  # so many times train.hang_seconds where a process may be long: compiling, saving
 MEET_SECONDS = "GPTJAX_MEET_SECONDS"  # how long processes wait for each other at the start
 PREFIX = "gptjax/alive/"
-# Words of jaxlib before it aborts because a process, or the service, is lost.
-LOST = b"distributed service detected fatal errors"
-
-
-class Position(NamedTuple):
-    """Where a process is, as it says itself.
-
-    Attributes:
-        beat: grows each second.
-        moves: grows whenever the main thread has got on. All processes run the same program, so
-            who has fewer is behind.
-        patience: seconds for which it may not move; None: not watched.
-        left: status and words of a process that has ended by an error of its own.
-    """
-
-    host: str
-    beat: int = 0
-    moves: int = 0
-    doing: str = "starting"
-    step: int | None = None
-    patience: float | None = None
-    left: tuple[int, str] | None = None
-
-
-class Seen(NamedTuple):
-    """A process as another sees it; times are the seer's, so that no clocks are compared."""
-
-    position: Position
-    beaten: float  # when its beat last changed, in seconds
-    moved: float  # and its moves
-
-    @classmethod
-    def first(cls, position: Position, now: float) -> Seen:
-        return cls(position, now, now)
-
-    def again(self, position: Position, now: float) -> Seen:
-        beaten = self.beaten if position.beat == self.position.beat else now
-        return Seen(position, beaten, self.moved if position.moves == self.position.moves else now)
-
-
-def silent(seen: Sequence[Seen], now: float) -> list[int]:
-    """The processes that have said nothing for a while."""
-    return [i for i, s in enumerate(seen) if now - s.beaten > SILENT_SECONDS]
-
-
-def hung(seen: Sequence[Seen], now: float) -> list[int]:
-    """Those for which the others wait, once each has not moved for longer than its patience.
-
-    They are those behind, by their count of moves: a process that is ahead waits for them, however
-    long it does.
-    """
-    least = min(s.position.moves for s in seen)
-    behind = [i for i, s in enumerate(seen) if s.position.moves == least]
-    patience = [seen[i].position.patience for i in behind]
-    stuck = [
-        p is not None and now - seen[i].moved > p for i, p in zip(behind, patience, strict=True)
-    ]
-    return behind if all(stuck) else []
-
-
-def describe(index: int, position: Position) -> str:
-    """ "process 1 on host7, at step 20 (training)"."""
-    at = "" if position.step is None else f"at step {position.step} "
-    return f"process {index} on {position.host}, {at}({position.doing})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Three of them, and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return "; ".join(names[:3]) + more
 
 
 class Watch:
@@ -122,10 +59,7 @@ class Watch:
     def __init__(self) -> None:
         self._position = Position(socket.gethostname())  # the main thread's alone to change
         self._beat = 0
-        self._stderr = os.dup(2)
-        self._held: IO[bytes] | None = None
-        self._copied = 0  # bytes that were passed on
-        self._new = 0  # those after them that the next call passes on
+        self.native = Native(self._end_as_concluded)
         self._ending = threading.Lock()  # whoever has it ends the process
         self._ticking = threading.Lock()
         self._stopped = False
@@ -144,16 +78,11 @@ class Watch:
         """Begins to watch and to be watched, once jax is initialized.
 
         Raises:
-            UserError: if the processes were told different counts.
+            UserError: if the processes were told different counts, or jax has no such service.
         """
-        # jax 0.10 to 0.12 have no public way to its key-value store; orbax takes it in this way.
-        from jax._src import distributed
-
-        jax_state = distributed.global_state
-        client: Any = jax_state.client
-        index, count = jax_state.process_id, jax_state.num_processes
+        client, index, count = _store()
         self._client, self._index, self._count = client, index, count
-        self.hold_back()
+        self.native.hold_back()
         if index == 0:
             self._tick()  # so that the others find a judgement
             client.key_value_set("gptjax/processes", str(count))
@@ -174,9 +103,7 @@ class Watch:
         faulthandler.cancel_dump_traceback_later()
         with self._ticking:
             jax.distributed.shutdown()
-            self._copy()
-            self._copy()
-            os.dup2(self._stderr, 2)
+            self.native.let_go()
 
     def give_up(self, words: str) -> NoReturn:
         """Ends the process by a mistake of the user's."""
@@ -213,7 +140,7 @@ class Watch:
             while time.monotonic() < until and not (self._lost or self._verdict):
                 time.sleep(BEAT_SECONDS / 10)
             if self._verdict:
-                self._end(*self._conclusion())
+                self._end_as_concluded()
             if self._lost:
                 # Should the fault be of this process after all, it is not hidden.
                 error = " ".join(traceback.format_exception_only(*sys.exc_info()[:2])[-1].split())
@@ -244,7 +171,7 @@ class Watch:
         texts = _by_index(self._client.key_value_dir_get(key))
         missing = [f"process {i}" for i in range(self._count) if i not in texts]
         if missing:
-            raise UserError(f"no word from {_listed(missing)} within {seconds:g} s ({name})")
+            raise UserError(f"no word from {listed(missing)} within {seconds:g} s ({name})")
         if failure:
             raise UserError(f"the processes do not meet ({name}): {failure}")
         return [texts[i] for i in range(self._count)]
@@ -261,7 +188,7 @@ class Watch:
             self._asleep = None
             # A service that does not answer is for jax's heartbeats to judge.
             with contextlib.suppress(Exception), self._ticking:
-                self._copy()
+                self.native.pass_on()
                 self._tick()
             if self._verdict and not self._stopped:
                 status, words = self._conclusion()
@@ -279,7 +206,7 @@ class Watch:
         if self._hang_seconds is not None:
             # Should even this thread be stuck, because the main thread keeps Python's lock.
             seconds = self._hang_seconds * PATIENCE + 10
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._stderr)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self.native.stderr)
         self._beat += 1
         position = json.dumps(self._position._replace(beat=self._beat))
         self._client.key_value_set(f"{PREFIX}{self._index}", position, allow_overwrite=True)
@@ -287,14 +214,14 @@ class Watch:
             self._judge()
         else:
             said = json.loads(self._client.key_value_try_get("gptjax/judged"))
-            self._zero, self._lost = _position(said["zero"]), said["lost"]
+            self._zero, self._lost = position_of(said["zero"]), said["lost"]
             self._verdict = tuple(said["verdict"]) if said["verdict"] else None
 
     def _judge(self) -> None:
         now = time.monotonic()
         texts = _by_index(self._client.key_value_dir_get(PREFIX))
         positions = [
-            _position(json.loads(texts[i])) if i in texts else Position("a host")
+            position_of(json.loads(texts[i])) if i in texts else Position("a host")
             for i in range(self._count)
         ]
         self._seen = (
@@ -319,7 +246,7 @@ class Watch:
             seconds = now - min(self._seen[i].moved for i in stuck)
             words = (
                 f"no progress for {seconds:.0f} s (train.hang_seconds): all wait for "
-                f"{_listed([names[i] for i in stuck])}"
+                f"{listed([names[i] for i in stuck])}"
             )
             self._verdict = self._verdict or (EXIT_STOPPED, words)
         said = {"zero": self._position, "lost": self._lost[:4], "verdict": self._verdict}
@@ -341,9 +268,12 @@ class Watch:
             return status, words + here
         return EXIT_STOPPED, self._who()
 
+    def _end_as_concluded(self) -> NoReturn:
+        self._end(*self._conclusion())
+
     def _who(self) -> str:
         if self._lost:
-            return f"lost: {_listed(self._lost)}"
+            return f"lost: {listed(self._lost)}"
         now = time.monotonic()
         length, end = self._pause
         recent = length if now - end < HEARTBEAT_SECONDS else 0.0
@@ -363,54 +293,12 @@ class Watch:
             sys.stdout.flush()
         with contextlib.suppress(Exception):
             sys.stderr.flush()
-        if os.isatty(self._stderr):
-            os.write(self._stderr, b"\x1b[?25h")  # the cursor, which a bar hides
+        if os.isatty(self.native.stderr):
+            os.write(self.native.stderr, b"\x1b[?25h")  # the cursor, which a bar hides
         if words:
             again = ". The same command goes on from the last save" * (status == EXIT_STOPPED)
-            os.write(self._stderr, f"gptjax: {words}{again}\n".encode())
+            os.write(self.native.stderr, f"gptjax: {words}{again}\n".encode())
         os._exit(status)
-
-    def _copy(self) -> None:
-        """Passes on what libraries in C++ wrote to standard error before the last second."""
-        text = self._held_back()
-        os.write(self._stderr, text[: self._new])
-        self._copied += self._new
-        self._new = len(text) - self._new
-
-    def _held_back(self) -> bytes:
-        if self._held is None:
-            return b""
-        fd = self._held.fileno()
-        return os.pread(fd, os.fstat(fd).st_size - self._copied, self._copied)
-
-    def hold_back(self) -> None:
-        """Catches the abort by which jaxlib answers a lost process, and the pages before it.
-
-        It asks nobody (client.h). Its callback for that, which jax does not set, cannot be written in Python: a status that is
-        not OK does not pass to it (std::bad_cast, jaxlib 0.10.2 to 0.12.0). So what C++ writes is
-        held back for a second, and the signal of the abort is heard. Aborts of other kinds stay as
-        they are. Python's own words go on as before.
-        """
-        if self._held is not None:
-            return
-        self._held = tempfile.TemporaryFile()  # noqa: SIM115
-        # Standard output too, which is for results such as JSON: gloo tells there whom it has met.
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            getattr(sys, name).flush()
-            own, encoding = os.dup(number), getattr(sys, name).encoding
-            buffering = 1 if number == 2 or os.isatty(own) else -1
-            setattr(sys, name, os.fdopen(own, "w", buffering, encoding, "backslashreplace"))
-            os.dup2(self._held.fileno(), number)
-
-        def heard(number: int) -> None:
-            text = self._held_back()
-            if LOST in text:
-                self._end(*self._conclusion())
-            os.write(self._stderr, text)
-
-        libc = ctypes.CDLL(None)
-        self._heard = ctypes.CFUNCTYPE(None, ctypes.c_int)(heard)  # kept: C does not
-        libc.signal(signal.SIGABRT, self._heard)
 
 
 _watch: Watch | None = None
@@ -436,7 +324,7 @@ def meet(distributed: str) -> None:
         _check_port(arguments["coordinator_address"])
     watch = Watch()
     if arguments:  # else a fault at the start, such as a port that is taken, is jax's to tell
-        watch.hold_back()
+        watch.native.hold_back()
     # jax's own limit ends in an abort, so that this one comes first.
     timer = threading.Timer(seconds, _alone, (watch, arguments, seconds))
     timer.daemon = True
@@ -451,6 +339,26 @@ def meet(distributed: str) -> None:
         timer.cancel()
     _watch = watch
     watch.start()
+
+
+def _store() -> tuple[Any, int, int]:
+    """jax's key-value store, this process's index, and the count of all."""
+    import jax
+
+    try:
+        # jax 0.10 to 0.12 have no public way to it: of `jax.distributed` only initialize,
+        # is_initialized and shutdown are public. Orbax takes it in this way too.
+        from jax._src.distributed import global_state
+
+        client: Any = global_state.client
+        for name in ("key_value_set", "key_value_try_get", "wait_at_barrier"):
+            getattr(client, name)
+        return client, global_state.process_id, global_state.num_processes
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax {jax.__version__} has not the key-value store by which processes watch each "
+            f"other ({error}): install the jax of constraints.txt"
+        ) from error
 
 
 def _parse(distributed: str) -> dict[str, Any]:
@@ -543,10 +451,3 @@ def gather(name: str, text: str, seconds: float) -> list[str]:
 def _by_index(pairs: Sequence[tuple[str, str]]) -> dict[int, str]:
     """Of keys that end in "/INDEX"."""
     return {int(key.rpartition("/")[2]): text for key, text in pairs}
-
-
-def _position(fields: Sequence[Any]) -> Position:
-    position = Position(*fields)
-    return position._replace(
-        left=None if position.left is None else (position.left[0], position.left[1])
-    )

@@ -175,8 +175,9 @@ def train_together(
 def _go_on(group: _Group, config: Config, start: int, until: int | None) -> None:
     """The loop of `loop.train` for all members, from step `start` on."""
     steps = config.train.steps
-    with loop.Stop() as stop, Progress(group.title, steps, start) as progress:
+    with Progress(group.title, steps, start) as progress, ExitStack() as stack:
         group.compile(start)
+        stop = stack.enter_context(loop.Stop())
         meter = loop.Meter(config, group.devices, progress, group.write)
         for step in range(start + 1, (steps if until is None else until) + 1):
             meter.add(step, group.step(step - 1))

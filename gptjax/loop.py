@@ -149,13 +149,13 @@ def _attempt(
         where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
         meta: dict[str, Any] = {"config": record, "fingerprints": fingerprints}
-        stop = stack.enter_context(Stop())
         progress = stack.enter_context(Progress("training", steps, start))
         train_step, cost = compile_step(
             state.make_train_step(config), train_state,
             load_batch(setup, spike.batch(spikes, start + 1)),
             traced=bool(profile),
         )  # fmt: skip
+        stop = stack.enter_context(Stop())
         devices = jax.sharding.get_mesh().devices.flatten().tolist()
         log = Log(config, run, start, cost, setup.batches, spikes, recent)
         meter = Meter(config, devices, progress, log.write)

@@ -90,8 +90,8 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "report", "sizes", "study"),
     *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
-    *("profile.py", "progress.py", "records.py", "replay.py", "speak.py", "status.py"),
-    "trained.py",
+    *("positions.py", "profile.py", "progress.py", "records.py", "replay.py", "signals.py"),
+    *("speak.py", "status.py", "trained.py"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from gptjax import alive
-from gptjax.alive import HEARTBEAT_SECONDS, SILENT_SECONDS, Position, Seen
+from gptjax.alive import HEARTBEAT_SECONDS
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
+from gptjax.positions import SILENT_SECONDS, Position, Seen
 from tests.child import GPTJAX, Child, free_port, pair_of
 
 HOST = socket.gethostname()

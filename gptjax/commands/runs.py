@@ -24,9 +24,11 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError, flatten, to_dict
+from gptjax.signals import again_on_sigterm
 from gptjax.storage import Place, expand, local, patient
 
 
+@again_on_sigterm()
 @patient()
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(arguments.distributed)

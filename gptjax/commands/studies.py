@@ -19,6 +19,7 @@ from gptjax.commands.command import (
     prepare_jax,
 )
 from gptjax.config import UserError
+from gptjax.signals import again_on_sigterm
 from gptjax.storage import expand, local, patient
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 STORE, OUT = Path("runs/cells"), Path("runs/studies")
 
 
+@again_on_sigterm()
 @patient()
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
@@ -174,6 +176,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@again_on_sigterm()
 def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.study import noise, runner
     from gptjax.study.spec import Study

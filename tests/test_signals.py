@@ -1,0 +1,73 @@
+"""SIGTERM while nothing is trained yet, wherever the main thread is: each command is a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gptjax.config import EXIT_STOPPED
+from gptjax.signals import again_on_sigterm
+from tests import tiny
+from tests.child import Child, free_port
+
+# Says that it is there, and stays.
+STAYS = """
+    import hashlib, sys, time
+    import jax
+    from gptjax import loop
+    from gptjax.cli import main
+    from gptjax.commands import runs
+
+    before = {function}
+
+    def stays(*args, **kwargs):
+        print("here", flush=True)
+        {stay}
+
+    {function} = stays
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "stay"),
+    [
+        ("runs.prepare_jax", "time.sleep(60)"),  # as importing does, in Python
+        ("jax.distributed.initialize", "before(*args, **kwargs)"),  # nobody else comes
+        # As compiling does: for minutes in C, which gives way to no handler.
+        ("loop.compile_step", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"),
+    ],
+)
+def test_sigterm_before_the_first_step_means_again(
+    function: str, stay: str, text: Path, tmp_path: Path
+) -> None:
+    meet = [f"--distributed=localhost:{free_port()},2,1"] * function.startswith("jax")
+    child = Child(
+        STAYS.format(function=function, stay=stay),
+        *("train", f"--config={tiny.RECIPE}", f"--workdir={tmp_path / 'run'}", *meet),
+        *tiny.overrides(text),
+    )
+    assert next(child.lines("stdout")) == "here\n", child.stderr
+    time.sleep(0.5)  # by now it is in C
+    child.signal(signal.SIGTERM)
+    assert child.wait(20).returncode == EXIT_STOPPED, child.stderr
+    said = [line for line in child.stderr.splitlines() if line.startswith("gptjax: ")]
+    assert said == ["gptjax: SIGTERM while nothing was trained: the same command goes on"]
+
+
+def test_whoever_hears_it_meanwhile_is_left_to_it() -> None:
+    heard: list[int] = []
+    before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+    with again_on_sigterm():
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    assert heard == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+    time.sleep(0.1)
+    assert threading.active_count() == threads
