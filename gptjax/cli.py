@@ -111,7 +111,17 @@ def _launch(
         configure.from_file(recipe, overrides)
     if getattr(arguments, "distributed", None) is not None or getattr(arguments, "worker", False):
         raise UserError("--on tells processes what they are: leave --distributed and --worker out")
-    job = Job(without_launch(words), arguments.processes, together="distributed" in arguments)
+    given, folder = without_launch(words), getattr(arguments, "workdir", None)
+    if "default_folder" in arguments:
+        name, folder = arguments.default_folder(arguments, recipe)
+        if not any(word.partition("=")[0] == name for word in given):
+            given += (f"{name}={folder}",)
+    job = Job(
+        given,
+        arguments.processes,
+        "distributed" in arguments,
+        "" if folder is None else str(folder),
+    )
     return launch(job, arguments.on, arguments.site, "--dry_run" in words)
 
 

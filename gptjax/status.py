@@ -3,6 +3,7 @@
 Everything is only read, no device is touched, and whatever lies in a folder becomes a row. States:
 
     running     a process holds the run
+    queued      a job of Slurm's has it, and no process yet
     waiting     nobody has trained a step of it yet
     stopped     nobody trains it, and its latest checkpoint has all that it logged
     killed      nobody trains it, and it logged steps that no checkpoint has: they are trained again
@@ -27,6 +28,8 @@ from typing import Any
 
 from gptjax import branch
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
+from gptjax.cluster import slurm
+from gptjax.cluster.job import whole
 from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.locks import holder
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
@@ -36,7 +39,7 @@ from gptjax.storage import Place, Unreachable, changed, children
 
 # In the order of a table.
 STATES = (
-    *("running", "waiting", "stopped", "killed", "diverged", "failed", "damaged"),
+    *("running", "queued", "waiting", "stopped", "killed", "diverged", "failed", "damaged"),
     *("finished", "no run"),
 )
 CELL = r"[0-9a-f]{16}(\.\d+)?"  # the folder of a study's run, whose name tells nothing
@@ -52,6 +55,7 @@ class Status:
         run: the folder, as it is reached from the one that was asked for.
         state: a row of `STATES`.
         who: host and process of a running one.
+        job: of Slurm's that has the run or, in a study's store, its runs.
         why: it diverged, failed or is damaged; or what a killed one lost.
         step, steps: done, of all.
         saved: the step that it would go on from.
@@ -64,6 +68,7 @@ class Status:
     run: str
     state: str
     who: str | None = None
+    job: str | None = None
     why: str | None = None
     step: int | None = None
     steps: int | None = None
@@ -82,19 +87,39 @@ def statuses(folder: Place) -> list[Status]:
     Raises:
         UserError: if there is no such folder.
     """
-    if not folder.is_dir():
+    jobs, above = slurm.queued(), whole(folder)
+    if not folder.is_dir() and not any(_inside(job, above) for job in jobs):
         raise UserError(f"{folder} is no folder: name a run's, or one that holds runs")
     if _is_run(folder):
-        return [dataclasses.replace(status(folder), run=str(folder))]
+        return [_with_job(dataclasses.replace(status(folder), run=str(folder)), jobs.get(above))]
     runs = [run for inside in _folders(folder) for run in _runs_of(inside)]
     differs = _differences([run for run in runs if re.fullmatch(CELL, run.name)])
-    of_each = [
-        dataclasses.replace(
-            status(run), run=str(run).removeprefix(f"{folder}/"), differs=differs.get(run)
-        )
-        for run in runs
+    of_each = []
+    for run in runs:
+        name = str(run).removeprefix(f"{folder}/")
+        seen = dataclasses.replace(status(run), run=name, differs=differs.get(run))
+        of_each.append(_with_job(seen, jobs.pop(whole(run), None)))
+    # What no process has begun has no folder; a study's store has, but is no run.
+    of_each += [
+        Status(job.removeprefix(f"{above}/"), "queued", job=words)
+        for job, words in jobs.items()
+        if _inside(job, above)
     ]
     return sorted(of_each, key=lambda s: (STATES.index(s.state), *_natural(s)))
+
+
+def _inside(job: str, folder: str) -> bool:
+    """Whether a job's folder is this one, or would be a row of it."""
+    return job == folder or (
+        job.startswith(f"{folder}/") and job.removeprefix(f"{folder}/").count("/") < 2
+    )
+
+
+def _with_job(seen: Status, job: str | None) -> Status:
+    """What is known of a run that a job has."""
+    idle = ("waiting", "stopped", "killed", "no run")
+    state = "queued" if job is not None and seen.state in idle else seen.state
+    return dataclasses.replace(seen, state=state, job=job)
 
 
 def status(run: Place) -> Status:
@@ -257,7 +282,7 @@ def table(of_each: Sequence[Status]) -> Table:
             MISSING if s.tokens_per_second is None else f"{s.tokens_per_second:,.0f}",
             duration(s.seconds_left),
             MISSING if s.seconds_since is None else f"{duration(s.seconds_since)} ago",
-            s.who or s.why or "",
+            "; ".join(words for words in (s.who or s.why, s.job) if words),
         ]
         for s in of_each
     ]

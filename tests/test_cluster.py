@@ -161,11 +161,57 @@ def test_a_dry_run_prints_what_would_be_submitted_and_starts_nothing(
     monkeypatch.setattr(local, "_free_port", lambda: 1234)
     monkeypatch.setattr(sys, "argv", [PROGRAM])
     assert main([*words, f"--on={on}", "--processes=4", *site, "--dry_run"]) == 0
-    text = TARGETS[on].text(
-        Job(tuple(words), 4, True), read_site(*[s[7:] for s in site] or [None], on)
-    )
+    told = read_site(*[s[7:] for s in site] or [None], on)
+    asked = Job(tuple(words), 4, True, "some where")
+    text = TARGETS[on].text(job.in_bucket(asked, getattr(told, "bucket", "")), told)
     assert capsys.readouterr().out == text
     assert "some where" in text and "--config.seed=3" in text
+
+
+BUCKETS = {
+    "slurm": "",
+    "kubernetes": "image = 'a'\n",
+    "tpu-vm": "name = 'a'\nzone = 'b'\nhosts = 1\n",
+}
+
+
+@pytest.mark.parametrize("on", BUCKETS)
+@pytest.mark.parametrize(
+    "words, arrive",
+    [
+        ("train --workdir=runs/a", "train --workdir=gs://lab/x/runs/a"),
+        ("train --workdir ./runs/a --branch=b@5", "train --workdir gs://lab/x/runs/a --branch=gs://lab/x/b@5"),
+        ("train --workdir=/runs/a", "train --workdir=/runs/a"),
+        ("train --workdir=s3://other/a", "train --workdir=s3://other/a"),
+        ("train --config=RECIPE", "train --config=RECIPE --workdir=gs://lab/x/runs/tiny"),
+        ("train --workdir=a --config.data.sources=('b',) --from=c", "train --workdir=gs://lab/x/a --config.data.sources=('b',) --from=c"),
+        ("eval --compare a /b", "eval --compare gs://lab/x/a /b"),
+    ],
+)  # fmt: skip
+def test_folders_of_runs_lie_in_the_bucket_of_a_site(
+    on: str, words: str, arrive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "site.toml").write_text(f"{BUCKETS[on]}bucket = 'gs://lab/x/'\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = str(tiny.RECIPE)
+    given = words.replace("RECIPE", recipe).split()
+    assert main([*given, f"--on={on}", "--site=site.toml", "--dry_run"]) == 0
+    shown = " ".join(shlex.split(capsys.readouterr().out.replace('"', " ").replace(",", " ")))
+    expected = arrive.replace("RECIPE", recipe).replace(",", " ")
+    assert expected in shown, shown
+
+
+def test_a_study_s_store_lies_in_the_bucket_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("site.toml").write_text("bucket = 's3://lab'\n")
+    words = ["study", "a.py", "--on=slurm", "--site=site.toml", "--dry_run"]
+    assert main(words) == 0
+    assert "study a.py --store=s3://lab/runs/cells --worker" in capsys.readouterr().out
+    assert main([*words, "--store=../cells"]) == 2
+    assert "leads out of the site's bucket" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("on", [on for on in TARGETS if on != "local"])
@@ -198,6 +244,8 @@ REFUSED = [
     ([*TRAIN, "--on=slurm", "--site=SITE"], "partion = 'a'", "did you mean 'partition'.*valid keys"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "notice = '1'", "notice must be int, got '1'"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "notice = 0", "notice must be at least 1, got 0"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "bucket = 'runs'", "bucket='runs' must be such as gs://"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "bucket = 'gs://'", "gs:// is no place for files"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "environment = ['A']", "'A' is no NAME=VALUE"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "environment = ['A B=1']", "no name of a variable"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "environment = ['A=1', 'A=2']", "names one twice"),

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from gptjax import status
 from gptjax.cli import main
 from gptjax.study.results import read
 from tests import tiny
@@ -251,7 +252,15 @@ def test_a_job_whose_task_fails_ends_and_so_does_one_that_is_cancelled(
         submitted(capfd, "train", f"--workdir={name}", f"--config={tiny.RECIPE}", *told)
         for name in ("fails", "cancelled")
     )
+    held = submitted(
+        capfd, *("train", "--workdir=some where/held", f"--config={tiny.RECIPE}"),
+        site(tmp_path, options=["--hold"]),
+    )  # fmt: skip
     wait_for(lambda: len(list(tmp_path.glob(f"begun.{cancelled}.*"))) == 2, 60, lambda: "no start")
+    seen = {s.run: (s.state, s.job) for s in status.statuses(tmp_path)}
+    assert seen["some where/held"] == ("queued", f"Slurm job {held}: pending, JobHeldUser")
+    assert seen["cancelled"] == ("queued", f"Slurm job {cancelled}: running, n[0-1]")
+    asked("scancel", held)
     asked("scancel", cancelled)
     ended(fails, 60)
     ended(cancelled, 60)

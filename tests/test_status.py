@@ -15,6 +15,7 @@ import pytest
 
 from gptjax import ensemble, loop, records, setup, status
 from gptjax.cli import main
+from gptjax.cluster import slurm
 from gptjax.config import UserError
 from gptjax.study import runner
 from tests import tiny
@@ -242,6 +243,61 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys: Any) -> None:
         status.statuses(tmp_path / "nowhere")
     assert main(["status", str(tmp_path)]) == 0
     assert "holds no run" in capsys.readouterr().out
+
+
+def stands_in_for_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """The real one is asked in test_cluster_slurm.py."""
+    (folder / "bin").mkdir()
+    (folder / "bin/squeue").write_text(f"#!/bin/sh\n{code}\n")
+    (folder / "bin/squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+
+
+def test_what_slurm_has_is_queued(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished, runs / "finished")
+    (runs / "cells" / "new").mkdir(parents=True)
+    (runs / "cells" / "new" / records.BEGUN).write_bytes(b".")
+    (tmp_path / "link").symlink_to(runs)
+    jobs = {
+        "4_[2-7]": f"PENDING|(Resources)|gptjax {runs}/cells",
+        "4_0": f"RUNNING|n0|gptjax {runs}/cells",
+        "5": f"RUNNING|n[0-1]|gptjax {runs}/cells/new",
+        "6": f"PENDING|(Priority)|gptjax {runs}/a b/c",
+        "7": f"PENDING|(Priority)|gptjax {runs}/too/deep/here",
+        "8": "PENDING|(Priority)|gptjax gs://lab/run",
+        "9": f"RUNNING|n0|{runs}/of another",
+        "10": "RUNNING|n0|",
+        "11": f"COMPLETING|n0|gptjax {runs}/finished",
+    }
+    lines = "\n".join(f"{number}|{rest}" for number, rest in jobs.items())
+    stands_in_for_squeue(tmp_path, monkeypatch, f"cat <<'END'\n{lines}\nEND")
+    seen = {s.run: (s.state, s.why, s.job) for s in status.statuses(tmp_path / "link")}
+    assert seen == {
+        "a b/c": ("queued", None, "Slurm job 6: pending, Priority"),
+        "cells": (
+            *("queued", None),
+            "Slurm job 4_[2-7]: pending, Resources; Slurm job 4_0: running, n0",
+        ),
+        "cells/new": ("queued", "resumes at step 0", "Slurm job 5: running, n[0-1]"),
+        "finished": ("finished", None, "Slurm job 11: completing, n0"),
+    }
+    (new,) = status.statuses(runs / "a b" / "c")
+    assert (new.run, new.state) == (str(runs / "a b" / "c"), "queued")
+    with pytest.raises(UserError, match="is no folder"):
+        status.statuses(runs / "elsewhere")
+
+
+@pytest.mark.parametrize("code", ["echo 'no controller' >&2; exit 1", "exec sleep 60"])
+def test_a_queue_that_does_not_answer_changes_nothing(
+    code: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(slurm, "SQUEUE_SECONDS", 0.5)
+    stands_in_for_squeue(tmp_path, monkeypatch, code)
+    assert of(finished).state == "finished"
+    assert "Slurm's queue is not known: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

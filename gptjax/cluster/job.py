@@ -10,12 +10,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 
 from gptjax.config import UserError
+from gptjax.storage import BucketPath, Place, expand
+
+# What names folders of runs in the words of a command, and how many words follow it.
+FOLDERS = {"--workdir": 1, "--store": 1, "--branch": 1, "--compare": 2}
 
 
 class Job(NamedTuple):
@@ -25,11 +30,13 @@ class Job(NamedTuple):
         words: of the user's command, "train", "--config=...", as they were given.
         processes: that run it, above 0.
         together: whether they are one jax program. Else each works for itself.
+        folder: of the run, or of a study's runs; "" if there is none.
     """
 
     words: tuple[str, ...]
     processes: int
     together: bool
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -43,6 +50,47 @@ class Job(NamedTuple):
     def command(self, program: Sequence[str], meet: str = "--distributed") -> list[str]:
         """What one process runs: `meet` tells those of one jax program where the others are."""
         return [*program, *self.words, meet if self.together else "--worker"]
+
+
+def in_bucket(job: Job, bucket: str) -> Job:
+    """The job with the folders of runs in a bucket, but for whole paths and URLs.
+
+    Raises:
+        UserError: if one leads out of it.
+    """
+
+    def moved(folder: str) -> str:
+        path = expand(folder)
+        if isinstance(path, BucketPath) or path.is_absolute():
+            return folder
+        if ".." in path.parts:
+            raise UserError(f"{folder} leads out of the site's bucket {bucket}: write it whole")
+        return str(expand(bucket) / path)
+
+    words: list[str] = []
+    follow = 0
+    for word in job.words:
+        name, equals, folder = word.partition("=")
+        if follow:
+            words.append(moved(word))
+            follow -= 1
+        elif name in FOLDERS and equals:
+            words.append(f"{name}={moved(folder)}")
+        else:
+            words.append(word)
+            follow = FOLDERS.get(name, 0)
+    return job._replace(words=tuple(words), folder=job.folder and moved(job.folder))
+
+
+def whole(folder: Place) -> str:
+    """A folder as every node knows it."""
+    return str(folder.resolve() if isinstance(folder, Path) else folder)
+
+
+def check_bucket(bucket: str) -> None:
+    """Refuses, of a site's, what is neither "" nor a bucket or a folder in one."""
+    if bucket and not isinstance(expand(bucket), BucketPath):
+        raise UserError(f"bucket={bucket!r} must be such as gs://BUCKET or s3://BUCKET/FOLDER")
 
 
 def this_program() -> tuple[str, ...]:

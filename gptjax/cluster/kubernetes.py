@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gptjax.cluster.job import Job, give, pairs, render, variables
+from gptjax.cluster.job import Job, check_bucket, give, pairs, render, variables
 from gptjax.config import UserError, choose
 
 PORT = 8476  # at which the processes of a jax program meet, on the first pod
@@ -22,6 +22,7 @@ class Site:
         queue: of Kueue; None without.
         folder: where the command runs; None is the image's own.
         program: what runs gptjax in the image.
+        bucket: where folders of runs lie that are no whole paths; "" leaves them as they are.
         environment: "NAME=VALUE".
         limits: of a pod, "nvidia.com/gpu=8", "google.com/tpu=4", "memory=64Gi".
         node_selector: "cloud.google.com/gke-tpu-topology=4x4".
@@ -37,6 +38,7 @@ class Site:
     queue: str | None = None
     folder: str | None = None
     program: tuple[str, ...] = ("python", "launch.py")
+    bucket: str = ""
     environment: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     node_selector: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class Site:
             raise UserError('program must name what runs gptjax, such as ["python", "launch.py"]')
         choose(KINDS, self.kind, "kind")
         variables(self.environment)
+        check_bucket(self.bucket)
         for field in ("limits", "node_selector", "volumes"):
             pairs(getattr(self, field), field)
         for name, least in {"notice": 1, "restarts": 0}.items():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gptjax import storage
 from gptjax.cluster import kubernetes, local, slurm, tpu_vm
-from gptjax.cluster.job import Job
+from gptjax.cluster.job import Job, in_bucket
 from gptjax.config import UserError, choose, from_dict
 from gptjax.configure import RECIPES
 
@@ -47,6 +47,8 @@ def launch(job: Job, on: str, site: str | None, dry_run: bool) -> int:
     if job.processes < 1:
         raise UserError(f"--processes={job.processes} must be above 0")
     particulars = read_site(site, on)
+    if bucket := getattr(particulars, "bucket", ""):  # this host has none
+        job = in_bucket(job, bucket)
     try:
         "".join(job.words).encode()
     except UnicodeEncodeError:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+from collections import defaultdict
 
-from gptjax.cluster.job import Job, give, render, this_program, variables
+from gptjax.cluster.job import Job, check_bucket, give, render, this_program, variables, whole
 from gptjax.config import EXIT_STOPPED, UserError
+from gptjax.progress import say
+from gptjax.storage import expand
+
+COMMENT = "gptjax "  # in the comment of a job, before the folder of its run
+SQUEUE_SECONDS = 10.0
+TOLD = 3  # jobs of one folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Site:
         srun_options: of srun, "--container-image=...".
         environment: "NAME=VALUE".
         setup: shell, before the tasks start, "module load cuda".
+        bucket: where folders of runs lie that are no whole paths; "" leaves them as they are.
         program: what runs gptjax on a node; empty is the interpreter and script that submit.
     """
 
@@ -34,12 +44,14 @@ class Site:
     tasks_per_node: int = 1
     options: tuple[str, ...] = ()
     srun_options: tuple[str, ...] = ()
+    bucket: str = ""
     environment: tuple[str, ...] = ()
     setup: str = ""
     program: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         variables(self.environment)
+        check_bucket(self.bucket)
         for name, least in {
             "notice": 1,
             "restarts": 0,
@@ -103,8 +115,11 @@ def script(job: Job, site: Site) -> str:
     gpus = site.gpus_per_node // site.tasks_per_node  # of a task
     if job.together and gpus > 1:  # of which jax would take one a task
         environment |= {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))}
+    comment = COMMENT + whole(expand(job.folder)) if job.folder else None
     options = {
         "job-name": job.name,
+        # By which `queued` knows it; a name in several lines is none of an option.
+        "comment": comment if comment and comment.isprintable() else None,
         "partition": site.partition,
         "account": site.account,
         "time": site.time,
@@ -134,3 +149,34 @@ def script(job: Job, site: Site) -> str:
 
 def submit(job: Job, site: Site) -> int:
     return give(["sbatch"], script(job, site))
+
+
+def queued() -> dict[str, str]:
+    """{folder of a run or of a study's runs: the jobs of this user that wait or run there}.
+
+    "Slurm job 17: pending, Priority". Nothing where there is no squeue; where it does not answer,
+    that is told.
+    """
+    if shutil.which("squeue") is None:
+        return {}
+    command = ["squeue", "--me", "--noheader", "--format=%i|%T|%R|%k"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False
+        )
+        failure = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failure = str(error)
+    if failure:
+        say(f"Slurm's queue is not known: {failure.splitlines()[-1]}")
+        return {}
+    jobs = defaultdict(list)
+    for line in done.stdout.splitlines():
+        number, state, reason, comment = line.split("|", 3)
+        if comment.startswith(COMMENT):
+            words = f"Slurm job {number}: {state.lower()}, {reason.strip('()')}"
+            jobs[comment.removeprefix(COMMENT)].append(words)
+    return {
+        folder: "; ".join(words[:TOLD]) + f"; {len(words) - TOLD} more" * (len(words) > TOLD)
+        for folder, words in jobs.items()
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-from gptjax.cluster.job import Job, give, render, variables
+from gptjax.cluster.job import Job, check_bucket, give, render, variables
 from gptjax.config import UserError
 
 
@@ -18,6 +18,7 @@ class Site:
         hosts: of the slice; each runs one process.
         folder: on each host, where the command runs; one that is not absolute lies in the home.
         setup: shell, run there first, such as the installation.
+        bucket: where folders of runs lie that are no whole paths; "" leaves them as they are.
         environment: "NAME=VALUE".
         program: what runs gptjax there.
     """
@@ -28,6 +29,7 @@ class Site:
     project: str | None = None
     folder: str = "."
     setup: str = ""
+    bucket: str = ""
     environment: tuple[str, ...] = ()
     program: tuple[str, ...] = ("python3", "launch.py")
 
@@ -35,6 +37,7 @@ class Site:
         if not self.program:
             raise UserError('program must name what runs gptjax, such as ["python", "launch.py"]')
         variables(self.environment)
+        check_bucket(self.bucket)
         if self.hosts < 1:
             raise UserError(f"hosts must be at least 1, got {self.hosts}")
 

@@ -54,11 +54,6 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     steps, recipe = profile.parse_steps(arguments.profile), arguments.config or DEFAULT_RECIPE
     workdir, begin = _workdir(arguments, recipe), None
     if arguments.branch is not None:
-        if arguments.workdir is None or arguments.config or arguments.start:
-            raise UserError(
-                "--branch takes the run's own config, its parameters and a folder: give --workdir "
-                "and knobs, such as --config.train.steps=2000, and neither --config=FILE nor --from"
-            )
         config = configure.override(branch.of_run(arguments.branch, workdir), overrides)
     else:
         config = branch.resolve(configure.from_file(recipe, overrides))
@@ -85,10 +80,18 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:
     from gptjax import configure
 
+    if getattr(arguments, "branch", None) is not None and (
+        arguments.workdir is None or arguments.config or arguments.start
+    ):
+        raise UserError(
+            "--branch takes the run's own config, its parameters and a folder: give --workdir "
+            "and knobs, such as --config.train.steps=2000, and neither --config=FILE nor --from"
+        )
     return arguments.workdir or Path("runs") / configure.find(recipe)[0].stem
 
 
 def _add_workdir(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(default_folder=lambda a, recipe: ("--workdir", _workdir(a, recipe)))
     parser.add_argument(
         "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
     )
@@ -482,9 +485,10 @@ describes local ones.
         _add_status,
         "What the runs in a folder are doing: state, step, loss, rate, time left.",
         f"""\
-One row for each run of a folder, or for the run that it is: running, waiting (for its first step),
-stopped, killed (steps are lost that its log has), diverged, failed, damaged or finished; where,
-and since when none of its files has changed. Only reads, uses no device, and may be called
+One row for each run of a folder, or for the run that it is: running, queued (a Slurm job has it, and
+no process yet), waiting (for its first step), stopped, killed (steps are lost that its log has),
+diverged, failed, damaged or finished; where, and since when none of its files has changed. Your jobs
+are those that `--on=slurm` submitted, by squeue where there is one. Only reads, uses no device, and may be called
 while runs train. The time left counts training alone, not evaluation and saving. Runs of a study
 are told apart by their seed and by the knobs that most of them have otherwise.
 

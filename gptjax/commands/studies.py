@@ -128,6 +128,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(default_folder=lambda a, recipe: ("--store", a.store))
     parser.add_argument(
         "--store",
         type=expand,
