@@ -357,7 +357,7 @@ def _store() -> tuple[Any, int, int]:
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"jax {jax.__version__} has not the key-value store by which processes watch each "
-            f"other ({error}): install the jax of constraints.txt"
+            f"other ({error}): install one that pyproject.toml allows"
         ) from error
 
 

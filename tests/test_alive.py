@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jax._src import distributed
 
 from gptjax import alive
 from gptjax.alive import HEARTBEAT_SECONDS
@@ -215,6 +216,17 @@ def test_processes_that_were_told_different_counts_end() -> None:
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(alive.UserError, match=re.escape(address)):
         alive._parse(address)
+
+
+@pytest.mark.parametrize("client", ["gone", None, object()])
+def test_a_jax_that_hides_its_store_is_told(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is private: another release may have it elsewhere, or by other names."""
+    if client == "gone":
+        monkeypatch.delattr(distributed, "global_state")
+    else:
+        monkeypatch.setattr(distributed.global_state, "client", client)
+    with pytest.raises(alive.UserError, match=r"jax \d\S* has not the key-value store .*install"):
+        alive._store()
 
 
 def test_one_process_is_not_watched() -> None:

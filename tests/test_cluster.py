@@ -168,50 +168,45 @@ def test_a_dry_run_prints_what_would_be_submitted_and_starts_nothing(
     assert "some where" in text and "--config.seed=3" in text
 
 
-BUCKETS = {
-    "slurm": "",
-    "kubernetes": "image = 'a'\n",
-    "tpu-vm": "name = 'a'\nzone = 'b'\nhosts = 1\n",
-}
-
-
-@pytest.mark.parametrize("on", BUCKETS)
 @pytest.mark.parametrize(
     "words, arrive",
     [
-        ("train --workdir=runs/a", "train --workdir=gs://lab/x/runs/a"),
-        ("train --workdir ./runs/a --branch=b@5", "train --workdir gs://lab/x/runs/a --branch=gs://lab/x/b@5"),
+        ("train --workdir=runs/a --config.x=1", "train --workdir=gs://lab/x/runs/a --config.x=1"),
+        (
+            "train --workdir ./a --branch=b@5",
+            "train --workdir gs://lab/x/a --branch=gs://lab/x/b@5",
+        ),
         ("train --workdir=/runs/a", "train --workdir=/runs/a"),
+        ("train --workdir=~/a", "train --workdir=~/a"),
         ("train --workdir=s3://other/a", "train --workdir=s3://other/a"),
-        ("train --config=RECIPE", "train --config=RECIPE --workdir=gs://lab/x/runs/tiny"),
-        ("train --workdir=a --config.data.sources=('b',) --from=c", "train --workdir=gs://lab/x/a --config.data.sources=('b',) --from=c"),
-        ("eval --compare a /b", "eval --compare gs://lab/x/a /b"),
+        ("train --workdir=a --from=b", "train --workdir=gs://lab/x/a --from=b"),
+        ("eval --compare a /b c", "eval --compare gs://lab/x/a /b c"),
+        ("study c.py --store cells --out out", "study c.py --store gs://lab/x/cells --out out"),
     ],
-)  # fmt: skip
-def test_folders_of_runs_lie_in_the_bucket_of_a_site(
-    on: str, words: str, arrive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    (tmp_path / "site.toml").write_text(f"{BUCKETS[on]}bucket = 'gs://lab/x/'\n")
-    monkeypatch.chdir(tmp_path)
-    recipe = str(tiny.RECIPE)
-    given = words.replace("RECIPE", recipe).split()
-    assert main([*given, f"--on={on}", "--site=site.toml", "--dry_run"]) == 0
-    shown = " ".join(shlex.split(capsys.readouterr().out.replace('"', " ").replace(",", " ")))
-    expected = arrive.replace("RECIPE", recipe).replace(",", " ")
-    assert expected in shown, shown
+)
+def test_folders_of_runs_lie_in_the_bucket_of_a_site(words: str, arrive: str) -> None:
+    moved = job.in_bucket(job_of(*words.split())._replace(folder="a"), "gs://lab/x/")
+    assert moved.words == tuple(arrive.split())
+    assert moved.folder == "gs://lab/x/a"
 
 
-def test_a_study_s_store_lies_in_the_bucket_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words, arrive",
+    [
+        (f"train --config={tiny.RECIPE}", "--workdir=s3://lab/runs/base"),
+        ("study a.py", "--store=s3://lab/runs/cells"),
+    ],
+)
+def test_what_a_launch_decides_is_shown(
+    words: str, arrive: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("site.toml").write_text("bucket = 's3://lab'\n")
-    words = ["study", "a.py", "--on=slurm", "--site=site.toml", "--dry_run"]
-    assert main(words) == 0
-    assert "study a.py --store=s3://lab/runs/cells --worker" in capsys.readouterr().out
-    assert main([*words, "--store=../cells"]) == 2
-    assert "leads out of the site's bucket" in capsys.readouterr().err
+    """The folder where none is named, too."""
+    (tmp_path / "site.toml").write_text("bucket = 's3://lab'\n")
+    launched = [*words.split(), "--on=slurm", f"--site={tmp_path / 'site.toml'}", "--dry_run"]
+    assert main(launched) == 0
+    assert f"{words} {arrive} " in capsys.readouterr().out
+    assert main([*launched, "--store=../cells" if "study" in words else "--workdir=../a"]) == 2
+    assert "leads out of the site's bucket s3://lab" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("on", [on for on in TARGETS if on != "local"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 
 from gptjax.cluster.job import Job, check_bucket, give, render, this_program, variables, whole
 from gptjax.config import EXIT_STOPPED, UserError
-from gptjax.progress import say
 from gptjax.storage import expand
 
 COMMENT = "gptjax "  # in the comment of a job, before the folder of its run
@@ -168,7 +168,7 @@ def queued() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure:
-        say(f"Slurm's queue is not known: {failure.splitlines()[-1]}")
+        print(f"Slurm's queue is not known: {failure.splitlines()[-1]}", file=sys.stderr)
         return {}
     jobs = defaultdict(list)
     for line in done.stdout.splitlines():
