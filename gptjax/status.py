@@ -2,8 +2,8 @@
 
 Everything is only read, no device is touched, and whatever lies in a folder becomes a row. States:
 
-    running     a process holds the run
-    queued      a job of Slurm's has it, and no process yet
+    running     a process holds the run, or a job of Slurm's runs that is to
+    queued      such a job waits
     waiting     nobody has trained a step of it yet
     stopped     nobody trains it, and its latest checkpoint has all that it logged
     killed      nobody trains it, and it logged steps that no checkpoint has: they are trained again
@@ -101,7 +101,7 @@ def statuses(folder: Place) -> list[Status]:
         of_each.append(_with_job(seen, jobs.pop(whole(run), None)))
     # What no process has begun has no folder; a study's store has, but is no run.
     of_each += [
-        Status(job.removeprefix(f"{above}/"), "queued", job=words)
+        _with_job(Status(job.removeprefix(f"{above}/"), "no run"), words)
         for job, words in jobs.items()
         if _inside(job, above)
     ]
@@ -117,8 +117,9 @@ def _inside(job: str, folder: str) -> bool:
 
 def _with_job(seen: Status, job: str | None) -> Status:
     """What is known of a run that a job has."""
-    idle = ("waiting", "stopped", "killed", "no run")
-    state = "queued" if job is not None and seen.state in idle else seen.state
+    state = seen.state
+    if job is not None and state in ("waiting", "stopped", "killed", "no run"):
+        state = "running" if ": running," in job else "queued"
     return dataclasses.replace(seen, state=state, job=job)
 
 

@@ -259,7 +259,7 @@ def test_a_job_whose_task_fails_ends_and_so_does_one_that_is_cancelled(
     wait_for(lambda: len(list(tmp_path.glob(f"begun.{cancelled}.*"))) == 2, 60, lambda: "no start")
     seen = {s.run: (s.state, s.job) for s in status.statuses(tmp_path)}
     assert seen["some where/held"] == ("queued", f"Slurm job {held}: pending, JobHeldUser")
-    assert seen["cancelled"] == ("queued", f"Slurm job {cancelled}: running, n[0-1]")
+    assert seen["cancelled"] == ("running", f"Slurm job {cancelled}: running, n[0-1]")
     asked("scancel", held)
     asked("scancel", cancelled)
     ended(fails, 60)

@@ -278,10 +278,10 @@ def test_what_slurm_has_is_queued(
     assert seen == {
         "a b/c": ("queued", None, "Slurm job 6: pending, Priority"),
         "cells": (
-            *("queued", None),
+            *("running", None),
             "Slurm job 4_[2-7]: pending, Resources; Slurm job 4_0: running, n0",
         ),
-        "cells/new": ("queued", "resumes at step 0", "Slurm job 5: running, n[0-1]"),
+        "cells/new": ("running", "resumes at step 0", "Slurm job 5: running, n[0-1]"),
         "finished": ("finished", None, "Slurm job 11: completing, n0"),
     }
     (new,) = status.statuses(runs / "a b" / "c")

@@ -485,8 +485,8 @@ describes local ones.
         _add_status,
         "What the runs in a folder are doing: state, step, loss, rate, time left.",
         f"""\
-One row for each run of a folder, or for the run that it is: running, queued (a job of Slurm's has
-it, and no process yet), waiting (for its first step), stopped, killed (steps are lost that its log
+One row for each run of a folder, or for the run that it is: running, queued (by a job of Slurm's
+that waits), waiting (for its first step), stopped, killed (steps are lost that its log
 has), diverged, failed, damaged or finished; where, and since when none of its files has changed.
 Only reads, uses no device, and may be called while runs train. squeue, where there is one, is asked
 for the jobs that `--on=slurm` submitted. The time left counts training alone, not evaluation and
