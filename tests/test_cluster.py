@@ -566,6 +566,7 @@ def test_two_processes_train_as_one_stop_and_go_on(
 ) -> None:
     """The words of one process: stopped by Ctrl-C, and started again."""
     monkeypatch.chdir(tmp_path)
+    tiny.devices()  # this process's own eight, before the flags are those of others
     monkeypatch.setenv("XLA_FLAGS", tiny.environment(1)["XLA_FLAGS"])
     monkeypatch.setattr(sys, "argv", [PROGRAM])
     knobs = {"train__steps": 30, "train__checkpoint_every": 100}

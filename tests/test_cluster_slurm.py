@@ -172,6 +172,7 @@ def ended(job: str, seconds: float) -> None:
 def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """XLA_FLAGS of processes with a device each; jobs begin in the folder of the test."""
     monkeypatch.chdir(tmp_path)
+    tiny.devices()  # this process's own eight, before the flags are those of others
     monkeypatch.setenv("XLA_FLAGS", tiny.environment(1)["XLA_FLAGS"])
     return os.environ["XLA_FLAGS"]
 

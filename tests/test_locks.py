@@ -34,7 +34,6 @@ def test_a_name_is_held_by_one(folder: Place) -> None:
 def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code = """
     import sys, tempfile, time
     from gptjax import locks
@@ -45,6 +44,8 @@ def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(
         time.sleep(100)
     """
     killed, living = (Child(code, tmp_path) for _ in range(2))
+    # Not before: the first child starts a server, whose socket's path must be short.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders = [Path(next(child.lines("stdout")).strip()) for child in (killed, living)]
     (tmp_path / "gptjax-other-1-1-x").mkdir()  # of another host
     killed.kill()

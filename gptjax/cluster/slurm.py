@@ -162,7 +162,7 @@ def queued() -> dict[str, str]:
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%R|%k"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False
+            command, capture_output=True, encoding="utf-8", timeout=SQUEUE_SECONDS, check=False
         )
         failure = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
