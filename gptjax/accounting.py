@@ -292,18 +292,22 @@ def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
         flops |= {"total": sum(flops.values())}
         parts = ", ".join(f"{part} {n:.4g}" for part, n in flops.items())
         lines.append(f"FLOPs of a token, forward and backward, causal: {parts}")
-    memory = f"memory of a device, mesh {' x '.join(f'{a}={n}' for a, n in mesh_shape.items())}: "
+    mesh = " x ".join(f"{axis}={n}" for axis, n in mesh_shape.items())
+    return [*lines, f"memory of a device, mesh {mesh}: {memory(config, mesh_shape)}"]
+
+
+def memory(config: Config, mesh_shape: Mapping[str, int]) -> str:
+    """`memory_bytes`, or why there are none, for a person."""
     try:
         sharding.check_divisible(config, gpt.abstract_params(config.model), mesh_shape)
-    except ConfigError as error:
-        return [*lines, f"{memory}none, {error}"]
-    try:
         sizes_in_bytes = memory_bytes(config, mesh_shape)
-    except Uncountable:
-        return [*lines, f"{memory}not counted, for the same reason"]
+    except ConfigError as error:
+        return f"none, {error}"
+    except Uncountable as error:
+        return f"not counted: {error}"
     sizes = {part: f"{n / 2**20:,.1f} MiB" for part, n in sizes_in_bytes.items()}
     sizes |= {part: f"about {sizes[part]}" for part in ("activations", "logits", "total")}
-    return [*lines, memory + ", ".join(map(" ".join, sizes.items()))]
+    return ", ".join(map(" ".join, sizes.items()))
 
 
 # Dense bf16 FLOP/s of a device, by how its `device_kind` begins; the first match counts.

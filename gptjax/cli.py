@@ -21,7 +21,7 @@ from gptjax.commands.command import (
     Command,
     without_launch,
 )
-from gptjax.config import EXIT_STOPPED, UserError, out_of_memory
+from gptjax.config import EXIT_STOPPED, LESS_MEMORY, UserError, out_of_memory
 from gptjax.storage import Unreachable
 
 EXIT_USER_ERROR = 2
@@ -196,9 +196,6 @@ def _explain(error: BaseException) -> tuple[int | None, str]:
             )
         case OSError():
             return EXIT_USER_ERROR, f"{error.filename or 'a file'}: {error.strerror or error}"
-    if out_of_memory(error):
-        return EXIT_USER_ERROR, (
-            "out of memory: lower data.batch_size or raise train.accumulation, set "
-            "model.remat or optim.loss_vocab_chunk, or split the model by the section mesh"
-        )
+    if words := out_of_memory(error):
+        return EXIT_USER_ERROR, f"{words}: {LESS_MEMORY}"
     return None, ""

@@ -42,13 +42,24 @@ class UserError(Exception):
     """
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the host or a device had too little memory, of which jax makes no type of its own.
+LESS_MEMORY = (
+    "raise train.accumulation, lower data.batch_size or eval.batch_size, set model.remat or "
+    "optim.loss_vocab_chunk, or split the model by the section mesh"
+)
 
-    An array that could not be made tells so with another status once it is read, in the same words.
+
+def out_of_memory(error: BaseException) -> str:
+    """How the host or a device tells that it has too little memory; "" of another error.
+
+    Jax makes no type of its own of it, and an array that could not be made tells so with another
+    status once it is read, in the same words.
     """
     words = "RESOURCE_EXHAUSTED", "Out of memory"
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    if isinstance(error, (UserError, OSError)):  # tensorstore says the same of a full disk
+        return ""
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        return f"out of memory ({(str(error).strip().splitlines() or ['the host'])[0]})"
+    return ""
 
 
 class ConfigError(UserError):

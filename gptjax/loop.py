@@ -26,13 +26,13 @@ from jax.experimental import multihost_utils
 
 from gptjax import accounting, alive, branch, heap, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, Train, UserError, to_dict
+from gptjax.config import LESS_MEMORY, Config, Train, UserError, out_of_memory, to_dict
 from gptjax.data.batches import Batches
 from gptjax.perplexity import Evaluator, Score
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
-from gptjax.setup import Start, describe, load_batch, set_up
+from gptjax.setup import Start, describe, load_batch, set_up, settle
 from gptjax.storage import Place, patient, replace_file
 from gptjax.watch import make_watch
 
@@ -81,13 +81,19 @@ def train(
 
     Raises:
         Stopped: on SIGTERM or Ctrl-C, once the state is saved.
-        UserError: on whatever the user can mend: config, data, disk, divergence.
+        UserError: on whatever the user can mend: config, data, disk, memory, divergence.
     """
     while True:
         try:
             return _attempt(config, workdir, begin, until, profile)
         except spike.Spiked as spiked:
             _go_back(config, workdir, spiked)
+        except Exception as error:
+            if words := out_of_memory(error):
+                shape = jax.sharding.get_mesh().shape
+                held = accounting.memory(settle(config), shape)
+                raise UserError(f"{words}. A device holds {held}: {LESS_MEMORY}") from error
+            raise
 
 
 def _go_back(config: Config, workdir: Place, spiked: spike.Spiked) -> None:

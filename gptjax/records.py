@@ -156,7 +156,7 @@ class Run:
                 self.sync(wait=False)
 
     def sync(self, wait: bool = True) -> None:
-        """Returns once all that was logged is where the run's folder lies, for others to read.
+        """Returns once all that was logged is where the run's folder lies, and stays there.
 
         Args:
             wait: for a bucket that is away, as `storage.patient` says.
@@ -170,6 +170,7 @@ class Run:
         self._synced = time.monotonic()
         with disk(self.folder):
             self._events.flush()
+            os.fsync(self._metrics.fileno())
             self._bring(wait)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gptjax.config import UserError
 
@@ -334,13 +334,21 @@ def changed(path: Place) -> int:
 
 
 def replace_file(path: Place, content: bytes) -> None:
-    """Writes so that no reader and no kill ever sees half a file."""
+    """Writes so that no reader, no kill and no loss of power ever leaves half a file."""
     if isinstance(path, BucketPath):
         path.write_bytes(content)
         return
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(content)
+    with aside.open("wb") as file:
+        file.write(content)
+        _to_disk(file)
     os.replace(aside, path)
+
+
+def _to_disk(file: IO[bytes]) -> None:
+    """Returns once the disk has a file: its name must never reach it before its content."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def replace_unchanged(
@@ -371,12 +379,7 @@ def create(path: Place, content: bytes) -> bool:
         return path._write(content, _absent()) is not None
     if path.exists():
         return False
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # the name must never reach the disk before the content
-    os.replace(aside, path)
+    replace_file(path, content)
     return True
 
 
@@ -390,6 +393,8 @@ def publish(file: Path, path: Place) -> None:
     """
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as stream:
+            _to_disk(stream)
         os.rename(file, path)
         return
     content = file.read_bytes()

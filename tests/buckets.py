@@ -146,6 +146,16 @@ class Proxy(Server):
         self.requests: list[tuple[str, str]] = []
         super().__init__(_Proxy)
 
+    def leave(self) -> None:
+        """Nobody answers, nor listens at the port any more."""
+        self.fault = lambda method, path: "unheard"  # to connections that are open
+        self.close()
+
+    def come_back(self) -> None:
+        """To the port that it had."""
+        self.fault = lambda method, path: "pass"
+        Server.__init__(self, _Proxy, self.server_address[1])
+
 
 class _Proxy(_Handler):
     server: Proxy

@@ -37,6 +37,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seconds", type=float, default=math.inf, help="start no test after so long")
+    parser.addoption("--kills", type=int, default=5, help="of tests/test_faults.py")
 
 
 def pytest_collection_finish() -> None:

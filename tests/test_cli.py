@@ -1000,13 +1000,13 @@ def test_what_is_no_mistake_of_the_user_s_keeps_its_traceback(
         (KeyboardInterrupt(), 130, "gptjax: interrupted\n"),
         (loop.Stopped(), cli.EXIT_STOPPED, ""),
         (PermissionError(13, "Permission denied", "x"), 2, "gptjax: x: Permission denied\n"),
-        (RuntimeError("RESOURCE_EXHAUSTED: 3G"), 2, "gptjax: out of memory: lower "),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3G"), 2, "gptjax: out of memory (RESOURCE_EXH"),
         (
             RuntimeError("INTERNAL: x: Out of memory allocating 3"),
             2,
-            "gptjax: out of memory: lower ",
+            "gptjax: out of memory (INTERNAL: x: Out of memory allocating 3): raise ",
         ),
-        (MemoryError(), 2, "gptjax: out of memory: lower "),
+        (MemoryError(), 2, "gptjax: out of memory (the host): raise train.accumulation, lower"),
     ):
         command(error)
         done = gptjax("config")

@@ -12,7 +12,7 @@ import jax
 
 from gptjax import ensemble, loop, setup, speak, trained
 from gptjax.checkpoint import Busy
-from gptjax.config import Config, UserError, out_of_memory
+from gptjax.config import LESS_MEMORY, Config, UserError, out_of_memory
 from gptjax.locks import Held, Lock
 from gptjax.progress import say
 from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
@@ -224,12 +224,8 @@ def _reason(error: Exception) -> str | None:
     """Why a cell failed, in a line; None of an error that is no matter of the cell."""
     if isinstance(error, UserError):
         return str(error)
-    if out_of_memory(error):
-        first = (str(error).strip().splitlines() or ["the host's"])[0]
-        return (
-            f"out of memory ({first}): lower data.batch_size or eval.batch_size, raise "
-            "train.accumulation, or set model.remat"
-        )
+    if words := out_of_memory(error):
+        return f"{words}: {LESS_MEMORY}"
     return None
 
 
