@@ -23,8 +23,9 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from gptjax import branch
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
@@ -44,6 +45,7 @@ STATES = (
 )
 CELL = r"[0-9a-f]{16}(\.\d+)?"  # the folder of a study's run, whose name tells nothing
 SHOWN = 4  # knobs of a study's run
+Result = TypeVar("Result")
 MARKS = {"diverged": DIVERGED, "failed": FAILED}  # whose "reason" is told
 
 
@@ -92,12 +94,12 @@ def statuses(folder: Place) -> list[Status]:
         raise UserError(f"{folder} is no folder: name a run's, or one that holds runs")
     if _is_run(folder):
         return [_with_job(dataclasses.replace(status(folder), run=str(folder)), jobs.get(above))]
-    runs = [run for inside in _folders(folder) for run in _runs_of(inside)]
+    runs = [run for found in _each(_runs_of, _folders(folder)) for run in found]
     differs = _differences([run for run in runs if re.fullmatch(CELL, run.name)])
     of_each = []
-    for run in runs:
+    for run, row in zip(runs, _each(status, runs), strict=True):
         name = str(run).removeprefix(f"{folder}/")
-        seen = dataclasses.replace(status(run), run=name, differs=differs.get(run))
+        seen = dataclasses.replace(row, run=name, differs=differs.get(run))
         of_each.append(_with_job(seen, jobs.pop(whole(run), None)))
     # What no process has begun has no folder; a study's store has, but is no run.
     of_each += [
@@ -173,6 +175,12 @@ def _status(run: Place) -> Status:
     )  # fmt: skip
 
 
+def _each(function: Callable[[Place], Result], places: Sequence[Place]) -> list[Result]:
+    """What it returns of each; a bucket is asked for many at once."""
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(function, places))
+
+
 def _is_run(folder: Place) -> bool:
     files = (CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS, *MARKS.values(), BEGUN)
     for file in files:
@@ -183,7 +191,9 @@ def _is_run(folder: Place) -> bool:
 
 
 def _folders(folder: Place) -> list[Place]:
-    return [p for p in children(folder) if not p.name.startswith(".") and p.is_dir()]
+    inside = [p for p in children(folder) if not p.name.startswith(".")]
+    are_folders = _each(lambda p: p.is_dir(), inside)
+    return [p for p, is_folder in zip(inside, are_folders, strict=True) if is_folder]
 
 
 def _runs_of(folder: Place) -> list[Place]:
@@ -197,16 +207,17 @@ def _runs_of(folder: Place) -> list[Place]:
 
 def _config(run: Place) -> Config | None:
     """None where it is not written yet."""
-    if not (run / CONFIG).exists():
-        return None
-    return recorded(json.loads((run / CONFIG).read_bytes()))
+    with contextlib.suppress(FileNotFoundError):
+        return recorded(json.loads((run / CONFIG).read_bytes()))
+    return None
 
 
 def _last(metrics: Place) -> dict[str, float]:
     """The last value of each of the names that a row shows, and the last step."""
-    if not metrics.exists():
+    try:
+        lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was torn
+    except FileNotFoundError:
         return {}
-    lines = metrics.read_bytes().split(b"\n")[:-1]  # what follows the last line's end was torn
     values: dict[str, float] = {}
     for place, line in reversed(list(enumerate(lines, 1))):
         try:

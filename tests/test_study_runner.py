@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import loop, records
+from gptjax import loop, records, storage
 from gptjax.cli import main
 from gptjax.config import UserError
 from gptjax.records import read_environment, read_metrics
 from gptjax.setup import Setup
+from gptjax.storage import Place
 from gptjax.study import results, runner
 from gptjax.study.results import Outcome, at_edge, check_alike, outcome, read
 from gptjax.study.spec import Cell, Study, cells, load, tuning_cells
 from gptjax.study.store import COMPUTES
-from tests import tiny
+from tests import buckets, tiny
 from tests.child import Child
 from tests.test_loop import timeless
 
@@ -38,8 +39,9 @@ LABELS = ["base, seed 0", "base, seed 1", "rope, seed 0", "rope, seed 1"]
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from gptjax import storage
 from gptjax.study import runner, spec
-found = runner.run_study(spec.load(Path(sys.argv[1])), Path(sys.argv[2]))
+found = runner.run_study(spec.load(Path(sys.argv[1])), storage.expand(sys.argv[2]))
 print(json.dumps([
     [o.cell.label, o.status, o.metric, *(a.tolist() for a in o.curve)] for o in found.outcomes
 ]))
@@ -96,13 +98,13 @@ def copied(whole: Whole, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole.cells, tmp_path / "cells"))
 
 
-def starts(store: Path) -> dict[str, int]:
+def starts(store: Place) -> dict[str, int]:
     """How often each cell was started."""
-    folders = [f for f in store.iterdir() if f.name != ".locks"]
+    folders = [f for f in storage.children(store) if f.name != ".locks"]
     return {f.name: len(read_environment(f)) for f in folders}
 
 
-def logs(store: Path) -> dict[str, Any]:
+def logs(store: Place) -> dict[str, Any]:
     """What every cell logged, but for the time it took."""
     return {name: timeless(store / name) for name in starts(store)}
 
@@ -630,3 +632,25 @@ def test_a_study_killed_six_times_has_the_same_table(
     assert child.returncode == 0, child.stderr
     assert table(child.stdout) == whole.table
     assert logs(tmp_path) == logs(whole.cells)
+
+
+@pytest.mark.slow
+def test_a_study_in_a_bucket_killed_and_gone_on_with_by_two_has_the_same_table(
+    file: Path, whole: Whole
+) -> None:
+    """Each cell that is left is begun by one of the two, and told so to the other."""
+    with buckets.served("s3"):
+        store = storage.expand(f"s3://{buckets.BUCKET}/cells")
+        killed = Child(SCRIPT, file, str(store))
+        for line in killed.lines():
+            if line.startswith("step 10") and begun(killed.stderr) == LABELS[:2]:
+                break
+        killed.kill()
+        assert set(starts(store).values()) == {1} and len(starts(store)) == 2
+        workers = [Child(SCRIPT, file, str(store)) for _ in range(2)]
+        for child in workers:
+            assert child.wait().returncode == 0, child.stderr
+        assert sorted(begun(workers[0].stderr) + begun(workers[1].stderr)) == LABELS[1:]
+        assert sorted(starts(store).values()) == [1, 1, 1, 2]
+        assert [table(child.stdout) for child in workers] == [whole.table] * 2
+        assert logs(store) == logs(whole.cells)

@@ -30,8 +30,8 @@ configs/base.py explains each.
 EXITS = """\
 Exit status: 0 done, 1 a check that failed (replay, coord-check, doctor), 2 a mistake that the
 message explains (--debug shows where), 75 stopped by SIGTERM or Ctrl-C after saving, or because
-another process was lost or a bucket is out of reach: the same command goes on. What can be made again is kept in
-~/.cache/gptjax, or where GPTJAX_CACHE says.
+another process was lost or a bucket is out of reach: the same command goes on. What can be made
+again is kept in ~/.cache/gptjax, or where GPTJAX_CACHE says.
 """
 
 
