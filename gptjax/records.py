@@ -124,6 +124,7 @@ class Run:
             self._metrics = (self._growing / METRICS).open("ab", buffering=0)
             self._events = _events(self._growing / TENSORBOARD, start, resume_step)
             self._synced = time.monotonic()
+            self._bring()  # so that the log is there from the start, as on a disk
 
     def __enter__(self) -> Self:
         return self

@@ -159,7 +159,7 @@ class BucketPath:
         # What was refused may be ours: the answer to the first try got lost, and it was repeated.
         found = self.find()
         if found is None and generation == _absent():
-            reason = "nothing is there, and yet nothing can be created: is there such a bucket?"
+            reason = "nothing is there, and yet nothing can be created: no such bucket"
             raise FileNotFoundError(errno.ENOENT, reason, str(self))
         return found[1] if found is not None and found[0] == content else None
 
@@ -278,19 +278,20 @@ def expand(path: str | Place) -> Place:
     """What a path or URL names; ~/x lies in the home directory, as a shell reads it.
 
     Raises:
-        UserError: on another kind of URL, or one without a bucket; where the home directory is not
-            known.
+        UserError: on another kind of URL, or one without a bucket or with a single slash; where the
+            home directory is not known.
     """
     text = str(path)
     match = re.fullmatch(r"([\w.+-]+)://([^/]*)/*(.*?)/*", text, re.DOTALL)
-    if match is None:
+    mistyped = re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", text)  # which pathlib makes of a URL, too
+    if match is None and not mistyped:
         try:
             return Path(text).expanduser()
         except RuntimeError:
             raise UserError(
                 f"{text}: its home directory is not known, write the whole path"
             ) from None
-    scheme, bucket, key = match.groups()
+    scheme, bucket, key = match.groups() if match else ("", "", "")
     if scheme not in SCHEMES or len(bucket) < 3:
         raise UserError(
             f"{text} is no place for files: write a path, gs://BUCKET/X or s3://BUCKET/X"

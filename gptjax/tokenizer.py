@@ -267,7 +267,7 @@ def load(name: str) -> Tokenizer:
             folder is not there or its tokenizer is no reversible byte-level BPE.
     """
     if (folder := folder_of(name)) is not None:
-        return _from_folder(name if name in FOLDERS else str(folder), folder)
+        return _from_folder(name if name in FOLDERS else str(expand(name)), folder)
     try:
         parts = TOKENIZERS[name]()
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gptjax import model, places, status, storage, trained
+from gptjax import model, places, status, storage, tokenizer, trained
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import EXIT_USER_ERROR
 from gptjax.config import EXIT_STOPPED, UserError
@@ -27,6 +28,7 @@ from gptjax.storage import BucketPath, Place
 from gptjax.study.runner import run_study
 from tests import buckets, tiny
 from tests.child import GPTJAX, Child, pair_of
+from tests.test_cli import gptjax, refused, works
 from tests.test_loop import SIGKILL, SIGTERM, at_step, run, timeless
 
 SCHEMES = ("gs", "s3")
@@ -308,3 +310,108 @@ def test_what_one_process_hashes_falls_with_their_number(
             assert saved < 2**20 / count + 30_000
             assert restored < 2**20 / count + 30_000
         assert Checkpoints(folder).steps() == [1]
+
+
+# The words of each command that takes a place; FAR is a bucket, NEAR a folder of this machine.
+WORDS: dict[str, str] = {
+    "train": "train --workdir=FAR/run KNOBS",
+    "doctor": "doctor --workdir=FAR/run KNOBS",
+    "eval": "eval --workdir=FAR/run --json",
+    "compare": "eval --compare FAR/run FAR/run --json",
+    "tasks": "tasks --workdir=FAR/model --lambada=NEAR/words.jsonl --json",
+    "status of a run": "status FAR/run",
+    "status of a folder": "status FAR",
+    "replay": "replay FAR/run",
+    "generate": "generate --workdir=FAR/run --prompt=the",
+    "ask": "ask --workdir=FAR/model --config.sample.max_new_tokens=4 the",
+    "chat": "chat --workdir=FAR/model --config.sample.max_new_tokens=4",
+    "export": "export --workdir=FAR/run --out=NEAR/exported",
+    "import": "import FAR/model --out=NEAR/imported",
+    "fine-tune": "train --from=FAR/model --workdir=FAR/tuned KNOBS",
+    "branch": "train --branch=FAR/run@4 --workdir=FAR/branched --config.train.steps=6",
+    "tokenizer": "data NEAR/text.txt --out=NEAR/tokens --tokenizer=FAR/model",
+    "batches": "data show --workdir=FAR/run",
+    "study": "study --axis=optim.peak_lr=1e-3,2e-3 --seeds=1 --store=FAR/cells --out=NEAR/out KNOBS",
+    "report": "report --axis=optim.peak_lr=1e-3,2e-3 --seeds=1 --store=FAR/cells --out=NEAR/out KNOBS",
+    "noise": "noise --seeds=2 --store=FAR/cells KNOBS",
+}
+
+
+def words(command: str, far: object, near: Path) -> list[str]:
+    """Those of a row of `WORDS`."""
+    steps = {"train__steps": 4, "train__eval_every": 4, "train__checkpoint_every": 4}
+    small = [f"--config={tiny.RECIPE}", *tiny.overrides(Path("FAR/data"), **steps)]
+    of_row = WORDS[command].split()
+    found = [*of_row, *small] if of_row[-1] == "KNOBS" else of_row
+    return [
+        word.replace("FAR", str(far)).replace("NEAR", str(near))
+        for word in found
+        if word != "KNOBS"
+    ]
+
+
+@pytest.fixture(scope="module")
+def lab(
+    text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[BucketPath, Path, buckets.Proxy]]:
+    """A bucket with data, a run on it and a model that holds dialogues; a folder on this machine."""
+    near = tmp_path_factory.mktemp("near")
+    with buckets.served("s3") as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTJAX_CACHE", str(near / "cache"))
+        far = BucketPath("s3", buckets.BUCKET, "lab")
+        put(text, far / "data")
+        (near / "text.txt").write_text(tiny.TEXT)
+        (near / "words.jsonl").write_text('{"text": "the cat sees the sun"}\n')
+        works(*words("train", far, near))
+        works("export", f"--workdir={far / 'run'}", f"--out={near / 'model'}")
+        (near / "model" / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+        )
+        put(near / "model", far / "model")
+        yield far, near, proxy
+
+
+@pytest.mark.slow
+def test_commands_take_places_in_a_bucket(
+    lab: tuple[BucketPath, Path, buckets.Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, near, _ = lab
+    for command in WORDS:
+        monkeypatch.setattr("sys.stdin", io.StringIO("the\n"))
+        works(*words(command, far, near))
+    assert Checkpoints(far / "branched" / CHECKPOINTS).steps()[-1] == 6
+    assert tokenizer.load(str(far / "model")).name == str(far / "model"), "not that of the copy"
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_commands_refuse_what_is_no_place_in_a_line(
+    lab: tuple[BucketPath, Path, buckets.Proxy], command: str, tmp_path: Path
+) -> None:
+    far, _, proxy = lab
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    for place in ("s3:/lab", "s3://"):
+        refused("is no place for files: write a path", *words(command, place, tmp_path))
+    refused("NoSuchBucket|no such bucket", *words(command, "s3://absent", tmp_path))
+    proxy.fault = lambda method, path: "forbidden"
+    tokenizer.load.cache_clear()
+    try:
+        refused("PERMISSION_DENIED", *words(command, far, tmp_path))
+    finally:
+        proxy.fault = lambda method, path: "pass"
+
+
+def test_what_only_reads_ends_within_seconds_where_a_bucket_is_away(
+    lab: tuple[BucketPath, Path, buckets.Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, near, proxy = lab
+    monkeypatch.setattr(storage, "RETRIES", storage.RETRIES | {"max_retries": 1})
+    storage._open.cache_clear()
+    proxy.fault = lambda method, path: "busy"
+    try:
+        for command in ("eval", "status of a folder", "generate", "replay", "batches", "report"):
+            done = gptjax(*words(command, far, near))
+            assert done.status == EXIT_STOPPED and not done.out, done
+            assert re.fullmatch(r"gptjax: s3://lab/\S+ is out of reach \(.*\n", done.err), done.err
+    finally:
+        proxy.fault = lambda method, path: "pass"
+        storage._open.cache_clear()

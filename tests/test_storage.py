@@ -71,10 +71,8 @@ def test_a_url_is_a_bucket_s_and_stays_one(text: str, url: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["s3:/lab/a", "a://b", "http://lab/x", "s3://", "gs://ab/x"])
-def test_other_urls_are_no_places(text: str, tmp_path: Path) -> None:
-    if text == "s3:/lab/a":  # what pathlib makes of a URL is a path, and no bucket
-        assert storage.expand(text) == Path(text)
-        return
+def test_other_urls_are_no_places(text: str) -> None:
+    assert storage.expand(f"./{text.replace('//', '/')}") == Path(text.replace("//", "/"))
     with pytest.raises(UserError, match="is no place for files: write a path, gs://BUCKET/X or s3"):
         storage.expand(text)
 
@@ -181,7 +179,7 @@ def test_patience_outlasts_a_store_that_is_away(
 def test_a_bucket_that_is_not_there_is_told(bucket: buckets.Proxy) -> None:
     if bucket.scheme == "gs":
         bucket.fault = lambda method, path: "refused" if method == "POST" else "pass"
-    with pytest.raises(FileNotFoundError, match="is there such a bucket"):
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
         storage.create(storage.expand(f"{bucket.scheme}://absent/a"), b"1")
     bucket.fault = lambda method, path: "pass"
 
