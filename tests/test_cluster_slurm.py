@@ -6,9 +6,12 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from typing import Any
 import pytest
 
 from gptjax import status
+from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import main
 from gptjax.study.results import read
 from tests import tiny
@@ -46,6 +50,7 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+SlurmdTimeout=30
 SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
@@ -268,3 +273,72 @@ def test_a_job_whose_task_fails_ends_and_so_does_one_that_is_cancelled(
     for job, state in ((fails, "FAILED"), (cancelled, "CANCELLED")):
         shown = asked("scontrol", "show", "job", job)
         assert f"JobState={state}" in shown and "Restarts=0" in shown
+
+
+def processes_of(node: str, folder: Path) -> dict[int, str]:
+    """What runs on a node of this Slurm, {number: name}: its daemon, steps and tasks."""
+    found: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = set((process / "environ").read_bytes().split(b"\0"))
+            if f"SLURM_CONF={folder}/slurm.conf".encode() not in variables:
+                continue
+            status = (process / "status").read_text()
+            if words[:4] == [b"slurmd", b"-D", b"-N", node.encode()]:
+                found[int(process.name)] = "slurmd"
+            elif f"SLURMD_NODENAME={node}".encode() in variables:
+                parent = int(re.search(r"PPid:\t(\d+)", status)[1])
+                found[int(process.name)] = "task"
+                if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                    found[parent] = "step"
+    return found
+
+
+def test_a_node_disappears_and_the_job_goes_on_once_it_is_back(
+    slurm: Path,
+    text: Path,
+    tmp_path: Path,
+    flags: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """That of the batch script and the coordinator, with all that runs there. Slurm queues the job
+    again by itself. The last of these tests: the node goes with it.
+    """
+    (tmp_path / "slow.py").write_text(SLOW.format(repo=str(REPO)))
+    words = [f"--config={tiny.RECIPE}", *tiny.overrides(text, train__steps=20)]
+    particulars = site(
+        tmp_path,
+        program=[sys.executable, str(tmp_path / "slow.py")],
+        environment=[f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{free_port()}", f"XLA_FLAGS={flags}"],
+    )
+    job = submitted(capfd, "train", *words, "--workdir=queued", "--processes=2", particulars)
+    assert main(["train", *words, "--workdir=through", "--on=local", "--processes=2"]) == 0
+
+    def trained() -> bool:
+        return Checkpoints(Path("queued") / CHECKPOINTS).latest() is not None
+
+    log = tmp_path / f"slurm-{job}.out"
+    wait_for(trained, 120, log.read_text)
+    killed, begin = processes_of("n0", slurm), time.monotonic()
+    assert set(killed.values()) == {"slurmd", "step", "task"}
+    for number in killed:
+        os.kill(number, signal.SIGKILL)
+
+    def waits() -> bool:
+        """Slurm knows that the node is lost, and has queued the job again."""
+        nodes = asked("sinfo", "--noheader", "--Node", "--format=%N %t")  # "n0 down*"
+        job_state = asked("squeue", "--noheader", "--format=%T", f"--job={job}").strip()
+        return "n0 down" in nodes and job_state == "PENDING"
+
+    wait_for(waits, 120, log.read_text)
+    with capfd.disabled():
+        print(f"\nn0 killed: queued again after {time.monotonic() - begin:.0f} s")
+    daemon = subprocess.Popen(["slurmd", "-D", "-N", "n0"])
+    try:
+        ended(job, 150)
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+    assert "queued: resumed at step" in log.read_text()
+    assert timeless(tmp_path / "queued") == timeless(tmp_path / "through")
