@@ -103,6 +103,9 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = placeholder(int)  # batch-parallel replicas; None: all remaining devices
     c.mesh.fsdp = 1  # shards parameters and optimiser state as well as the batch
+    # Shards the tokens of a row: a longer context, for which memory falls as 1 / n. It takes contexts
+    # that are multiples of 2 n.
+    c.mesh.sequence = 1
     c.mesh.tensor = 1  # shards heads, feed-forward and vocabulary
 
     c.train = t = ConfigDict()

@@ -32,7 +32,7 @@ from gptjax.layers.norm import NORM
 from gptjax.layers.parameter import Spec
 from gptjax.layers.position import POSITION
 from gptjax.optim import state_specs
-from gptjax.sharding import ACTIVATION_RULES, parameter_spec
+from gptjax.sharding import parameter_spec
 from gptjax.trainable import trainable
 
 
@@ -130,13 +130,12 @@ def _products(
     model: Model, rows: tuple[Any, ...], batch: int, mesh_shape: tuple[tuple[str, int], ...]
 ) -> list[Product]:
     """The products of a forward pass of `batch` full rows, traced on an abstract mesh."""
-    axes, sizes = tuple(zip(*mesh_shape, strict=True)) or ((), ())
-    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Explicit,) * len(axes))
+    mesh = _abstract_mesh(mesh_shape)
     with jax.sharding.use_abstract_mesh(mesh):
 
         def placed(shape: tuple[int, ...], dtype: Any, where: PartitionSpec) -> Any:
             return jax.ShapeDtypeStruct(
-                shape, dtype, sharding=NamedSharding(mesh, where) if axes else None
+                shape, dtype, sharding=NamedSharding(mesh, where) if mesh_shape else None
             )
 
         params = jax.tree.map(
@@ -146,6 +145,11 @@ def _products(
         tokens_BT = placed((batch, model.context), jnp.int32, sharding.spec("BT"))
         jaxpr = jax.make_jaxpr(functools.partial(gpt.apply, model))(params, tokens_BT)
     return list(_walk(jaxpr.jaxpr, "", 1))
+
+
+def _abstract_mesh(shape: tuple[tuple[str, int], ...]) -> AbstractMesh:
+    axes, sizes = tuple(zip(*shape, strict=True)) or ((), ())
+    return AbstractMesh(sizes, axes, axis_types=(AxisType.Explicit,) * len(axes))
 
 
 # Of these it is not known what they multiply, or how often.
@@ -240,7 +244,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 
     def held(array: jax.ShapeDtypeStruct, where: PartitionSpec) -> int:
         split = jax.tree.leaves(tuple(where))  # an entry is an axis, several or None
-        ways = math.prod(mesh_shape[axis] for axis in split)
+        ways = math.prod(mesh_shape.get(axis, 1) for axis in split)
         return math.prod(array.shape) * array.dtype.itemsize // ways
 
     def total(arrays: Any, where: Any) -> int:
@@ -252,8 +256,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 
     rows = config.data.batch_size // config.train.accumulation
     products = _products(_same_products(m), _rows(m), rows, mesh)
-    stream = rows * m.context * m.width * (2 if m.dtype == "bfloat16" else 4)
-    stream //= math.prod(mesh_shape[axis] for axis in ACTIVATION_RULES["B"])
+    with jax.sharding.use_abstract_mesh(_abstract_mesh(mesh)):
+        tokens = rows * m.context // (sharding.ways("B") * sharding.ways("T"))
+        stores_scores = kernel_for(m, m.context) == "plain"
+    stream = tokens * m.width * (2 if m.dtype == "bfloat16" else 4)
     match m.remat:
         case "full":
             activations = m.layers * stream
@@ -263,7 +269,6 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
             activations = sum(p.bytes for p in products if p.part not in ("scores", "unembedding"))
         case _:
             products_kept = (p for p in products if p.part != "unembedding")
-            stores_scores = kernel_for(m, m.context) == "plain"
             activations = 2 * sum(
                 p.bytes for p in products_kept if stores_scores or p.part != "scores"
             )

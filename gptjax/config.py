@@ -289,20 +289,25 @@ class Mesh:
 
     data: int | None
     fsdp: int
+    sequence: int = field(metadata=off(1))
     tensor: int
 
     def __post_init__(self) -> None:
         _numbers(self)
-        _positive(self, "data", "fsdp", "tensor")
+        _positive(self, *self._axes())
 
     @property
     def splits(self) -> dict[str, int]:
         """The knobs that split a model over devices, and over how many."""
-        sizes = {"mesh.fsdp": self.fsdp, "mesh.tensor": self.tensor}
+        sizes = {f"mesh.{axis}": getattr(self, axis) for axis in self._axes() if axis != "data"}
         return {name: size for name, size in sizes.items() if size > 1}
 
+    @classmethod
+    def _axes(cls) -> list[str]:
+        return [axis.name for axis in dataclasses.fields(cls)]
 
-BATCH_PARALLEL = Mesh(data=None, fsdp=1, tensor=1)  # each device has a whole model
+
+BATCH_PARALLEL = Mesh(data=None, fsdp=1, sequence=1, tensor=1)  # each device has a whole model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -348,7 +348,8 @@ def stream(
     check_length(config, longest + most)
     # Of one row, a narrow product takes XLA ten times as long on CPUs as of two.
     fewest = 2 if config.dtype == "bfloat16" or config.products == "int8" else 1
-    surplus = sharding.round_up(max(fewest, len(texts)), "B") - len(texts)
+    with sharding.phase("decoding"):
+        surplus = sharding.round_up(max(fewest, len(texts)), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     room = _room(longest, size)
     start = 0 if kept is None else min(kept.common(texts), longest - 1)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from gptjax.sharding import ACTIVATION_RULES, out, shard
+from gptjax.sharding import out, shard, ways
 
 
 class Sums(NamedTuple):
@@ -81,7 +80,7 @@ def token_nll(
     yields NaN.
     """
     x_BTD = shard(x_BTD, "BTD")
-    V, shards = dims.index("V"), _shards()
+    V, shards = dims.index("V"), ways("V")
     vocab = kernel.shape[V]
     # Splitting V into (V, C) moves nothing: a shard's columns are contiguous.
     shape = (*kernel.shape[:V], shards, vocab // shards, *kernel.shape[V + 1 :])
@@ -92,12 +91,6 @@ def token_nll(
     nll_BT, log_z_BT = results
     in_vocab_BT = (targets_BT >= 0) & (targets_BT < vocab)
     return nll_BT * jnp.where(in_vocab_BT, 1.0, jnp.nan), log_z_BT
-
-
-def _shards() -> int:
-    """How many devices share the vocabulary; 1 where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in ACTIVATION_RULES["V"]]))
 
 
 class _Chunk(NamedTuple):

@@ -68,17 +68,22 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None, name: int) -> jax.Array:
+def dropout(
+    x_BTD: jax.Array, rate: float, key: jax.Array | None, name: int, balanced: bool = False
+) -> jax.Array:
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate); no key, no dropout.
 
     Srivastava et al. 2014. On embeddings and branch outputs, not on attention weights,
-    which fused kernels never form. `name` separates the places of a layer.
+    which fused kernels never form. `name` separates the places of a layer. Tokens that stand
+    `balanced` are dropped as if they stood in order.
     """
     if key is None or rate == 0:
         return x_BTD
     keep = jax.random.bernoulli(
         jax.random.fold_in(key, name), 1 - rate, x_BTD.shape, out_sharding=sharding.out("BTD")
     )
+    if balanced:
+        keep = sharding.balance(keep, "BTD")
     return jnp.where(keep, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
@@ -109,7 +114,7 @@ class Block(nn.Module):
             if (scale := parametrisation.branch_multiplier(c)) != 1:
                 y = scale * y
             number = ("attention", "feedforward").index(name)
-            y = dropout(y, c.dropout, context.dropout_key, number)
+            y = dropout(y, c.dropout, context.dropout_key, number, context.order_T is not None)
             return norm(kind.stream, f"{name}_norm_stream", x + tap(f"{name}_added", y))
 
         extras: list[Any] = []  # the value and the cache of `attention`
@@ -291,6 +296,8 @@ def hidden(
 ) -> Hidden:
     """The residual stream after the last layer, final norm and multiplier: what is unembedded.
 
+    Arguments and results are in the order of the text, also where the mesh splits rows.
+
     Args:
         config: the architecture.
         params: the tree of `init`, or with a cache also that of `split_layers`.
@@ -306,16 +313,29 @@ def hidden(
 
     Raises:
         ValueError: on segments together with a cache, which does not keep its tokens' segments.
-        ConfigError: on a point that is none, or that this architecture does not have.
+        ConfigError: on a point that is none, or that this architecture does not have; on rows that
+            do not divide over the mesh.
     """
     if cache is not None and segments_BT is not None:
         raise ValueError("segments_BT does not go with a cache: it holds one document a row")
     edit = edit or {}
     check_points([*listen, *edit])
-    index_BT = jnp.arange(tokens_BT.shape[1])[None]
+    T = tokens_BT.shape[1]
+    index_BT = jnp.arange(T)[None]
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
     position_BT = index_BT if position_BT is None else position_BT
+    # Tokens of a row that is split stand in another order from here to the end of this function. Not
+    # so if somebody listens or edits, who is not to know of it: then devices wait for the last.
+    order_T = sharding.balanced(T)
+    if listen or edit:
+        order_T = None
+    if order_T is not None:
+        places: Any = (tokens_BT, index_BT, position_BT, segments_BT)
+        places = jax.tree.map(
+            lambda x: sharding.balance(x, "1T" if x.shape[0] == 1 else "BT"), places
+        )
+        tokens_BT, index_BT, position_BT, segments_BT = places
     tap = Tap(listen, edit)
     context = Context(
         position_BT,
@@ -324,9 +344,10 @@ def hidden(
         segments_BT,
         None if cache is None else cache["length"],
         dropout_key=dropout_key,
+        order_T=order_T,
     )
     x_BTD = _apply(Embed(config), params, "embed", tokens_BT, position_BT)
-    x_BTD = tap("embedding", dropout(x_BTD, config.dropout, dropout_key, 2))
+    x_BTD = tap("embedding", dropout(x_BTD, config.dropout, dropout_key, 2, order_T is not None))
     caches = None if cache is None else cache["layers"]
     x_BTD, caches, heard = _blocks(config, params, x_BTD, context, caches, listen, edit)
     if not PLACEMENT[config.norm_placement].stream:
@@ -334,6 +355,8 @@ def hidden(
     x_BTD = tap("final", x_BTD)
     if (scale := parametrisation.logit_multiplier(config)) != 1:
         x_BTD = scale * x_BTD  # here, so that no way from the stream to logits can miss it
+    if order_T is not None:
+        x_BTD = sharding.balance(x_BTD, "BTD", back=True)
     if cache is not None:
         cache = {"layers": caches, "length": cache["length"] + tokens_BT.shape[1]}
     return Hidden(x_BTD, cache, tap.heard | heard)

@@ -115,7 +115,8 @@ class Evaluator:
 
     Raises:
         ConfigError: on an unknown `eval.prefix`, `eval.documents` or `data.packing`, or a
-            context beyond the learned positions or that `model.attention` cannot do.
+            context beyond the learned positions, that `model.attention` cannot do, or that does
+            not divide over the mesh.
         UserError: on a text without a token to score.
     """
 
@@ -133,6 +134,7 @@ class Evaluator:
         )
         if choose(POSITION, config.model.position, "model.position").learned:
             _within_positions(context, config.model)
+        sharding.check_context("eval.context" if e.context else "model.context", context)
         kernel_for(config.model, context)
         self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
         self._store, self._tokenizer = store, tokenizer

@@ -26,11 +26,21 @@ import jax
 
 from gptjax import ensemble, loop, places, records, setup, spike, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
+from gptjax.config import (
+    Config,
+    ConfigError,
+    Mesh,
+    UserError,
+    flatten,
+    from_dict,
+    off_values,
+    recorded,
+    to_dict,
+)
 from gptjax.data.sources import open_source
 from gptjax.locks import scratch
 from gptjax.progress import say
-from gptjax.sharding import make_mesh
+from gptjax.sharding import AXES, make_mesh, section
 from gptjax.storage import Place
 
 # Of metrics.jsonl: what tells a machine's day, no result. Every other key is compared.
@@ -294,8 +304,8 @@ def _mesh(past: Past) -> jax.sharding.Mesh:
     devices, shape = jax.devices(), past.starts[0][1]["mesh"]
     size = math.prod(shape.values())
     if not shape or size > len(devices):
-        shape, size = dict.fromkeys(shape, 1), 1
-    return make_mesh(dataclasses.replace(past.config.mesh, **shape), devices[:size])
+        shape, size = dict.fromkeys(AXES, 1), 1
+    return make_mesh(section(shape), devices[:size])
 
 
 def differences(past: Past) -> list[str]:
@@ -323,6 +333,7 @@ def differences(past: Past) -> list[str]:
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: record[name] for name in FACTS}
+    facts["mesh"] = off_values(Mesh) | facts["mesh"]
     facts["devices"] = ", ".join(sorted(facts["devices"]))  # their kinds: the mesh has the number
     facts["code"] = facts["code"][:12]
     if record["backend"] != "cpu":
@@ -342,7 +353,7 @@ def _train(
         t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1,
         keep_every=None,
     )  # fmt: skip
-    shape = dataclasses.replace(past.config.mesh, **mesh.shape)
+    shape = section(mesh.shape)
     group = [
         dataclasses.replace(config, train=t, mesh=shape) for config in past.group or [past.config]
     ]

@@ -13,31 +13,41 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config, ConfigError
+from gptjax.config import Config, ConfigError, off_values, recorded
 from gptjax.config import Mesh as MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 
 # Letter -> mesh axes. A letter that is absent is never split. Parameters add the
 # fsdp split of the width, undone by `gather` right before use (ZeRO-3,
-# Rajbhandari et al. 2020); tensor splits follow Megatron (Shoeybi et al. 2019).
+# Rajbhandari et al. 2020); tensor splits follow Megatron (Shoeybi et al. 2019). Queries are split
+# by their position and keys are not: attention gathers them (context parallelism, as in Llama 3,
+# Grattafiori et al. 2024, section 3.3.2).
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "B": ("data", "fsdp"),
+    "T": ("sequence",),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
 }
 PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {"D": ("fsdp",)}
+# One token does not divide: the devices of a sequence have rows of their own.
+DECODING_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {
+    "B": ("data", "fsdp", "sequence"),
+    "T": (),
+}
 
 
 class Rules(NamedTuple):
@@ -48,7 +58,7 @@ class Rules(NamedTuple):
 RULES: dict[str, Rules] = {
     "training": Rules(ACTIVATION_RULES, PARAMETER_RULES),
     # Every new token reads all weights: they are gathered once and stay whole, save for tensor.
-    "decoding": Rules(ACTIVATION_RULES, ACTIVATION_RULES),
+    "decoding": Rules(DECODING_RULES, DECODING_RULES),
 }
 _PHASE = contextvars.ContextVar("phase", default="training")
 
@@ -70,14 +80,25 @@ LETTERS = frozenset("ABTSDNKGHFEVCLP1")
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Devices along each mesh axis, of so many; `data` None takes what the others leave."""
-    fixed = config.fsdp * config.tensor
-    data = config.data if config.data is not None else max(1, devices // fixed)
-    return dict(zip(AXES, (data, config.fsdp, config.tensor), strict=True))
+    """Devices along each mesh axis, of so many; `data` None takes what the others leave.
+
+    An axis whose knob is off is left out, so that programs are those from before there was one.
+    """
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(n for axis, n in sizes.items() if axis != "data")
+    if sizes["data"] is None:
+        sizes["data"] = max(1, devices // fixed)
+    off = off_values(MeshConfig)
+    return {axis: n for axis, n in sizes.items() if n != off.get(axis)}
+
+
+def section(shape: Mapping[str, int]) -> MeshConfig:
+    """The config's section of a mesh that was made of one, of its `shape`."""
+    return recorded(shape, MeshConfig)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with axes (data, fsdp, tensor) over all `devices` (default: every device).
+    """A mesh of the axes of `mesh_shape` over all `devices` (default: every device).
 
     Raises:
         ConfigError: if the axis sizes do not multiply to the number of devices.
@@ -87,13 +108,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if (expected := math.prod(shape.values())) != len(devices):
         raise ConfigError(
             f"mesh {' x '.join(f'{axis}={n}' for axis, n in shape.items())} wants {expected} "
-            f"devices, but {len(devices)} are here: set mesh.data, mesh.fsdp and mesh.tensor to "
-            f"numbers whose product is {len(devices)}"
+            f"devices, but {len(devices)} are here: set {', '.join(f'mesh.{axis}' for axis in AXES)} "
+            f"to numbers whose product is {len(devices)}"
         )
     return jax.make_mesh(
         tuple(shape.values()),
-        AXES,
-        axis_types=(AxisType.Explicit,) * len(AXES),
+        tuple(shape),
+        axis_types=(AxisType.Explicit,) * len(shape),
         devices=devices,
     )
 
@@ -119,7 +140,9 @@ def _spec(dims: str, rules: dict[str, tuple[str, ...]]) -> P:
     claims = [axis for dim in dims for axis in rules.get(dim, ())]
     if len(claims) != len(set(claims)):
         raise ValueError(f"dims {dims!r} claim a mesh axis twice: {claims}")
-    entries = [rules.get(dim, ()) for dim in dims]
+    mesh = jax.sharding.get_abstract_mesh()
+    here = AXES if mesh.empty else mesh.axis_names
+    entries = [tuple(axis for axis in rules.get(dim, ()) if axis in here) for dim in dims]
     return P(*(e[0] if len(e) == 1 else (e or None) for e in entries))
 
 
@@ -153,10 +176,84 @@ def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.
 
 
 def round_up(size: int, dim: str) -> int:
-    """The least multiple of the devices along `dim` of an activation that is at least `size`."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    ways = math.prod(shape.get(axis, 1) for axis in RULES[_PHASE.get()].activations[dim])
-    return -(-size // ways) * ways
+    """The least size from `size` on of a dim of an activation that divides over the mesh."""
+    multiple = _multiple(dim, ways(dim))
+    return -(-size // multiple) * multiple
+
+
+def ways(dim: str) -> int:
+    """Devices over which a dim of an activation is split; 1 where no mesh is set."""
+    return _ways(dim, RULES[_PHASE.get()].activations, jax.sharding.get_abstract_mesh().shape)
+
+
+def _ways(dim: str, rules: Mapping[str, tuple[str, ...]], mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh.get(axis, 1) for axis in rules.get(dim, ()))
+
+
+def _multiple(dim: str, ways: int) -> int:
+    """What the size of a dim is to be a multiple of: of a row each device has two pieces."""
+    return 2 * ways if dim == "T" and ways > 1 else ways
+
+
+# Later queries see more keys, so a row is cut into two pieces for each device along it, of which
+# the first has the first and the last, the second the second and the last but one, and so on: all
+# then see equally many (as in Llama 3, Grattafiori et al. 2024, section 3.3.2).
+
+
+def balanced(tokens: int) -> np.ndarray | None:
+    """Which index of a row stands at each place after `balance`, int32; None where T is not split.
+
+    Raises:
+        ConfigError: if rows of so many tokens do not divide.
+    """
+    n = ways("T")
+    if n == 1:
+        return None
+    check_context("tokens of a row", tokens)
+    pieces = np.arange(tokens, dtype=np.int32).reshape(2 * n, -1)
+    return np.stack([pieces[:n], pieces[n:][::-1]], axis=1).reshape(-1)
+
+
+def balance(x: jax.Array, dims: str, back: bool = False) -> jax.Array:
+    """x, its T in order, with T in the order of `balanced`; `back` puts it in order again.
+
+    Each device gives away one piece with an even number and one with an odd number, and gets one
+    of each: nothing is gathered.
+    """
+    (axis,), T, n = RULES[_PHASE.get()].activations["T"], dims.index("T"), ways("T")
+    home = [*range(n), *reversed(range(n))]  # of each piece
+
+    def swap(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of device i in order of number, which is i first, or even before odd."""
+        odd = jax.lax.axis_index(axis) % 2 == 1
+        return jnp.where(odd, b, a), jnp.where(odd, a, b)
+
+    def move(x: jax.Array) -> jax.Array:
+        pieces = tuple(jnp.split(x, 2, axis=T))
+        pieces = swap(*pieces) if back else pieces
+        routes = [[(i, home[2 * i + parity]) for i in range(n)] for parity in (0, 1)]
+        if back:
+            routes = [[(to, start) for start, to in route] for route in routes]
+        even, odd = (
+            jax.lax.ppermute(piece, axis, route)
+            for piece, route in zip(pieces, routes, strict=True)
+        )
+        return jnp.concatenate((even, odd) if back else swap(even, odd), axis=T)
+
+    return jax.shard_map(move, in_specs=spec(dims), out_specs=spec(dims))(shard(x, dims))
+
+
+def gather_sequence(x: jax.Array, dims: str, was_balanced: bool) -> jax.Array:
+    """x of dims such as "BTKH", its second split, as "BSKH": whole on each device and in order."""
+    x = shard(x, dims.replace("T", "S"))
+    if not was_balanced:
+        return x
+    B, _, *rest = x.shape
+    # Of dims of size 1 jax would not know whether they are split.
+    to = out(f"{dims[0]}SSS{dims[2:]}")
+    pieces = jnp.reshape(x, (B, ways("T"), 2, -1, *rest), out_sharding=to)
+    ordered = jnp.concatenate([pieces[:, :, 0], pieces[:, ::-1, 1]], axis=1)
+    return jnp.reshape(ordered, x.shape, out_sharding=out(dims.replace("T", "S")))
 
 
 def place(load: Callable[[int, int], Any], rows: int, dims: str) -> Any:
@@ -167,16 +264,17 @@ def place(load: Callable[[int, int], Any], rows: int, dims: str) -> Any:
         rows: rows over all processes.
         dims: the dims of the arrays, "BT".
     """
-    sharding: Any = NamedSharding(jax.sharding.get_mesh(), spec(dims))
-    # Only the row dim of a batch is ever split, so an addressable shard is a range of rows.
-    owned = sharding.addressable_devices_indices_map((rows,) + (1,) * (len(dims) - 1)).values()
+    mesh = jax.sharding.get_mesh()
+    sharding: Any = NamedSharding(mesh, spec(dims))
+    of_rows: Any = NamedSharding(mesh, spec(dims[0]))
+    owned = of_rows.addressable_devices_indices_map((rows,)).values()
     ranges = [index[0].indices(rows)[:2] for index in owned]
     first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
 
     def put(array: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
-            return array[start - first : stop - first]
+            return array[start - first : stop - first, *index[1:]]
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), sharding, shard)
 
@@ -197,7 +295,18 @@ def check_divisible(config: Config, specs: Any, mesh: Mapping[str, int]) -> None
     """
     rows = config.data.batch_size // config.train.accumulation
     _check_divisible("B", "data.batch_size / train.accumulation", rows, mesh)
+    _check_divisible("T", "model.context", config.model.context, mesh)
+    _check_divisible("T", "eval.context", config.eval.context or config.model.context, mesh)
     check_model_divisible(specs, mesh)
+
+
+def check_context(knob: str, tokens: int) -> None:
+    """Refuses rows of so many tokens if they do not divide over the current mesh.
+
+    Raises:
+        ConfigError: as `check_divisible`.
+    """
+    _check_divisible("T", knob, tokens, jax.sharding.get_abstract_mesh().shape)
 
 
 # The knob that sets the size of a dim that a mesh may split.
@@ -219,10 +328,11 @@ def check_model_divisible(specs: Any, mesh: Mapping[str, int]) -> None:
 
 
 def _check_divisible(dim: str, knob: str, size: int, mesh: Mapping[str, int]) -> None:
-    axes = PARAMETER_RULES[dim]
-    ways = math.prod(mesh[axis] for axis in axes)
-    if size % ways:
+    ways = _ways(dim, PARAMETER_RULES, mesh)
+    if size % (multiple := _multiple(dim, ways)):
+        twice = "two pieces on each of " if multiple > ways else ""
         raise ConfigError(
-            f"{knob}={size} does not divide over mesh axes {' x '.join(axes)} = {ways}: "
-            f"make it a multiple of {ways}, or change the mesh"
+            f"{knob}={size} does not divide over {twice}mesh axes "
+            f"{' x '.join(PARAMETER_RULES[dim])} = {ways}: make it a multiple of {multiple}, or "
+            "change the mesh"
         )

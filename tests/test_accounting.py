@@ -271,7 +271,7 @@ def test_the_block_kernel_lies_between_causal_and_full():
 
 # --- memory ------------------------------------------------------------------------------------
 
-MESHES = [tiny.axes(), tiny.CUBE, tiny.TENSOR]
+MESHES = [tiny.axes(), tiny.CUBE, tiny.TENSOR, tiny.SEQUENCE]
 
 
 def check_memory(config: Config, axes: Mesh) -> None:
@@ -320,6 +320,9 @@ def test_activations_by_hand():
     values = (4 * 32 + 48 + 4 * 16) / t + 2 * 32
     assert got["activations"] == tokens * 3 * 2 * 4 * values
     assert got["logits"] == 2 * tokens * 4 * 64 / t
+    # A row that is split has half of its tokens on a device, as half of the rows have.
+    split = memory_bytes(config, {"data": 1, "fsdp": 1, "sequence": 2, "tensor": 2})
+    assert (split["activations"], split["logits"]) == (got["activations"], got["logits"])
     dots = memory_bytes(whole(small(remat="dots")), {"data": 2, "fsdp": 1, "tensor": 2})
     assert dots["activations"] == tokens * 3 * 4 * ((3 * 32 + 48) / t + 2 * 32)
     chunked = dataclasses.replace(
@@ -328,6 +331,8 @@ def test_activations_by_hand():
     assert memory_bytes(chunked, dict.fromkeys(AXES, 1))["logits"] == 2 * 4 * 16 * 4 * 16
     full = whole(small(remat="full", attention="block", dtype="bfloat16"))
     assert memory_bytes(full, dict.fromkeys(AXES, 1))["activations"] == 4 * 16 * 3 * 2 * 32
+    one = dict.fromkeys(AXES, 1)
+    assert memory_bytes(full, one | {"sequence": 4})["activations"] == 4 * 16 * 3 * 2 * 32 / 4
 
 
 # --- rows that are not there: each one row of one table ------------------------------------------

@@ -352,14 +352,15 @@ def test_generation_is_seeded(run: Trained) -> None:
 
 @pytest.mark.usefixtures("eight_devices")
 def test_a_sharded_run_is_used_on_another_mesh(tmp_path: Path, run: Trained, store: Path) -> None:
-    sharded = train(tmp_path / "run", store, mesh__fsdp=2, mesh__tensor=2)
+    axes = {"fsdp": 2, "sequence": 2, "tensor": 2}
+    sharded = train(tmp_path / "run", store, **{f"mesh__{axis}": n for axis, n in axes.items()})
     kept = json.loads((sharded.workdir / records.CONFIG).read_text())
-    assert kept["mesh"] == {"data": None, "fsdp": 2, "tensor": 2}
+    assert kept["mesh"] == {"data": None} | axes
     assert configure.of_run(sharded.workdir).mesh == configure.of_run(run.workdir).mesh
     done = works("eval", f"--workdir={sharded.workdir}", "--json")
     (score,) = json.loads(done.out)["scores"].values()
     assert score["loss"] == pytest.approx(sharded.last_val_loss, rel=1e-6)
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    mesh = [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
     (score,) = json.loads(works("eval", f"--workdir={sharded.workdir}", "--json", *mesh).out)[
         "scores"
     ].values()

@@ -284,7 +284,7 @@ def test_a_knob_that_is_not_recorded_is_off():
     mesh = {"data": None, "fsdp": 1, "tensor": 1}
     now = recorded({"seed": 3, "mesh": mesh}, Later)
     assert (now.seed, now.mesh.expert, now.probe.every) == (3, 1, None)
-    before = from_dict({"seed": 3, "mesh": mesh}, Before)
+    before = recorded({"seed": 3, "mesh": mesh}, Before)
     assert fingerprint(now) == fingerprint(before)
     on = dataclasses.replace(now, probe=Probe(every=5))
     assert fingerprint(on) != fingerprint(now)

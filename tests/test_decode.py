@@ -382,7 +382,7 @@ def test_dynamic_scaling_is_refused_where_it_would_turn_cached_keys():
 # Machines.
 
 
-@pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.TENSOR, tiny.DATA], ids=str)
+@pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.TENSOR, tiny.DATA, tiny.SEQUENCE], ids=str)
 @pytest.mark.parametrize("rows", [(1,), (0, 1, 2)])
 def test_a_mesh_does_not_change_the_text(sizes, rows):
     with jax.set_mesh(tiny.mesh_of(sizes)):

@@ -345,7 +345,7 @@ def test_a_sum_over_texts_has_no_interval(tmp_path):
 def test_meshes_and_batches_change_no_figure(tmp_path, prefix):
     text = make_text(tmp_path / "s", *DOCUMENTS * 8)
     found, digests = [], set()
-    for sizes, rows in ((tiny.DATA, 8), (tiny.CUBE, 3), (tiny.TENSOR, 64)):
+    for sizes, rows in ((tiny.DATA, 8), (tiny.CUBE, 3), (tiny.TENSOR, 64), (tiny.SEQUENCE, 8)):
         config = configure(batch_size=rows, stride=5, prefix=prefix)
         with jax.set_mesh(tiny.mesh_of(sizes)):
             params = model.init(config.model, 0)

@@ -29,7 +29,7 @@ V, CONTEXT = 264, 40
 MODEL = dataclasses.replace(
     tiny.config(Path("unused"), model__vocab_size=V).model, context=CONTEXT, attention="block"
 )
-MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR]
+MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR, tiny.SEQUENCE]
 # Nats of a continuation reach 300; the reference adds the same float32 products in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 

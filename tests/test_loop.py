@@ -222,8 +222,9 @@ def test_a_run_goes_on_on_another_mesh(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(store: Path, tmp_path: Path) -> None:
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2}
+@pytest.mark.parametrize("axes", [("data", "fsdp"), ("sequence", "tensor")])
+def test_two_processes_train_as_one(store: Path, tmp_path: Path, axes: tuple[str, str]) -> None:
+    mesh = {f"mesh__{axis}": 2 for axis in axes}
     with pair_of(store, tmp_path / "pair", train__steps=10, **mesh) as pair:
         outputs = [p.wait().stderr for p in pair]
     assert [p.returncode for p in pair] == [0, 0], outputs

@@ -19,7 +19,7 @@ B, T, D, V = 4, 6, 16, 24
 LAYOUTS = ("DV", "VD")
 # None, a divisor of V, two that leave a rest, one column, more columns than there are.
 CHUNKS = (None, 8, 7, 10, 1, 100)
-MESHES = (tiny.CUBE, tiny.TENSOR)
+MESHES = (tiny.CUBE, tiny.TENSOR, tiny.SEQUENCE)
 
 
 def make(dims: str, seed: int = 0):

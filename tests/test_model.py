@@ -26,7 +26,7 @@ from gptjax.losses import cross_entropy
 from gptjax.model import PLACEMENT, REMAT
 from tests import tiny
 
-B, T, V = 4, 6, 40
+B, T, V = 4, 8, 48
 # Every way to stretch RoPE does something to it within T tokens.
 MODEL = tiny.model(vocab_size=V, context=T,
     rope_base=100.0, rope_factor=2.0, rope_original_context=4, rope_rotations=(0.1, 0.5),
@@ -54,6 +54,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
         (False, True),
     ),
     "segments": (False, True),
+    "mesh": ("cube", "sequence", "short"),
+}
+MESHES = {
+    "cube": {"data": 2, "fsdp": 2, "tensor": 2},
+    "sequence": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "short": {"data": 2, "sequence": 4},  # a token a piece
 }
 
 
@@ -217,7 +223,7 @@ def small_blocks(monkeypatch):
 def test_an_architecture(combination):
     """One function of one parameter tree: causal, and equal scanned, sharded and cached."""
     changes = dict(combination)
-    segments = changes.pop("segments")
+    segments, axes = changes.pop("segments"), MESHES[changes.pop("mesh")]
     config = model(**changes)
     params = random_params(config)
     total = sum(p.size for p in jax.tree.leaves(params))
@@ -237,7 +243,7 @@ def test_an_architecture(combination):
 
     # Sharded and, in the same program, unrolled if it was scanned and the other way round.
     other = dataclasses.replace(config, scan_layers=not config.scan_layers)
-    mesh = tiny.mesh(data=2, fsdp=2, tensor=2 if config.K % 2 == 0 else 1)
+    mesh = tiny.mesh(**(axes if config.K % 2 == 0 else axes | {"tensor": 1}))
     with jax.set_mesh(mesh):
         sharded = values_and_gradients(
             other, on_mesh(config, params, mesh), rows_on_mesh(mesh, rows)

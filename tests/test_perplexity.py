@@ -27,7 +27,7 @@ V = 264
 DOCUMENTS = ("the cat sees the sun. ", "an owl! ", "七嘴八舌 of dogs")
 LENGTHS = [len(text.encode()) + 1 for text in DOCUMENTS]
 TOKENS = sum(LENGTHS)
-MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR]
+MESHES = [tiny.DATA, tiny.CUBE, tiny.TENSOR, tiny.SEQUENCE]
 # The reference's sums run in another order; losses reach some 20 nats, logits some 30.
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
 

@@ -50,13 +50,14 @@ CONFIG = dataclasses.replace(
 @pytest.mark.parametrize(
     "dims, activation, parameter",
     [
-        ("BTD", P(("data", "fsdp"), None, None), None),
-        ("BAT", P(("data", "fsdp"), None, None), None),
-        ("BTNH", P(("data", "fsdp"), None, "tensor", None), None),
-        ("BKGTS", P(("data", "fsdp"), "tensor", None, None, None), None),
-        ("BTF", P(("data", "fsdp"), None, "tensor"), None),
-        ("BTV", P(("data", "fsdp"), None, "tensor"), None),
-        ("1TD", P(None, None, None), None),
+        ("BTD", P(("data", "fsdp"), "sequence", None), None),
+        ("BAT", P(("data", "fsdp"), None, "sequence"), None),
+        ("BTNH", P(("data", "fsdp"), "sequence", "tensor", None), None),
+        ("BSKH", P(("data", "fsdp"), None, "tensor", None), None),
+        ("BKGTS", P(("data", "fsdp"), "tensor", None, "sequence", None), None),
+        ("BTF", P(("data", "fsdp"), "sequence", "tensor"), None),
+        ("BTV", P(("data", "fsdp"), "sequence", "tensor"), None),
+        ("1TD", P(None, "sequence", None), None),
         ("LDNH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LDKH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LNHD", P(None, "tensor", None, None), P(None, "tensor", None, "fsdp")),
@@ -98,6 +99,18 @@ def test_out_is_none_where_no_mesh_is_set():
     assert out("BTD") is None
     with jax.set_mesh(tiny.mesh(data=8)):
         assert out("BTD") == P(("data", "fsdp"), None, None)
+    with jax.set_mesh(tiny.mesh(sequence=8)):
+        assert out("BTD") == P(("data", "fsdp"), "sequence", None)
+
+
+def test_rules_know_their_phase():
+    """One token does not divide, and its rows divide over all devices but those of a layer."""
+    with jax.set_mesh(tiny.mesh(data=2, sequence=2, tensor=2)):
+        assert [sharding.ways(dim) for dim in "BTNS"] == [2, 2, 2, 1]
+        with sharding.phase("decoding"):
+            assert [sharding.ways(dim) for dim in "BTNS"] == [4, 1, 2, 1]
+            assert out("BTNH") == P(("data", "fsdp", "sequence"), None, "tensor", None)
+            assert sharding.balanced(1) is None
 
 
 # --- the mesh -------------------------------------------------------------------------------
@@ -110,6 +123,11 @@ def test_make_mesh_takes_the_devices_that_remain():
         "tensor": 2,
     }
     assert dict(tiny.mesh(fsdp=2, tensor=4).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    # An axis that came later is there where its knob is on: programs from before are the same.
+    long = tiny.mesh(fsdp=2, sequence=4)
+    assert list(long.shape.items()) == [("data", 1), ("fsdp", 2), ("sequence", 4), ("tensor", 1)]
+    for made in (long, tiny.mesh(fsdp=2)):
+        assert sharding.make_mesh(sharding.section(made.shape), made.devices.flatten()) == made
     few = make_mesh(tiny.axes(data=None), jax.devices()[:3])
     assert dict(few.shape) == {"data": 3, "fsdp": 1, "tensor": 1}
     assert set(few.devices.flat) == set(jax.devices()[:3])
@@ -134,6 +152,9 @@ def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
     with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
         assert [round_up(n, "B") for n in (1, 4, 5)] == [4, 4, 8]
         assert [round_up(n, "V") for n in (1, 2, 3)] == [2, 2, 4]
+        assert round_up(5, "T") == 5
+    with jax.set_mesh(tiny.mesh(sequence=4)):
+        assert [round_up(n, "T") for n in (1, 8, 9)] == [8, 8, 16]  # two pieces a device
 
 
 @pytest.mark.parametrize(
@@ -146,6 +167,8 @@ def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
         ({"ff_dim": 50}, tiny.TENSOR, "model.ff_dim=50 .* tensor = 4"),
         ({"vocab_size": 257}, tiny.CUBE, "model.vocab_size=257 .* tensor = 2"),
         ({"width": 36, "head_dim": 8}, tiny.FSDP, "model.width=36 .* fsdp = 8"),
+        ({"context": 12}, tiny.axes(data=2, sequence=4), "model.context=12 .* two pieces on each of mesh axes sequence = 4: make it a multiple of 8"),
+        ({"stride": 2, "eval_context": 2}, tiny.axes(data=4, sequence=2), "eval.context=2 .* sequence = 2: make it a multiple of 4"),
     ],
 )  # fmt: skip
 def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
@@ -153,10 +176,14 @@ def test_an_indivisible_config_is_refused_by_its_knob(changes, sizes, message):
         names = {f.name for f in dataclasses.fields(section)} & set(changes)
         return dataclasses.replace(section, **{name: changes[name] for name in names})
 
-    parts = {name: change(getattr(CONFIG, name)) for name in ("model", "data", "train")}
+    parts = {name: change(getattr(CONFIG, name)) for name in ("model", "data", "train", "eval")}
+    if "eval_context" in changes:
+        parts["eval"] = dataclasses.replace(parts["eval"], context=changes["eval_context"])
     config = dataclasses.replace(CONFIG, **parts)
     specs = model.abstract_params(config.model)
-    with pytest.raises(ConfigError, match=f"^{message}: make it a multiple of {message[-1]}"):
+    if "make it" not in message:
+        message += f": make it a multiple of {message[-1]}"
+    with pytest.raises(ConfigError, match=f"^{message}, or change the mesh$"):
         check_divisible(config, specs, sharding.mesh_shape(sizes, 8))
     check_divisible(config, specs, dict.fromkeys(AXES, 1))
 
@@ -203,7 +230,7 @@ def test_gather_without_a_mesh_only_casts():
 @pytest.mark.parametrize("dims", ["BT", "BAT"])
 def test_place_gives_each_device_its_rows(sizes, dims):
     rows, ways = 16, sizes.data * sizes.fsdp
-    rest = (2, 3)[: len(dims) - 1]
+    rest = (2, 4)[2 - len(dims) + 1 :]
     whole = np.arange(rows * math.prod(rest), dtype=np.int32).reshape(rows, *rest)
     asked = []
 
@@ -216,11 +243,11 @@ def test_place_gives_each_device_its_rows(sizes, dims):
     assert asked == [(0, rows)]  # of one process all, and once
     np.testing.assert_array_equal(placed["x"], whole)
     np.testing.assert_array_equal(placed["y"], whole * 0.5)
-    for number, device in enumerate(make_mesh(sizes).devices.reshape(ways, -1)):
-        mine = whole[number * rows // ways : (number + 1) * rows // ways]
-        for shard in placed["x"].addressable_shards:
-            if shard.device in device:
-                np.testing.assert_array_equal(shard.data, mine)
+    devices = make_mesh(sizes).devices.reshape(ways, sizes.sequence, -1)
+    for shard in placed["x"].addressable_shards:
+        ((row, part, _),) = np.argwhere(devices == shard.device)
+        mine = np.split(np.split(whole, ways)[row], sizes.sequence, axis=-1)[part]
+        np.testing.assert_array_equal(shard.data, mine)
 
 
 # --- born sharded -----------------------------------------------------------------------------

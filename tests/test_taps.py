@@ -161,10 +161,11 @@ def test_layers_scanned_or_computed_again_are_heard_alike(changes):
             close(a, b, T)
 
 
-def test_a_mesh_hears_what_one_device_hears():
+@pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.SEQUENCE], ids=str)
+def test_a_mesh_hears_what_one_device_hears(sizes):
     config = make(**ARCHITECTURES["modern"], scan_layers=True)
     alone = jax.device_get(hear(config, params(config), TOKENS, points(config)).heard)
-    with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(tiny.mesh_of(sizes)):
         there = gpt.init(config, 0)
         placed = sharding.place(lambda a, b: (TOKENS[a:b], SEGMENTS[a:b]), B, "BT")
         run = jax.jit(

@@ -76,11 +76,12 @@ def test_statistics_by_their_definition_in_numpy(shape):
     }  # fmt: skip
 
 
-def test_a_mesh_watches_what_one_device_does():
+@pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.SEQUENCE], ids=str)
+def test_a_mesh_watches_what_one_device_does(sizes):
     config, batch = configure(), a_batch()
     before = model.init(config.model, 0)
     alone = make_watch(config)(before, state.create(config, model.init(config.model, 1)), batch)
-    with jax.set_mesh(tiny.mesh(data=2, fsdp=2, tensor=2)):
+    with jax.set_mesh(tiny.mesh_of(sizes)):
         placed = sharding.place(lambda a, b: jax.tree.map(lambda x: x[a:b], batch), 8, "BAT")
         now = state.create(config, model.init(config.model, 1))
         there = make_watch(config)(model.init(config.model, 0), now, placed)

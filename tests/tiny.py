@@ -91,9 +91,10 @@ def mesh_of(section: Mesh) -> jax.sharding.Mesh:
     return sharding.make_mesh(section, devices()[:count])
 
 
-# Over eight devices: rows, parameters, both with the heads, and mostly heads.
-DATA, FSDP, CUBE, TENSOR = MESHES = (
+# Over eight devices: rows, parameters, both with the heads, mostly heads, and parts of rows.
+DATA, FSDP, CUBE, TENSOR, SEQUENCE = MESHES = (
     axes(data=8), axes(fsdp=8), axes(data=2, fsdp=2, tensor=2), axes(fsdp=2, tensor=4),
+    axes(fsdp=2, sequence=2, tensor=2),
 )  # fmt: skip
 
 KNOBS = {

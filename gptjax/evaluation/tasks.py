@@ -89,7 +89,8 @@ def loglikelihoods(
         advance: hears of every so many requests done.
 
     Raises:
-        UserError: on a continuation that is longer than the context of the model.
+        UserError: on a continuation that is longer than the context of the model, or a context
+            that does not divide over the mesh.
         ValueError: on a request without context.
     """
     for index, request in enumerate(requests):
@@ -127,7 +128,9 @@ def _batches(lengths: np.ndarray, config: Model) -> Iterator[tuple[np.ndarray, i
 
     Widths are few, four from one power of two to the next, because each is a program to compile.
     """
+    sharding.check_context("model.context", config.context)
     multiple = math.lcm(16, ATTENTION[kernel_for(config, config.context)].multiple)
+    multiple *= sharding.round_up(1, "T")
     remaining = np.argsort(-lengths, kind="stable")
     while len(remaining):
         units = max(1, -(-int(lengths[remaining[0]]) // multiple))
@@ -151,7 +154,8 @@ def _loader(requests: Sequence[Request], width: int) -> Callable[[int, int], dic
     """
     longest = max(len(request.continuation) for request in requests)
     # A power of four, likewise to have few programs.
-    scored = min(4 ** max(1, -(-(longest - 1).bit_length() // 2)), width)
+    scored = 4 ** max(1, -(-(longest - 1).bit_length() // 2))
+    scored = min(sharding.round_up(scored, "T"), width)
 
     def load(start: int, stop: int) -> dict[str, np.ndarray]:
         tokens_BT = np.zeros((stop - start, width), np.int32)
@@ -173,6 +177,7 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-likelihood and whether it is the likeliest, of each target; S counts targets."""
     x_BTD = model.hidden(config, params, batch["tokens"]).x_BTD
+    x_BTD = sharding.shard(x_BTD, "BSD")  # whole rows, where they were split
     # The unembedding is a large part of a small model: only what predicts a target goes there.
     place_BST = batch["places"][:, :, None] == jnp.arange(x_BTD.shape[1])
     x_BSD = jnp.einsum(

@@ -3,6 +3,8 @@
 A kernel is a function (q_BTNH, k_BSKH, v_BSKH, Scores) -> o_BTNH. `Scores` says everything
 about visibility and score changes, so a new kernel is one function and one row of `ATTENTION`.
 The row says what the kernel cannot do: there `auto` takes another, and its own name is refused.
+
+Where a row is split over devices, queries stay where they are and keys and values are gathered.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding
 
 from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
@@ -25,7 +28,7 @@ from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.parameter import add_bias, parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
-from gptjax.sharding import out, spec
+from gptjax.sharding import gather_sequence, out, shard, spec, ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Scores:
         slopes_N: ALiBi slopes; None adds no bias.
         softcap: c turns scores z into c tanh(z / c); None leaves them.
         cached: keys come from a cache, so query t does not stand at key t.
+        order_T: q_index of every row where it is known while tracing; None: queries stand in order.
         tap: hears and edits "scores" and "weights" in a kernel that forms them whole.
     """
 
@@ -52,9 +56,10 @@ class Scores:
     q_segments_BT: jax.Array | None = None
     k_segments_BS: jax.Array | None = None
     window: int | jax.Array | None = None
-    slopes_N: np.ndarray | None = None
+    slopes_N: np.ndarray | jax.Array | None = None
     softcap: float | None = None
     cached: bool = False
+    order_T: np.ndarray | None = None
     tap: Tap = dataclasses.field(default_factory=Tap)
 
     def visible(self) -> jax.Array:
@@ -130,8 +135,11 @@ BLOCK = 64  # queries a step of `block`
 def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
     """`plain` over blocks of queries, each against only the blocks of keys that it can see.
 
-    Skips the masked upper triangle and what lies outside a static window; for CPUs.
+    Skips the masked upper triangle and what lies outside a static window; for CPUs. Of a row that
+    is split, see `pairs`.
     """
+    if ways("T") > 1:
+        return pairs(q_BTNH, k_BSKH, v_BSKH, scores)
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
     window = scores.window if isinstance(scores.window, int) else None
     parts = _parts(T, window)
@@ -251,15 +259,239 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 KERNEL = "attention_kernel"
 
 
-def _on_shards(
-    kernel: Callable[..., jax.Array], *operands: tuple[jax.Array | None, str]
-) -> jax.Array:
-    """Calls a kernel on each device's shard: custom calls cannot be partitioned by XLA."""
-    arrays = [array for array, _ in operands]
+def _on_shards(kernel: Callable[..., jax.Array], *operands: tuple[Any, Any]) -> jax.Array:
+    """Calls a kernel on each device's shard: custom calls cannot be partitioned by XLA.
+
+    An operand is an array or None with its dims, or a tree that is laid already with its specs.
+    """
     if out("B") is None:
-        return kernel(*arrays)
-    specs = tuple(spec(dims) for _, dims in operands)
-    return jax.shard_map(kernel, in_specs=specs, out_specs=spec("BTNH"), check_vma=False)(*arrays)
+        return kernel(*(operand for operand, _ in operands))
+    laid = [
+        operand if operand is None or not isinstance(how, str) else shard(operand, how)
+        for operand, how in operands
+    ]
+    specs = tuple(spec(how) if isinstance(how, str) else how for _, how in operands)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=spec("BTNH"), check_vma=False)(*laid)
+
+
+TILE = 512  # queries and keys of a step of `pairs` at most
+
+
+def visits(order_T: np.ndarray, shards: int, window: int | None) -> tuple[int, list[np.ndarray]]:
+    """For each shard of the queries, the pairs of tiles of which some query may see some key.
+
+    Args:
+        order_T: each query's index. A shard has two pieces of consecutive ones.
+        window: as of `Scores`; None also where it is not known while tracing.
+
+    Returns:
+        The size of a tile, and for each shard int32 (pairs, 2): at which of its queries a tile
+        begins, and at which key.
+    """
+    piece = len(order_T) // (2 * shards)
+    tile = next(size for size in range(min(piece, TILE), 0, -1) if piece % size == 0)
+    first_SI = order_T.reshape(shards, -1, tile)[:, :, 0, None]
+    key_J = np.arange(0, len(order_T), tile)
+    sees_SIJ = key_J <= first_SI
+    if window is not None:
+        sees_SIJ &= first_SI - (key_J + tile - 1) < window
+    return tile, [np.argwhere(sees_IJ).astype(np.int32) * tile for sees_IJ in sees_SIJ]
+
+
+def pairs(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
+    """`plain` of rows that are split: each device takes one pair of tiles after another that it sees.
+
+    It holds the scores of one pair: the softmax is merged over pairs by a running maximum and sum
+    (Milakov & Gimelshein 2018, arXiv:1805.02867), and the backward pass computes scores again (Dao
+    et al. 2022, arXiv:2205.14135, appendix B.2). All devices take as many steps as the one with
+    most pairs: in the order of `sharding.balanced` all have as many, but for a window, with which
+    the most are 4/3 of the mean or less.
+    """
+    T, H, window = q_BTNH.shape[1], q_BTNH.shape[3], scores.window
+    order_T = np.arange(T, dtype=np.int32) if scores.order_T is None else scores.order_T
+    tile, lists = visits(order_T, ways("T"), window if isinstance(window, int) else None)
+    most = max(map(len, lists))
+    # Of each shard and step: where the two tiles begin, and whether there is anything to do.
+    steps = np.zeros((len(lists), most, 3), np.int32)
+    for of_shard, visited in zip(steps, lists, strict=True):
+        of_shard[: len(visited)] = np.pad(visited, ((0, 0), (0, 1)), constant_values=1)
+
+    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *told: Any) -> jax.Array:
+        q_BKGTH = (q * H**-0.5).reshape(*q.shape[:2], k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
+        kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        o_BKGTH = _pairs(tile, scores.softcap, q_BKGTH, *kv, _Told(*told))
+        return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+    slopes_N = scores.slopes_N
+    return _on_shards(
+        kernel,
+        (q_BTNH, "BTNH"),
+        (k_BSKH, "BSKH"),
+        (v_BSKH, "BSKH"),
+        (jnp.asarray(steps.reshape(-1, 3)), "T1"),
+        (jnp.asarray(order_T), "T"),
+        (scores.q_segments_BT, "BT"),
+        (scores.k_segments_BS, "BS"),
+        (None if slopes_N is None else jnp.asarray(slopes_N), "N"),
+        (None if window is None else jnp.asarray(window, jnp.int32), ""),
+    )
+
+
+class _Told(NamedTuple):
+    """What `_pairs` is told on a device: its steps, and what `Scores` says of its queries."""
+
+    steps: jax.Array  # int32 (steps, 3)
+    index_T: jax.Array
+    q_segments_BT: jax.Array | None
+    k_segments_BS: jax.Array | None
+    slopes_N: jax.Array | None
+    window: jax.Array | None
+
+
+class _Pair(NamedTuple):
+    """The scores of a pair of tiles, float32."""
+
+    scores_BKGTS: jax.Array  # with softcap and bias
+    slope_BKGTS: jax.Array | None  # of the softcap
+    mask_BTS: jax.Array
+
+
+_PairResiduals = tuple[jax.Array, jax.Array, jax.Array, _Told, jax.Array, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pairs(
+    tile: int,
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    told: _Told,
+) -> jax.Array:
+    """o_BKGTH of a device's queries, which are scaled."""
+    return _pairs_forward(tile, softcap, q_BKGTH, k_BKSH, v_BKSH, told)[0]
+
+
+def _pairs_forward(
+    tile: int,
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    told: _Told,
+) -> tuple[jax.Array, _PairResiduals]:
+    lowest = jnp.finfo(jnp.float32).min
+
+    def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
+        t, s, _ = where
+        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
+        o_BKGTH, top_BKGT, total_BKGT = (_tile(x, t, tile, 3) for x in carry)
+        scores_BKGTS = jnp.where(pair.mask_BTS[:, None, None], pair.scores_BKGTS, lowest)
+        new_top_BKGT = jnp.maximum(top_BKGT, scores_BKGTS.max(-1))
+        weights_BKGTS = jnp.exp(scores_BKGTS - new_top_BKGT[..., None])
+        # Of a query that has seen nothing yet, the maximum is as low as what is masked.
+        weights_BKGTS = jnp.where(pair.mask_BTS[:, None, None], weights_BKGTS, 0)
+        kept_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
+        v = _tile(v_BKSH, s, tile, 2)
+        new_BKGTH = _sum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v)
+        new = (
+            kept_BKGT[..., None] * o_BKGTH + new_BKGTH,
+            new_top_BKGT,
+            kept_BKGT * total_BKGT + weights_BKGTS.sum(-1),
+        )
+        return tuple(_put(x, n, t, 3) for x, n in zip(carry, new, strict=True)), None
+
+    o_BKGTH, total_BKGT = jnp.zeros(q_BKGTH.shape), jnp.zeros(q_BKGTH.shape[:-1])
+    nothing = o_BKGTH, jnp.full_like(total_BKGT, lowest), total_BKGT
+    (o_BKGTH, top_BKGT, total_BKGT), _ = jax.lax.scan(step, nothing, told.steps)
+    o_BKGTH = (o_BKGTH / total_BKGT[..., None]).astype(v_BKSH.dtype)
+    log_total_BKGT = top_BKGT + jnp.log(total_BKGT)
+    return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, told, o_BKGTH, log_total_BKGT)
+
+
+def _pairs_backward(
+    tile: int, softcap: float | None, residuals: _PairResiduals, do_BKGTH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BKGTH, k_BKSH, v_BKSH, told, o_BKGTH, log_total_BKGT = residuals
+    mean_BKGT = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
+
+    def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
+        dq_BKGTH, dk_BKSH, dv_BKSH = carry
+        t, s, _ = where
+        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
+        q, do, log_total, mean = (
+            _tile(x, t, tile, 3) for x in (q_BKGTH, do_BKGTH, log_total_BKGT, mean_BKGT)
+        )
+        k, v = (_tile(x, s, tile, 2) for x in (k_BKSH, v_BKSH))
+        weights_BKGTS = jnp.exp(pair.scores_BKGTS - log_total[..., None])
+        weights_BKGTS = jnp.where(pair.mask_BTS[:, None, None], weights_BKGTS, 0)
+        dweights_BKGTS = _sum("BKGTH,BKSH->BKGTS", do, v)
+        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - mean[..., None])
+        if pair.slope_BKGTS is not None:
+            dscores_BKGTS *= pair.slope_BKGTS
+        dscores_BKGTS = dscores_BKGTS.astype(q.dtype)
+        dq = _sum("BKGTS,BKSH->BKGTH", dscores_BKGTS, k)
+        dk = _sum("BKGTS,BKGTH->BKSH", dscores_BKGTS, q)
+        dv = _sum("BKGTS,BKGTH->BKSH", weights_BKGTS.astype(do.dtype), do)
+        return (
+            _put(dq_BKGTH, _tile(dq_BKGTH, t, tile, 3) + dq, t, 3),
+            _put(dk_BKSH, _tile(dk_BKSH, s, tile, 2) + dk, s, 2),
+            _put(dv_BKSH, _tile(dv_BKSH, s, tile, 2) + dv, s, 2),
+        ), None
+
+    inputs = q_BKGTH, k_BKSH, v_BKSH
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs)
+    (dq, dk, dv), _ = jax.lax.scan(step, zeros, told.steps)
+    return dq.astype(q_BKGTH.dtype), dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None
+
+
+def _pair(
+    tile: int,
+    softcap: float | None,
+    q_BKGTH: jax.Array,
+    k_BKSH: jax.Array,
+    told: _Told,
+    where: jax.Array,
+) -> _Pair:
+    t, s, counts = where
+    q, k = _tile(q_BKGTH, t, tile, 3), _tile(k_BKSH, s, tile, 2)
+    scores_BKGTS = _sum("BKGTH,BKSH->BKGTS", q, k)
+    slope_BKGTS = None
+    if softcap is not None:
+        tanh_BKGTS = jnp.tanh(scores_BKGTS / softcap)
+        scores_BKGTS, slope_BKGTS = softcap * tanh_BKGTS, 1 - tanh_BKGTS**2
+    segments = told.q_segments_BT, told.k_segments_BS
+    q_segments_BT, k_segments_BS = (
+        None if x is None else _tile(x, at, tile, 1) for x, at in zip(segments, (t, s), strict=True)
+    )
+    rules = Scores(
+        q_index_BT=_tile(told.index_T, t, tile, 0)[None],
+        k_index_BS=s + jnp.arange(tile)[None],
+        q_segments_BT=q_segments_BT,
+        k_segments_BS=k_segments_BS,
+        window=told.window,
+        slopes_N=told.slopes_N,
+    )
+    bias = rules.bias()
+    if bias is not None:
+        scores_BKGTS += bias.reshape(-1, *scores_BKGTS.shape[1:])
+    return _Pair(scores_BKGTS, slope_BKGTS, rules.visible() & (counts == 1))
+
+
+def _tile(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _put(x: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
+
+
+def _sum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The einsum in float32, on a device."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+_pairs.defvjp(_pairs_forward, _pairs_backward)
 
 
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
@@ -295,30 +527,50 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    window, T = scores.window, q_BTNH.shape[1]
+    window, (_, T, N, H) = scores.window, q_BTNH.shape
+    G = N // k_BSKH.shape[2]
+    one: Any = (
+        masks.CausalMask((T, T))
+        if window is None
+        else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
+    )
+    if scores.order_T is not None:
+        one.q_sequence = scores.order_T
+    attend = kernels.make_splash_mqa(
+        masks.MultiHeadMask([one] * G),
+        attn_logits_soft_cap=scores.softcap,
+        head_shards=1,
+        q_seq_shards=ways("T"),
+        interpret=interpret,
+    )
+    attend_specs = None
+    if out("B") is not None:
+        where = NamedSharding(jax.sharding.get_abstract_mesh(), spec("1T"))
+        attend_specs = attend.manual_sharding_spec(where)
+        attend = jax.tree.map(jax.reshard, attend, attend_specs)
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        B, _, N, H = q.shape
-        G = N // k.shape[2]
-        one = (
-            masks.CausalMask((T, T))
-            if window is None
-            else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
-        )
-        attend = kernels.make_splash_mqa_single_device(
-            masks.MultiHeadMask([one] * G),
-            attn_logits_soft_cap=scores.softcap,
-            interpret=interpret,
-        )
-        q_BKGTH = (q * H**-0.5).reshape(B, T, -1, G, H).transpose(0, 2, 3, 1, 4)
-        ids = None if segments is None else kernels.SegmentIds(segments, segments)
+    def kernel(
+        attend: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_ids: jax.Array | None,
+        k_ids: jax.Array | None,
+    ) -> jax.Array:
+        q_BKGTH = (q * H**-0.5).reshape(*q.shape[:2], -1, G, H).transpose(0, 2, 3, 1, 4)
+        ids = None if q_ids is None or k_ids is None else kernels.SegmentIds(q_ids, k_ids)
         over_heads = jax.vmap(attend, in_axes=(0, 0, 0, None))
         o_BKGTH = jax.vmap(over_heads)(q_BKGTH, k.swapaxes(1, 2), v.swapaxes(1, 2), ids)
-        return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
-    segments = scores.q_segments_BT
     return _on_shards(
-        kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT")
+        kernel,
+        (attend, attend_specs),
+        (q_BTNH, "BTNH"),
+        (k_BSKH, "BSKH"),
+        (v_BSKH, "BSKH"),
+        (scores.q_segments_BT, "BT"),
+        (scores.k_segments_BS, "BS"),
     )
 
 
@@ -326,10 +578,12 @@ class Row(NamedTuple):
     """A kernel and what it cannot do.
 
     Attributes:
-        kernel: called with whole rows only, keys and queries alike: a cache is `plain`'s.
+        kernel: called with whole rows only, keys and queries alike: a cache is `plain`'s. The mesh
+            may have split the queries, never the keys.
         auto: the platform ("cpu", "gpu", "tpu") where `auto` takes the kernel if it can.
         elsewhere: whether it runs on other platforms too.
-        multiple: it takes only lengths that are multiples of so many tokens.
+        multiple: it takes only lengths that are multiples of so many tokens, on each device that
+            has a part of a row.
         lacks: config -> {what it does not support: whether the config asks for that}.
     """
 
@@ -368,6 +622,9 @@ ATTENTION: dict[str, Row] = {
             **_alibi(c),
             **_mixed_windows(c),
             **_deterministic(c),
+            # It has no mask that begins within the keys, and its log-sum-exp has no gradient, by
+            # which parts could be merged.
+            "rows that are split over devices": ways("T") > 1,
             "softcapped scores": c.attention_softcap is not None,
             f"model.dtype={c.dtype!r}": c.dtype != "bfloat16",
             f"heads of width {c.H}, no multiple of 8 up to 256": c.H % 8 != 0 or c.H > 256,
@@ -417,8 +674,9 @@ def check(config: Model, platform: str) -> None:
 def kernel_for(config: Model, length: int) -> str:
     """The name of the kernel for rows of `length` tokens.
 
-    The one that the config names; of "auto:PLATFORM" that platform's, or `plain` where it cannot
-    do what is asked; of "auto" that was not settled `plain`.
+    The one that the config names; of "auto:PLATFORM" that platform's, or where it cannot do what
+    is asked `plain`, but `block` of rows that the current mesh splits, which are long; of "auto"
+    that was not settled `plain`.
 
     Raises:
         ConfigError: on a name that is no row, or a kernel that cannot do what is asked.
@@ -426,10 +684,16 @@ def kernel_for(config: Model, length: int) -> str:
     platform = choose(choices(), config.attention, "model.attention")
     if platform is not None:
         names = [name for name, row in ATTENTION.items() if row.auto == platform]
-        return next((name for name in names if not _lacking(name, config, length)), "plain")
+        any_platform = "plain" if ways("T") == 1 else "block"
+        return next((name for name in names if not _lacking(name, config, length)), any_platform)
     if lacking := _lacking(config.attention, config, length):
         raise _refusal(config.attention, lacking)
     return config.attention
+
+
+# What these yield is made again for the backward pass: a device keeps its own keys and values, and
+# gathers the others' once more. A policy by names would keep what becomes the named.
+MOVES = ("reshard", "reshape", "slice", "squeeze", "rev", "concatenate", "transpose")
 
 
 def attend(
@@ -437,11 +701,30 @@ def attend(
 ) -> jax.Array:
     """o_BTNH by the kernel for this config and length; with a cache by `plain`.
 
+    Keys and values that lie as the queries do, split, are gathered here.
+
     Raises:
         ConfigError: as `kernel_for`.
     """
     name = "plain" if scores.cached else kernel_for(config, q_BTNH.shape[1])
-    return ATTENTION[name].kernel(q_BTNH, k_BSKH, v_BSKH, scores)
+    kernel = ATTENTION[name].kernel
+    if ways("T") == 1:
+        return kernel(q_BTNH, k_BSKH, v_BSKH, scores)
+    moved, segments = scores.order_T is not None, scores.k_segments_BS
+    whole = dataclasses.replace(
+        scores,
+        k_index_BS=jnp.arange(k_BSKH.shape[1])[None],
+        k_segments_BS=None if segments is None else gather_sequence(segments, "BT", moved),
+    )
+
+    def gathered(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (gather_sequence(x, "BTKH", moved) for x in (k, v))
+        return kernel(q, k, v, whole)
+
+    if not moved:  # what is heard cannot leave a checkpoint
+        return gathered(q_BTNH, k_BSKH, v_BSKH)
+    keep = lambda primitive, *_, **__: primitive.name not in MOVES  # noqa: E731
+    return jax.checkpoint(gathered, policy=keep)(q_BTNH, k_BSKH, v_BSKH)
 
 
 def choices() -> dict[str, str | None]:
@@ -454,8 +737,9 @@ def choices() -> dict[str, str | None]:
 def _lacking(name: str, config: Model, length: int) -> str:
     """What a kernel cannot do of what is asked, in words; empty if it can."""
     row = choose(ATTENTION, name, "model.attention")
+    multiple = row.multiple * ways("T") if row.multiple > 1 else 1
     lacks = row.lacks(config) | {
-        f"{length} tokens, no multiple of {row.multiple}": length % row.multiple != 0
+        f"{length} tokens, no multiple of {multiple}": length % multiple != 0
     }
     return ", ".join(what for what, lacking in lacks.items() if lacking)
 
@@ -547,6 +831,7 @@ class Attention(nn.Module):
             slopes_N=None if position.slopes is None else position.slopes(c),
             softcap=c.attention_softcap,
             cached=cache is not None,
+            order_T=context.order_T,
             tap=tap,
         )
         with jax.named_scope(KERNEL):

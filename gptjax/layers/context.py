@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.config import ConfigError, choose
 
@@ -137,6 +138,7 @@ class Context(NamedTuple):
         first_value_BTKH: the first layer's values, for the value residual.
         cache: keys and values of earlier tokens; the new ones are written into it.
         dropout_key: None is evaluation.
+        order_T: of `sharding.balanced`, where the tokens stand so; None: they stand in order.
     """
 
     position_BT: jax.Array
@@ -149,3 +151,4 @@ class Context(NamedTuple):
     first_value_BTKH: jax.Array | None = None
     cache: Cache | None = None
     dropout_key: jax.Array | None = None
+    order_T: np.ndarray | None = None

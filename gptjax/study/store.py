@@ -26,11 +26,11 @@ import jax
 import numpy as np
 
 from gptjax import branch, ensemble, setup, state
-from gptjax.config import Config, ConfigError, Mesh, UserError, recorded
+from gptjax.config import Config, ConfigError, UserError, recorded
 from gptjax.data.batches import Batch
 from gptjax.perplexity import batch_nll
 from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
-from gptjax.sharding import make_mesh
+from gptjax.sharding import make_mesh, section
 from gptjax.storage import Place, changed, children, disk, replace_file
 from gptjax.study.spec import address
 
@@ -144,7 +144,7 @@ def differences(folder: Place, config: Config) -> list[str]:
         )
     alone = not (folder / ensemble.ENSEMBLE).is_file()
     group, member = ([config], 0) if alone else ensemble.group_of(folder)
-    current_facts = facts(group, member, make_mesh(Mesh(**computes["mesh"]), devices[:size]))
+    current_facts = facts(group, member, make_mesh(section(computes["mesh"]), devices[:size]))
     recorded_facts = computes["facts"]
     return [
         name
