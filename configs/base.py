@@ -35,8 +35,24 @@ def get_config() -> ConfigDict:
     m.heads = 4  # N, query heads
     m.kv_heads = placeholder(int)  # K; None: as many as heads (MHA), 1: MQA, between: GQA
     m.head_dim = placeholder(int)  # H; None: width / heads
-    m.feedforward = "gelu"  # relu | gelu | relu2 | swiglu | geglu
-    m.ff_dim = placeholder(int)  # F; None: 4 D, gated 8/3 D rounded up to a multiple of 64
+    m.feedforward = "gelu"  # relu | gelu | relu2 | swiglu | geglu | gelu_experts | swiglu_experts
+    # F, of each expert too; None: 4 D, gated 8/3 D rounded up to a multiple of 64
+    m.ff_dim = placeholder(int)
+    # Of a mixture of experts; without one these mean nothing.
+    m.experts = 8  # E
+    m.experts_per_token = 2  # those with the highest scores of the router
+    m.shared_experts = 0  # so many more that each token passes through
+    m.normalise_gates = (
+        True  # weights of a token's experts add up to 1 (Mixtral); else softmax over E
+    )
+    # A row's tokens beyond this times an even share of an expert are passed over, the last first;
+    # None: none. Not while text is generated.
+    m.capacity_factor = placeholder(float)
+    m.balance_loss = 0.01  # weight of the loss that balances experts, 1 where they are even
+    m.router_z_loss = 0.0  # weight of mean log(Z)^2 of the router; ST-MoE has 1e-3
+    # How far a step moves the bias by which an expert with less or more than an even share is chosen
+    # more or less often (DeepSeek-V3: 1e-3, with balance_loss near 0); None: no bias.
+    m.balance_rate = placeholder(float)
     m.position = "learned"  # learned | sinusoidal | rope | alibi | none
     m.rope_base = 10000.0  # longest RoPE wavelength is 2 pi times this, in tokens
     m.rope_scaling = "none"  # none | linear | dynamic | llama3 | yarn: how RoPE was stretched
@@ -103,6 +119,7 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = placeholder(int)  # batch-parallel replicas; None: all remaining devices
     c.mesh.fsdp = 1  # shards parameters and optimiser state as well as the batch
+    c.mesh.expert = 1  # shards experts as well as the batch
     # Shards the tokens of a row: a longer context, for which memory falls as 1 / n. It takes contexts
     # that are multiples of 2 n.
     c.mesh.sequence = 1

@@ -53,6 +53,17 @@ def parameters(model: Model) -> dict[str, int]:
     return {**parts, "total": parts.total()}
 
 
+def active_parameters(model: Model) -> int:
+    """Parameters that a token passes through: of the experts, those that are chosen for it."""
+
+    def active(spec: Spec) -> int:
+        stacked = math.prod(spec.shape)
+        chosen = stacked * model.experts_per_token // model.experts
+        return chosen if "E" in spec.stacks else stacked
+
+    return sum(map(active, jax.tree.leaves(gpt.abstract_params(model))))
+
+
 def _part(path: list[str], spec: Spec) -> str:
     if spec.kind in ("embedding", "unembedding"):
         return spec.role
@@ -62,6 +73,10 @@ def _part(path: list[str], spec: Spec) -> str:
 
 def train_flops_per_token(model: Model, causal: bool) -> float:
     """FLOPs of a forward and backward pass for each token of a full context.
+
+    Every token passes through each of the experts that are chosen for it: with a capacity this is
+    the most there can be, of which `Meter` takes off what was dropped. Slots that stay empty are not
+    counted.
 
     Two for each multiply-add, times one forward and two backward products (6 N: Kaplan et al.
     2020, section 2.1; PaLM, Chowdhery et al. 2022, appendix B). Not counted: whatever is no
@@ -119,9 +134,16 @@ class Product(NamedTuple):
 
 
 def _same_products(model: Model) -> Model:
-    """The config that stands for all that multiply alike: every layer traced once, every pair."""
+    """The config that stands for all that multiply alike: every layer traced once, every pair, and
+    every token through each of its experts."""
     return dataclasses.replace(
-        model, attention="plain", windows=(None,), scan_layers=True, remat="none", dropout=0.0
+        model,
+        attention="plain",
+        windows=(None,),
+        scan_layers=True,
+        remat="none",
+        dropout=0.0,
+        capacity_factor=None,
     )
 
 
@@ -153,24 +175,37 @@ def _abstract_mesh(shape: tuple[tuple[str, int], ...]) -> AbstractMesh:
 
 
 # Of these it is not known what they multiply, or how often.
-UNCOUNTED = ("while", "cond", "conv_general_dilated", "ragged_dot_general", "pallas_call")
+UNCOUNTED = ("while", "cond", "conv_general_dilated", "pallas_call")
 
 
-def _walk(jaxpr: Any, scope: str, times: int) -> Iterator[Product]:
-    """Every matrix product in a jaxpr; those of a scan `times` its length."""
+def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Product]:
+    """Every matrix product in a jaxpr; those of a scan `times` its length.
+
+    Inside of a `shard_map` shapes are those of one of so many `devices`.
+    """
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0].aval
         inside = f"{scope}/{equation.source_info.name_stack}"
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            yield Product(part_of(inside), 2 * times * out.size * width, times * _held(out))
+            flops = 2 * times * devices * out.size * width
+            yield Product(part_of(inside), flops, times * _held(out))
+        if name == "ragged_dot_general":  # each row of the left meets one group of the right
+            dims = equation.params["ragged_dot_dimension_numbers"]
+            (_, summed), (_, batch) = dims.dot_dimension_numbers
+            left, right = (operand.aval for operand in equation.invars[:2])
+            passed = {*summed, *batch, *dims.rhs_group_dimensions}
+            width = math.prod(n for i, n in enumerate(right.shape) if i not in passed)
+            flops = 2 * times * devices * left.size * width
+            yield Product(part_of(inside), flops, times * _held(out))
         repeats = times * equation.params["length"] if name == "scan" else times
+        sharers = equation.params["mesh"].size if name == "shard_map" else devices
         products = [
             product
             for value in jax.tree.leaves(list(equation.params.values()))
             if hasattr(inner := getattr(value, "jaxpr", value), "eqns")
-            for product in _walk(inner, inside, repeats)
+            for product in _walk(inner, inside, repeats, sharers)
         ]
         if name in UNCOUNTED and (products or name not in ("while", "cond")):
             raise Uncountable(f"products of {name!r} in {inside} cannot be counted")
@@ -187,6 +222,7 @@ PARTS: dict[str, str] = {
     "attention": "attention",
     KERNEL: "scores",
     "feedforward": "feedforward",
+    "experts": "experts",  # those that a token is sent to
     "Block": "stream",  # sums of the residual stream, dropout
     "unembedding": "unembedding",
     "Unembed": "unembedding",
@@ -203,8 +239,9 @@ def part_of(scope: str) -> str:
 
 
 def _held(array: Any) -> int:
-    """Bytes of a device's part of an abstract array that may be sharded."""
-    shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+    """Bytes of a device's part of an abstract array that may be sharded, or be that part."""
+    whole = array.sharding is None or array.sharding.mesh.manual_axes
+    shape = array.shape if whole else array.sharding.shard_shape(array.shape)
     return math.prod(shape) * array.dtype.itemsize
 
 
@@ -255,7 +292,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
         return total(arrays, jax.tree.map(lambda s: parameter_spec(s.dims), specs))
 
     rows = config.data.batch_size // config.train.accumulation
-    products = _products(_same_products(m), _rows(m), rows, mesh)
+    traced = dataclasses.replace(_same_products(m), capacity_factor=m.capacity_factor)
+    products = _products(traced, _rows(m), rows, mesh)
     with jax.sharding.use_abstract_mesh(_abstract_mesh(mesh)):
         tokens = rows * m.context // (sharding.ways("B") * sharding.ways("T"))
         stores_scores = kernel_for(m, m.context) == "plain"
@@ -287,8 +325,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 
 def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
     """What a run costs, by purpose, for a person: parameters, FLOPs and bytes, a line each."""
-    counts = (f"{part} {n:,}" for part, n in parameters(config.model).items())
-    lines = [f"parameters: {', '.join(counts)}"]
+    counts = parameters(config.model)
+    if (active := active_parameters(config.model)) != counts["total"]:
+        counts["active"] = active
+    lines = [f"parameters: {', '.join(f'{part} {n:,}' for part, n in counts.items())}"]
     try:
         flops = flops_by_part(config.model, causal=True)
     except Uncountable as error:

@@ -141,6 +141,14 @@ class Model:
     head_dim: int | None = field(metadata=off(None))
     feedforward: str
     ff_dim: int | None = field(metadata=off(None))
+    experts: int = field(metadata=off(8))
+    experts_per_token: int = field(metadata=off(2))
+    shared_experts: int = field(metadata=off(0))
+    normalise_gates: bool = field(metadata=off(True))
+    capacity_factor: float | None = field(metadata=off(None))
+    balance_loss: float = field(metadata=off(0.01))
+    router_z_loss: float = field(metadata=off(0.0))
+    balance_rate: float | None = field(metadata=off(None))
     position: str
     rope_base: float = field(metadata=off(1e4))
     rope_scaling: str = field(metadata=off("none"))
@@ -176,6 +184,7 @@ class Model:
         _numbers(self)
         _positive(self, "vocab_size", "context", "layers", "width", "heads", "kv_heads")
         _positive(self, "head_dim", "ff_dim", "norm_eps")
+        _positive(self, "experts", "experts_per_token", "capacity_factor", "balance_rate")
         _positive(self, "rope_base", "rope_factor", "rope_original_context")
         _positive(self, "attention_softcap", "logit_softcap", "init_scale")
         _positive(self, "mup_base_width", "mup_base_heads", "mup_base_layers")
@@ -199,6 +208,12 @@ class Model:
             "model.rope_rotations must hold a low and a higher number of turns, both above 0; "
             f"got {self.rope_rotations}",
         )
+        _require(
+            self.experts_per_token <= self.experts,
+            f"model.experts_per_token={self.experts_per_token} exceeds model.experts={self.experts}",
+        )
+        for name in ("shared_experts", "balance_loss", "router_z_loss"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative")
         _require(
             self.dtype in ("float32", "bfloat16"),
             f"model.dtype={self.dtype!r} is not one of: float32, bfloat16",
@@ -289,6 +304,7 @@ class Mesh:
 
     data: int | None
     fsdp: int
+    expert: int = field(metadata=off(1))
     sequence: int = field(metadata=off(1))
     tensor: int
 
@@ -307,7 +323,8 @@ class Mesh:
         return [axis.name for axis in dataclasses.fields(cls)]
 
 
-BATCH_PARALLEL = Mesh(data=None, fsdp=1, sequence=1, tensor=1)  # each device has a whole model
+# Each device has a whole model.
+BATCH_PARALLEL = Mesh(data=None, fsdp=1, expert=1, sequence=1, tensor=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,7 +143,7 @@ def cast(config: Model, params: Params) -> Weights:
     """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
 
     def store(parameter: jax.Array, spec: Spec) -> jax.Array | Scaled:
-        dtype = jnp.float32 if spec.kind == "vector" else config.dtype
+        dtype = jnp.float32 if spec.exact else config.dtype
         return keep(config.products, spec, parameter.astype(dtype))
 
     specs = gpt.abstract_params(config)

@@ -413,7 +413,8 @@ class Meter:
         peak, source = accounting.peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
         try:
-            self._flops = accounting.train_flops_per_token(config.model, causal=True)
+            parts = accounting.flops_by_part(config.model, causal=True)
+            self._flops, self._routed = sum(parts.values()), parts.get("experts", 0.0)
         except accounting.Uncountable as error:
             self._peak = None
             say(f"MFU is left out, FLOPs are not counted: {error}")
@@ -439,7 +440,7 @@ class Meter:
         (step, measured), self._pending = self._pending, None
         measured = jax.device_get(measured)
         self._measure()
-        shown, recorded = self._write(step, measured, self._speed())
+        shown, recorded = self._write(step, measured, self._speed(*measured))
         if recorded:
             steps = self._config.train.steps
             self._progress.line(f"step {step:>{len(str(steps))}}  {readable(shown)}")
@@ -454,13 +455,15 @@ class Meter:
         self._steps += 1
         self._rate = self._steps / (now - self._since)
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, metrics: Mapping[str, Any], watched: Mapping[str, Any]) -> dict[str, float]:
         if math.isnan(self._rate):
             return {}
         tokens = self._rate * self._config.data.batch_size * self._config.model.context
         if self._peak is None:
             return {"tokens_per_second": tokens}
-        share = accounting.mfu(tokens, self._flops, self._peak)
+        # What was dropped was not computed.
+        flops = self._flops - self._routed * float(metrics.get("dropped_share", 0.0))
+        share = accounting.mfu(tokens, flops, self._peak)
         return {"tokens_per_second": tokens, "mfu": share}
 
 

@@ -273,8 +273,8 @@ class Hidden(NamedTuple):
     Attributes:
         x_BTD: the stream that is unembedded, in `config.dtype`.
         cache: extended by these tokens; None without one.
-        heard: the points listened to, and auxiliary losses under "loss/NAME". Points and losses
-            of the blocks have a leading dim L.
+        heard: the points listened to, auxiliary losses under "loss/NAME", and likewise what `Tap`
+            reports or moves. All of the blocks have a leading dim L.
     """
 
     x_BTD: jax.Array

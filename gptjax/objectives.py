@@ -14,7 +14,7 @@ import jax
 from gptjax import model
 from gptjax.config import Config
 from gptjax.data.batches import Batch
-from gptjax.layers.context import LOSS
+from gptjax.layers.context import LOSS, METRIC, MOVE
 from gptjax.losses import cross_entropy
 
 
@@ -25,11 +25,13 @@ class Totals(NamedTuple):
         objective: what is minimised, once divided by the weight of the whole batch.
         metrics: what is reported beside it, divided likewise; "loss" is the one that is plotted.
         weight: of the micro-batch.
+        moves: path of a parameter without gradient -> where it is to move, see `Tap.move`.
     """
 
     objective: jax.Array
     metrics: dict[str, jax.Array]
     weight: jax.Array
+    moves: dict[str, jax.Array] | None = None
 
 
 class Objective(NamedTuple):
@@ -49,8 +51,9 @@ def next_token(
 ) -> Totals:
     """Cross-entropy of the next token, z-loss, and what layers add by `Tap.loss`.
 
-    Metrics: loss (nats per scored token), z (mean squared log-partition), and each auxiliary
-    loss under "loss/NAME", summed over layers, a mean over micro-batches by their weight.
+    Metrics: loss (nats per scored token), z (mean squared log-partition), each auxiliary loss
+    under "loss/NAME", summed over layers, and what layers report, a mean over layers; both are means
+    over micro-batches by their weight.
     """
     x_BTD, _, heard = model.hidden(
         config.model,
@@ -73,8 +76,19 @@ def next_token(
             z_loss=config.optim.z_loss,
         )
     auxiliary = {n: sums.weight * x.sum() for n, x in heard.items() if n.startswith(LOSS)}
+    reported = {
+        n.removeprefix(METRIC): sums.weight * x.mean()
+        for n, x in heard.items()
+        if n.startswith(METRIC)
+    }
     objective = sum(auxiliary.values(), start=sums.objective)
-    return Totals(objective, {"loss": sums.nll, "z": sums.z} | auxiliary, sums.weight)
+    metrics = {"loss": sums.nll, "z": sums.z} | auxiliary | reported
+    moves = {
+        f"blocks/{n.removeprefix(MOVE)}": sums.weight * x
+        for n, x in heard.items()
+        if n.startswith(MOVE)
+    }
+    return Totals(objective, metrics, sums.weight, moves)
 
 
 OBJECTIVE: dict[str, Objective] = {

@@ -37,7 +37,7 @@ Tree = Any  # nested dict like the parameters
 # Which parameters decay.
 DECAY_MASKS: dict[str, Callable[[Spec], bool]] = {
     "matrices": lambda spec: spec.kind != "vector",  # tables and the unembedding too
-    "no_embedding": lambda spec: spec.kind == "matrix",
+    "no_embedding": lambda spec: spec.kind in ("matrix", "router"),
     "all": lambda spec: True,
 }
 

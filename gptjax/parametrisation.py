@@ -31,7 +31,7 @@ class Rules(NamedTuple):
 
     Attributes:
         kinds: the powers of each kind of parameter, see `gptjax.layers.parameter.KIND`.
-        logits: power of m, on the logits.
+        logits: power of m, on the logits, and on a router's scores.
         scores: power of h, on attention scores that were divided by sqrt(head width).
         branch: power of d, on what attention and feed-forward add to the residual stream.
         block_rate: power of d, on the learning rate of the blocks' parameters.
@@ -48,6 +48,7 @@ STANDARD = Rules(
     kinds={
         "embedding": Powers(std=0, rate=0),
         "matrix": Powers(std=0, rate=0),
+        "router": Powers(std=0, rate=0),
         "unembedding": Powers(std=0, rate=0),
         "vector": Powers(std=0, rate=0),
     },

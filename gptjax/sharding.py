@@ -33,19 +33,21 @@ AXES = tuple(axis.name for axis in dataclasses.fields(MeshConfig))
 # fsdp split of the width, undone by `gather` right before use (ZeRO-3,
 # Rajbhandari et al. 2020); tensor splits follow Megatron (Shoeybi et al. 2019). Queries are split
 # by their position and keys are not: attention gathers them (context parallelism, as in Llama 3,
-# Grattafiori et al. 2024, section 3.3.2).
+# Grattafiori et al. 2024, section 3.3.2). Experts stay split in use, and tokens go to them (GShard,
+# Lepikhin et al. 2020).
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
+    "B": ("data", "fsdp", "expert"),
     "T": ("sequence",),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
 }
-PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {"D": ("fsdp",)}
+STACK_RULES: dict[str, tuple[str, ...]] = {"E": ("expert",)}
+PARAMETER_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | STACK_RULES | {"D": ("fsdp",)}
 # One token does not divide: the devices of a sequence have rows of their own.
 DECODING_RULES: dict[str, tuple[str, ...]] = ACTIVATION_RULES | {
-    "B": ("data", "fsdp", "sequence"),
+    "B": (*ACTIVATION_RULES["B"], "sequence"),
     "T": (),
 }
 
@@ -57,8 +59,9 @@ class Rules(NamedTuple):
 
 RULES: dict[str, Rules] = {
     "training": Rules(ACTIVATION_RULES, PARAMETER_RULES),
-    # Every new token reads all weights: they are gathered once and stay whole, save for tensor.
-    "decoding": Rules(DECODING_RULES, DECODING_RULES),
+    # Every new token reads all weights: they are gathered once and stay whole, save for tensor
+    # and expert.
+    "decoding": Rules(DECODING_RULES, DECODING_RULES | STACK_RULES),
 }
 _PHASE = contextvars.ContextVar("phase", default="training")
 
@@ -71,6 +74,11 @@ def phase(name: str) -> Iterator[None]:
         yield
     finally:
         _PHASE.reset(token)
+
+
+def decoding() -> bool:
+    """Whether what is traced generates text, a token at a time."""
+    return _PHASE.get() == "decoding"
 
 
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
@@ -167,12 +175,29 @@ def store(parameter: jax.Array, dims: str) -> jax.Array:
     return parameter if out("") is None else jax.reshard(parameter, parameter_spec(dims))
 
 
-def gather(parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike) -> jax.Array:
+def stacked_spec(dims: str, stacks: str) -> P:
+    """The PartitionSpec of a parameter in use: its leading dims `stacks` stay split."""
+    stored, used = parameter_spec(dims), spec(dims)
+    return P(*stored[: len(stacks)], *used[len(stacks) :])
+
+
+def gather(
+    parameter: jax.Array, dims: str, dtype: jax.typing.DTypeLike, stacks: str = ""
+) -> jax.Array:
     """A parameter ready for use: cast, then gathered over fsdp.
 
     The cast comes first so that the all-gather moves `dtype`, not float32.
     """
-    return shard(parameter.astype(dtype), dims)
+    parameter = parameter.astype(dtype)
+    if not stacks or out("") is None:
+        return shard(parameter, dims)
+    return jax.reshard(parameter, stacked_spec(dims, stacks))
+
+
+def axis_of(dim: str) -> str:
+    """The one mesh axis that splits a dim of a parameter."""
+    (axis,) = PARAMETER_RULES[dim]
+    return axis
 
 
 def round_up(size: int, dim: str) -> int:
@@ -314,6 +339,7 @@ KNOBS = {
     "N": "model.heads",
     "K": "model.kv_heads",
     "F": "model.ff_dim",
+    "E": "model.experts",
     "V": "model.vocab_size",
     "D": "model.width",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +21,7 @@ from gptjax.config import Config, choose
 from gptjax.data.batches import Batch
 from gptjax.layers.parameter import Spec
 from gptjax.objectives import OBJECTIVE, Totals
-from gptjax.sharding import out
+from gptjax.sharding import like, out
 from gptjax.trainable import trainable
 
 Metrics = dict[str, jax.Array]
@@ -33,7 +35,7 @@ class TrainState(struct.PyTreeNode):
         params: what is trained (`trainable`), float32.
         opt_state: the optimiser's.
         ema: average of the parameters, like `params`; None where `optim.ema_decay` is None.
-        frozen: the parameters that are not trained; None where there are none.
+        frozen: the parameters that are not trained, or not by a gradient; None where there are none.
     """
 
     step: jax.Array
@@ -164,6 +166,7 @@ def update(
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        frozen = _moved(config, state.frozen, sums.moves, finite)
     weight = jnp.maximum(sums.weight, 1)
     metrics = {name: value / weight for name, value in sums.metrics.items()} | {
         "gradient_norm": norm,
@@ -172,7 +175,27 @@ def update(
         "skipped": 1.0 - finite,
     }
     params, opt_state, ema = accepted
-    return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
+    return TrainState(state.step + 1, params, opt_state, ema, frozen), metrics
+
+
+def _moved(
+    config: Config,
+    frozen: model.Params | None,
+    moves: dict[str, jax.Array] | None,
+    finite: jax.Array,
+) -> model.Params | None:
+    """The parameters that are not trained, of which some move without a gradient."""
+    rate = config.model.balance_rate
+    if frozen is None or not moves or rate is None:
+        return frozen
+    leaves = flatten_dict(frozen, sep="/")
+    for path, direction in moves.items():
+        if any(fnmatch.fnmatchcase(path, pattern) for pattern in config.train.frozen):
+            continue
+        step = jnp.where(finite, rate * jnp.sign(direction), 0)
+        where = like(leaves[path])
+        leaves[path] += step if where is None else jax.reshard(step, where)
+    return unflatten_dict(leaves, sep="/")
 
 
 def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) -> Callable[..., Any]:
@@ -195,8 +218,8 @@ def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) ->
                 return jax.tree.map(jnp.add, total, gradient_and_sums), None
 
         _, sums = jax.eval_shape(part, jnp.zeros((), jnp.int32))
-        zero = jnp.zeros(())
-        zeros = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda s: zero, sums)
+        no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape), sums)
+        zeros = jax.tree.map(jnp.zeros_like, params), no_sums
         return jax.lax.scan(add, zeros, jnp.arange(micros))[0]
 
     return gradient

@@ -32,14 +32,13 @@ class Trainable(NamedTuple):
 
 
 def everything(config: Config) -> Trainable:
-    """The model's own tree."""
+    """The model's own tree, but for what moves without a gradient."""
     if config.train.frozen:
         raise ConfigError(
             "train.frozen names parameters, but train.trainable='all' trains them: set "
             "train.trainable='unfrozen', or train.frozen=()"
         )
-    specs = model.abstract_params(config.model)
-    return Trainable(specs, lambda params: (params, None), lambda trained, frozen: trained)
+    return _without(config, set())
 
 
 def unfrozen(config: Config) -> Trainable:
@@ -51,6 +50,16 @@ def unfrozen(config: Config) -> Trainable:
     if idle or not frozen or len(frozen) == len(specs):
         wrong = f"{idle[0]!r} matches none" if idle else "must match some, and not all"
         raise ConfigError(f"train.frozen: {wrong} of the parameters: {', '.join(sorted(specs))}")
+    return _without(config, frozen)
+
+
+def _without(config: Config, frozen: set[str]) -> Trainable:
+    """All but the parameters at `frozen`, and those that move without a gradient."""
+    specs = flatten_dict(model.abstract_params(config.model), sep="/")
+    frozen = frozen | {path for path, spec in specs.items() if spec.role == "moved"}
+    if not frozen:
+        whole = model.abstract_params(config.model)
+        return Trainable(whole, lambda params: (params, None), lambda trained, frozen: trained)
 
     def split(params: Params) -> tuple[Params, Params | None]:
         leaves = flatten_dict(params, sep="/")

@@ -45,6 +45,8 @@ SMALL = tiny.model(context=16, layers=3, width=32, ff_dim=48)
 VARIANTS = [
     {},
     *({"feedforward": name, "bias": bias} for name in FEEDFORWARD for bias in (True, False)),
+    {"feedforward": "swiglu_experts", "bias": False, "shared_experts": 1, "experts_per_token": 3},
+    {"feedforward": "gelu_experts", "capacity_factor": 3.0, "experts": 6},
     *({"norm": name, "bias": bias} for name in NORM for bias in (True, False)),
     *({"norm_placement": p, "parallel_block": b} for p in PLACEMENT for b in (True, False)),
     *({"position": name} for name in POSITION),
@@ -96,12 +98,20 @@ def tensors(model: Model) -> Iterator[tuple[str, str, int]]:
     if m.value_residual:
         yield "attention", "L", 2
 
-    inputs = 2 if m.feedforward in ("swiglu", "geglu") else 1
-    yield "feedforward", "LDF", inputs
-    yield "feedforward", "LFD", 1
+    inputs = 2 if m.feedforward in ("swiglu", "geglu", "swiglu_experts") else 1
+    E = ""
+    if m.feedforward.endswith("_experts"):
+        E = "E"
+        yield "feedforward", "LDE", 1  # router
+    yield "feedforward", f"L{E}DF", inputs
+    yield "feedforward", f"L{E}FD", 1
     if m.bias:
-        yield "feedforward", "LF", inputs
-        yield "feedforward", "LD", 1
+        yield "feedforward", f"L{E}F", inputs
+        yield "feedforward", f"L{E}D", 1
+    if E and m.shared_experts:
+        assert m.shared_experts == 1 and not m.bias
+        yield "feedforward", "LDF", inputs
+        yield "feedforward", "LFD", 1
 
     # Gain, and the offset of a LayerNorm.
     vectors = 0 if m.norm == "parameterfree" else 1 + (m.norm == "layernorm" and m.bias)
@@ -118,15 +128,18 @@ def size(model: Model, dims: str) -> int:
     m = model
     sizes = {
         "L": m.layers, "D": m.width, "N": m.heads, "K": m.K, "H": m.H, "F": hidden_width(m),
-        "V": m.vocab_size, "P": m.context,
+        "V": m.vocab_size, "P": m.context, "E": m.experts,
     }  # fmt: skip
     return math.prod(sizes[dim] for dim in dims)
 
 
 def matmul_parameters(model: Model) -> int:
     """Weights of the matrix products: blocks and unembedding, not the embedding look-ups."""
-    inner = [(d, n) for _, d, n in tensors(model) if d in ("LDNH", "LDKH", "LNHD", "LDF", "LFD")]
-    return sum(n * size(model, dims) for dims, n in inner) + size(model, "DV")
+    """Of the experts, those that a token meets."""
+    one = ("LDNH", "LDKH", "LNHD", "LDF", "LFD", "LDE")
+    inner = sum(n * size(model, d) for _, d, n in tensors(model) if d in one)
+    routed = sum(n * size(model, d) for _, d, n in tensors(model) if d in ("LEDF", "LEFD"))
+    return inner + routed * model.experts_per_token // model.experts + size(model, "DV")
 
 
 def closed_flops(model: Model, causal: bool) -> float:
@@ -180,6 +193,10 @@ def dot_flops(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             width = math.prod(left[i] for i in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * width
+        if equation.primitive.name == "ragged_dot_general":  # (rows, in) by (groups, in, out)
+            rows, out = equation.invars[0].aval, equation.outvars[0].aval
+            assert rows.ndim == 2
+            total += 2 * rows.size * out.shape[-1]
         assert equation.primitive.name != "while", "a loop of unknown length"
         inner = sum(dot_flops(sub) for value in equation.params.values() for sub in jaxprs(value))
         total += inner * (equation.params["length"] if equation.primitive.name == "scan" else 1)
@@ -230,6 +247,7 @@ def test_the_walker_counts_products_and_scans():
         {"feedforward": "swiglu", "tied": False, "position": "rope", "norm": "rmsnorm"},
         {"kv_heads": 2, "head_dim": 16, "qk_norm": True, "value_residual": True},
         {"parallel_block": True, "norm_placement": "sandwich", "position": "alibi"},
+        {"feedforward": "swiglu_experts", "scan_layers": True, "shared_experts": 1},
     ],
     ids=lambda changes: ",".join(changes) or "base",
 )
@@ -298,6 +316,14 @@ def check_memory(config: Config, axes: Mesh) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_memory_is_that_of_the_sharded_state(optimizer, axes):
     config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256), optimizer)
+    check_memory(config, axes)
+
+
+@pytest.mark.parametrize("axes", [tiny.axes(expert=2, fsdp=2), tiny.axes(expert=4, tensor=2)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_of_experts_is_that_of_the_sharded_state(optimizer, axes):
+    knobs = {"feedforward": "gelu_experts", "experts": 4, "balance_rate": 1e-3}
+    config = whole(small(width=64, head_dim=32, ff_dim=256, vocab_size=256, **knobs), optimizer)
     check_memory(config, axes)
 
 

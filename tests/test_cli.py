@@ -355,7 +355,7 @@ def test_a_sharded_run_is_used_on_another_mesh(tmp_path: Path, run: Trained, sto
     axes = {"fsdp": 2, "sequence": 2, "tensor": 2}
     sharded = train(tmp_path / "run", store, **{f"mesh__{axis}": n for axis, n in axes.items()})
     kept = json.loads((sharded.workdir / records.CONFIG).read_text())
-    assert kept["mesh"] == {"data": None} | axes
+    assert kept["mesh"] == {"data": None, "expert": 1} | axes
     assert configure.of_run(sharded.workdir).mesh == configure.of_run(run.workdir).mesh
     done = works("eval", f"--workdir={sharded.workdir}", "--json")
     (score,) = json.loads(done.out)["scores"].values()

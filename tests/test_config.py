@@ -255,7 +255,7 @@ def test_derived_sizes():
 
 @dataclasses.dataclass(frozen=True)
 class LaterMesh(Mesh):
-    expert: int = dataclasses.field(metadata=off(1))
+    pipeline: int = dataclasses.field(metadata=off(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,9 +281,9 @@ class Before:
 
 
 def test_a_knob_that_is_not_recorded_is_off():
-    mesh = {"data": None, "fsdp": 1, "tensor": 1}
+    mesh = dataclasses.asdict(tiny.axes(data=None))
     now = recorded({"seed": 3, "mesh": mesh}, Later)
-    assert (now.seed, now.mesh.expert, now.probe.every) == (3, 1, None)
+    assert (now.seed, now.mesh.pipeline, now.probe.every) == (3, 1, None)
     before = recorded({"seed": 3, "mesh": mesh}, Before)
     assert fingerprint(now) == fingerprint(before)
     on = dataclasses.replace(now, probe=Probe(every=5))
@@ -294,8 +294,8 @@ def test_a_knob_that_is_not_recorded_is_off():
         from_dict({"seed": 3, "mesh": mesh}, Later)
     with pytest.raises(ConfigError, match=r"missing config keys: mesh.fsdp$"):
         recorded({"seed": 3, "mesh": {"data": 1, "tensor": 1}}, Later)
-    with pytest.raises(ConfigError, match=r"unknown config key 'mesh.experts' \(did you mean"):
-        recorded({"seed": 3, "mesh": {**mesh, "experts": 1}}, Later)
+    with pytest.raises(ConfigError, match=r"unknown config key 'mesh.pipelines' \(did you mean"):
+        recorded({"seed": 3, "mesh": {**mesh, "pipelines": 1}}, Later)
 
 
 def test_off_values_never_change():

@@ -40,6 +40,8 @@ LLAMA = {
 STRETCHED = {"rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
 TURNS = {"low_freq_factor": 0.5, "high_freq_factor": 1.5}
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
 CASES: dict[str, tuple[str, dict]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False, "n_inner": 40}),
@@ -70,6 +72,15 @@ CASES: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
+    "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
+    "mixtral-window": (
+        "Mixtral",
+        LLAMA | {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": 5},
+    ),
+    "qwen3_moe": ("Qwen3Moe", LLAMA | EXPERTS),
+    "qwen3_moe-normalised": (
+        "Qwen3Moe", LLAMA | EXPERTS | {"norm_topk_prob": True, "head_dim": 8, "attention_bias": True},
+    ),
 }  # fmt: skip
 
 
@@ -148,7 +159,7 @@ def test_in_and_out_with_the_same_logits_and_bits(case, folder, tmp_path):
 
 
 def test_every_family_and_every_scaling_is_a_case():
-    kinds = {kind.lower() for kind, _ in CASES.values()}
+    kinds = {getattr(transformers, f"{kind}Config").model_type for kind, _ in CASES.values()}
     assert kinds == set(families.FAMILIES)
     scalings = {to_model(case).rope_scaling for case in CASES}
     assert scalings == set(families.ROPE_KEYS) - {"default"} | {"none"}
@@ -311,10 +322,17 @@ def test_names_without_prefix_and_buffers_of_old_files(folder, tmp_path):
 # --- meshes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["gpt2", "llama-attention-bias"])
-def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, folder, tmp_path):
+@pytest.mark.parametrize(
+    "case, axes",
+    [
+        ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("llama-attention-bias", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("mixtral", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_on_a_mesh_each_device_gets_its_shard_of_the_same_values(case, axes, folder, tmp_path):
     plain = load(read(folder(case)))
-    mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+    mesh = tiny.mesh(**axes)
     with jax.set_mesh(mesh):
         split = load(read(folder(case)))
         specs = model.abstract_params(split.model)
@@ -447,6 +465,10 @@ ROPE = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "but there is no sliding_window"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True of a qwen2 is not one of"),
         ("llama", {"rope_parameters": [1]}, "RoPE's parameters are to be an object, not [1]"),
+        ("mixtral", {"num_local_experts": 5}, "9 tensors are missing, the first of them model.layers"),
+        ("mixtral", {"num_experts_per_tok": 5}, "model.experts_per_token=5 exceeds model.experts=4"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers=[1] of a qwen3_moe is not one of"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 of a qwen3_moe is not"),
         ("llama", {"hidden_size": "16"}, "model.width must be int, got '16'"),
         ("gpt2", {"pruned_heads": {"0": [1]}}, "has keys that are not known: pruned_heads; take out"),
         ("gpt2", {"hidden_size": 8}, "has keys that are not known: hidden_size"),
@@ -573,6 +595,9 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
         ({"value_residual": True}, "model.value_residual=True"),
         ({"feedforward": "relu2"}, "model.feedforward='relu2'"),
         ({"windows": (4, 8)}, "model.windows=(4, 8, 4)"),
+        ({"feedforward": "gelu_experts"}, "model.feedforward='gelu_experts'"),
+        ({"feedforward": "swiglu_experts", "shared_experts": 1}, "model.shared_experts=1"),
+        ({"feedforward": "swiglu_experts", "capacity_factor": 2.0}, "model.capacity_factor=2.0"),
     ],
 )
 def test_a_model_that_no_family_can_say_is_not_exported(change, lacking, folder, tmp_path):

@@ -624,7 +624,7 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FEEDFORWARD)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_feedforward_by_its_formula_in_float64(name):
     c = model(feedforward=name)
     D, F = c.width, hidden_width(c)
@@ -670,17 +670,22 @@ def test_a_draw_depends_on_seed_and_path():
 # fan-in 16 and 4 layers, from the papers named in INIT.
 SCALES = {
     "gpt2": {
-        "embedding": 0.02, "position": 0.02, "matrix": 0.02, "residual": 0.02 / 8**0.5,
-        "unembedding": 0.02,
+        "embedding": 0.02, "position": 0.02, "matrix": 0.02, "router": 0.02,
+        "residual": 0.02 / 8**0.5, "unembedding": 0.02,
     },
     "fan_in": {
-        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "residual": 1 / 4 / 8**0.5,
-        "unembedding": 1 / 4,
+        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "router": 1 / 4,
+        "residual": 1 / 4 / 8**0.5, "unembedding": 1 / 4,
     },
     "zero_out": {
-        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "residual": 0, "unembedding": 1 / 4,
+        "embedding": 1 / 4, "position": 1 / 4, "matrix": 1 / 4, "router": 1 / 4, "residual": 0,
+        "unembedding": 1 / 4,
     },
 }  # fmt: skip
+
+
+def test_every_feedforward_has_its_formula():
+    assert {*ACTIVATIONS} == {name for name, row in FEEDFORWARD.items() if not row.experts}
 
 
 @pytest.mark.parametrize("scheme", INIT)

@@ -173,7 +173,10 @@ def values_and_gradients_by_place(config: Model, params: Any, rows: Any) -> tupl
     """Likewise, and influence[b, t, c, s]: of the token at (c, s) on the logits at (b, t)."""
     logits_BTV, pull = jax.vjp(lambda p: gpt.apply(config, p, **rows), params)
     places = jnp.eye(B * T).reshape(B * T, B, T, 1)
-    (gradients,) = jax.vmap(pull)(places * WEIGHTS)
+    # jax cannot yet map products by group where only some operands are mapped.
+    one_by_one = FEEDFORWARD[config.feedforward].experts
+    pulled = functools.partial(jax.lax.map, pull) if one_by_one else jax.vmap(pull)
+    (gradients,) = pulled(places * WEIGHTS)
     influence = jnp.abs(gradients["embed"]["tokens"]).sum(-1)[:, rows["tokens_BT"]]
     return logits_BTV, jax.tree.map(lambda g: g.sum(0), gradients), influence.reshape(B, T, B, T)
 

@@ -33,6 +33,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
+ROWS = ("data", "fsdp", "expert")
 CONFIG = dataclasses.replace(
     tiny.BASE,
     model=tiny.model(
@@ -50,18 +51,22 @@ CONFIG = dataclasses.replace(
 @pytest.mark.parametrize(
     "dims, activation, parameter",
     [
-        ("BTD", P(("data", "fsdp"), "sequence", None), None),
-        ("BAT", P(("data", "fsdp"), None, "sequence"), None),
-        ("BTNH", P(("data", "fsdp"), "sequence", "tensor", None), None),
-        ("BSKH", P(("data", "fsdp"), None, "tensor", None), None),
-        ("BKGTS", P(("data", "fsdp"), "tensor", None, "sequence", None), None),
-        ("BTF", P(("data", "fsdp"), "sequence", "tensor"), None),
-        ("BTV", P(("data", "fsdp"), "sequence", "tensor"), None),
+        ("BTD", P(ROWS, "sequence", None), None),
+        ("BAT", P(ROWS, None, "sequence"), None),
+        ("BTNH", P(ROWS, "sequence", "tensor", None), None),
+        ("BSKH", P(ROWS, None, "tensor", None), None),
+        ("BKGTS", P(ROWS, "tensor", None, "sequence", None), None),
+        ("BTF", P(ROWS, "sequence", "tensor"), None),
+        ("BTV", P(ROWS, "sequence", "tensor"), None),
         ("1TD", P(None, "sequence", None), None),
         ("LDNH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LDKH", P(None, None, "tensor", None), P(None, "fsdp", "tensor", None)),
         ("LNHD", P(None, "tensor", None, None), P(None, "tensor", None, "fsdp")),
         ("LDF", P(None, None, "tensor"), P(None, "fsdp", "tensor")),
+        ("LEDF", P(None, None, None, "tensor"), P(None, "expert", "fsdp", "tensor")),
+        ("LEFD", P(None, None, "tensor", None), P(None, "expert", "tensor", "fsdp")),
+        ("LDE", P(None, None, None), P(None, "fsdp", "expert")),
+        ("BTE", P(ROWS, "sequence", None), None),
         ("VD", P("tensor", None), P("tensor", "fsdp")),
         ("PD", P(None, None), P(None, "fsdp")),
         ("LH", P(None, None), P(None, None)),
@@ -160,8 +165,8 @@ def test_round_up_is_the_next_multiple_of_the_devices_of_a_dim():
 @pytest.mark.parametrize(
     "changes, sizes, message",
     [
-        ({"batch_size": 12}, tiny.DATA, "data.batch_size / train.accumulation=12 .* data x fsdp = 8"),
-        ({"accumulation": 4}, tiny.axes(data=4, fsdp=2), "data.batch_size / train.accumulation=4 .* data x fsdp = 8"),
+        ({"batch_size": 12}, tiny.DATA, "data.batch_size / train.accumulation=12 .* data x fsdp x expert = 8"),
+        ({"accumulation": 4}, tiny.axes(data=4, fsdp=2), "data.batch_size / train.accumulation=4 .* data x fsdp x expert = 8"),
         ({"heads": 4, "kv_heads": 4}, tiny.axes(tensor=8), "model.heads=4 .* tensor = 8"),
         ({"kv_heads": 4}, tiny.axes(tensor=8), "model.kv_heads=4 .* tensor = 8"),
         ({"ff_dim": 50}, tiny.TENSOR, "model.ff_dim=50 .* tensor = 4"),

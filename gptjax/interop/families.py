@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config import Model as ModelConfig
 from gptjax.config import UserError, choose, from_dict, off_values
-from gptjax.layers.feedforward import hidden_width
+from gptjax.layers.feedforward import FEEDFORWARD, hidden_width
 
 Keys = dict[str, Any]
 
@@ -22,8 +22,9 @@ class Row(NamedTuple):
     """One tensor.
 
     Attributes:
-        ours: its path in the tree of `model.init`; a stacked one has a tensor for each layer.
-        theirs: its name, * standing for the layer's number.
+        ours: its path in the tree of `model.init`; a stacked one has a tensor for each layer, and for
+            each expert.
+        theirs: its name, * standing for the layer's number and ? for the expert's.
         layout: its dims, in our letters; those written together are one dim: "NH D".
         part: (i, n): it is the i-th of n equal parts of the last dim.
     """
@@ -66,6 +67,14 @@ class Family(NamedTuple):
 # Fields that say how a model is run or trained, not what function it is.
 RUN_FIELDS = (
     "dropout", "init", "init_scale", "attention", "scan_layers", "remat", "dtype", "products",
+    "balance_loss", "router_z_loss",
+)  # fmt: skip
+
+
+# Fields that say nothing of a feed-forward without experts.
+EXPERT_FIELDS = (
+    "experts", "experts_per_token", "shared_experts", "normalise_gates", "capacity_factor",
+    "balance_rate",
 )  # fmt: skip
 
 
@@ -86,6 +95,7 @@ HARMLESS = frozenset(
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix
     finetuning_task task_specific_params problem_type id2label label2id num_labels
+    output_router_logits router_aux_loss_coef router_jitter_noise
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
 """.split()  # noqa: SIM905
 )
@@ -170,6 +180,9 @@ def canonical(model: ModelConfig) -> dict[str, Any]:
     unread = {"factor", "original_context", "rotations"} - set(
         read.get(model.rope_scaling, ("factor", "original_context", "rotations"))
     )
+    if not FEEDFORWARD[model.feedforward].experts:
+        for name in EXPERT_FIELDS:
+            del fields[name]
     if model.position != "rope":
         unread |= {"base", "scaling", "factor", "original_context", "rotations"}
     return {k: v for k, v in fields.items() if k.removeprefix("rope_") not in unread}
@@ -379,7 +392,20 @@ LLAMA = Family(
     rows=LLAMA_ROWS,
 )
 
-# Without `use_sliding_window` the next two say nothing.
+
+def with_experts(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Llama's rows with a mixture of experts, whose names within a layer are given."""
+    rows = [row for row in LLAMA_ROWS if not row.ours.startswith("blocks/feedforward/")]
+    names = {"router": router, "gate": gate, "up": up, "down": down}
+    layouts = {"router": "E D", "gate": "F D", "up": "F D", "down": "D F"}
+    rows += [
+        Row(f"blocks/feedforward/{ours}", f"model.layers.*.{theirs}.weight", layouts[ours])
+        for ours, theirs in names.items()
+    ]
+    return tuple(rows)
+
+
+# Without `use_sliding_window` the next three say nothing.
 QWEN = (*ROPE, "layer_types", "sliding_window", "max_window_layers")
 
 # By `model_type`; export takes the first that fits.
@@ -414,5 +440,55 @@ FAMILIES: dict[str, Family] = {
             | {"attention_bias": "all" if theirs.get("attention_bias", False) else "none"}
         ),
         to_theirs=lambda model: rope_to_theirs(model) | {"attention_bias": "out" in model.biased},
+    ),
+    "mixtral": LLAMA._replace(  # Llama with experts; its layers have one window
+        architecture="MixtralForCausalLM",
+        keys=LLAMA.keys
+        | {
+            "num_key_value_heads": ("kv_heads", 8),
+            "rms_norm_eps": ("norm_eps", 1e-5),
+            "num_local_experts": ("experts", 8),
+            "num_experts_per_tok": ("experts_per_token", 2),
+        },
+        ours=LLAMA.ours | {"feedforward": "swiglu_experts"},
+        reads=(*ROPE, "sliding_window"),
+        to_model=lambda theirs: (
+            rope_to_model({"rope_theta": 1e6} | theirs)
+            | {"windows": (theirs.get("sliding_window"),)}
+        ),
+        to_theirs=lambda model: rope_to_theirs(model) | {"sliding_window": model.layer_windows[0]},
+        rows=with_experts(
+            "block_sparse_moe.gate",
+            *(f"block_sparse_moe.experts.?.{name}" for name in ("w1", "w3", "w2")),
+        ),
+    ),
+    "qwen3_moe": LLAMA._replace(  # Llama with QK-norm and experts in every layer
+        architecture="Qwen3MoeForCausalLM",
+        keys={theirs: ours for theirs, ours in LLAMA.keys.items() if ours[0] != "ff_dim"}
+        | {
+            "num_key_value_heads": ("kv_heads", 4),
+            "moe_intermediate_size": ("ff_dim", 768),
+            "num_experts": ("experts", 128),
+            "num_experts_per_tok": ("experts_per_token", 8),
+            "norm_topk_prob": ("normalise_gates", False),
+        },
+        ours=LLAMA.ours | {"qk_norm": True, "feedforward": "swiglu_experts"},
+        theirs=LLAMA.theirs
+        | {
+            "use_sliding_window": (False,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([], None),
+        },
+        # `intermediate_size` is of layers without experts; transformers 5 counts experts as local.
+        reads=(*QWEN, "attention_bias", "intermediate_size", "num_local_experts"),
+        to_model=lambda theirs: (
+            rope_to_model(theirs)
+            | {"experts": theirs.get("num_local_experts", theirs.get("num_experts", 128))}
+            | {"attention_bias": "all" if theirs.get("attention_bias", False) else "none"}
+        ),
+        to_theirs=lambda model: rope_to_theirs(model) | {"attention_bias": "out" in model.biased},
+        rows=with_experts(
+            "mlp.gate", *(f"mlp.experts.?.{name}_proj" for name in ("gate", "up", "down"))
+        ),
     ),
 }

@@ -47,6 +47,7 @@ NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.fl
 Index = tuple[slice, ...]
 Tensors = dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]  # name -> shape, maker
 CHUNK = 1 << 20  # values read at a time
+PLACEHOLDER = {"L": "*", "E": "?"}  # in a `Row`, of the number along a dim
 
 
 class Source(Protocol):
@@ -282,9 +283,8 @@ def _check_tensors(
     """Name and shape of each tensor of the model; refuses a source that has any other set."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, row in rows.items():
-        spec = specs[path]
-        for layer in range(spec.shape[0] if spec.dims.startswith("L") else 1):
-            expected[row.theirs.replace("*", str(layer))] = _their_shape(row, spec)
+        for _, name in _copies(row, specs[path]):
+            expected[name] = _their_shape(row, specs[path])
     lacking = [name for name in expected if name not in source.shapes]
     if lacking:
         raise UserError(f"{len(lacking)} tensors are missing, the first of them {lacking[0]}")
@@ -311,6 +311,22 @@ def _check_tensors(
     return expected
 
 
+def _copies(row: Row, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Where each of their tensors stands in the stacks of a parameter, layer and expert; its name."""
+    for index in np.ndindex(spec.shape[: len(spec.stacks)]):
+        name = row.theirs
+        for letter, number in zip(spec.stacks, index, strict=True):
+            name = name.replace(PLACEHOLDER[letter], str(number))
+        yield index, name
+
+
+def _of_one(spec: Spec) -> Spec:
+    """The same parameter without the first of its stacks."""
+    return dataclasses.replace(
+        spec, shape=spec.shape[1:], dims=spec.dims[1:], stacks=spec.stacks[1:]
+    )
+
+
 def _sizes(spec: Spec) -> dict[str, int]:
     return dict(zip(spec.dims, spec.shape, strict=True))
 
@@ -327,13 +343,10 @@ def _read(source: Source, row: Row, spec: Spec) -> jax.Array:
     name = row.theirs
     if not spec.dims.startswith("L"):
         return _place(spec, functools.partial(_shard, source, name, row, spec))
-    layers = spec.shape[0]
-    one = dataclasses.replace(
-        spec, shape=spec.shape[1:], dims=spec.dims[1:], stacks=spec.stacks[1:]
-    )
+    layers, one = spec.shape[0], _of_one(spec)
     stacked = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
     for layer in range(layers):
-        name = row.theirs.replace("*", str(layer))
+        name = row.theirs.replace(PLACEHOLDER["L"], str(layer))
         part = _place(one, functools.partial(_shard, source, name, row, one))
         # Waited for, so that no more than one layer is on its way.
         stacked = jax.block_until_ready(_put(stacked, part, layer))
@@ -365,7 +378,17 @@ def _place(spec: Spec, load: Callable[[Index | None], np.ndarray]) -> jax.Array:
 
 
 def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None) -> np.ndarray:
-    """Our slice `index` of their tensor, float32: the letters of a group but its first are whole."""
+    """Our slice `index` of their tensor, float32: the letters of a group but its first are whole.
+
+    Of a parameter of experts, that of several tensors.
+    """
+    if spec.stacks:
+        here = slice(None) if index is None else index[0]
+        rest, letter = None if index is None else index[1:], spec.stacks[0]
+        names = (
+            name.replace(PLACEHOLDER[letter], str(i)) for i in range(*here.indices(spec.shape[0]))
+        )
+        return np.stack([_shard(source, n, row, _of_one(spec), rest) for n in names])
     sizes, groups = _sizes(spec), row.layout.split()
     index = (slice(None),) * len(spec.shape) if index is None else index
     ranges = {dim: part.indices(sizes[dim])[:2] for dim, part in zip(spec.dims, index, strict=True)}
@@ -396,29 +419,25 @@ def _tensors(family: Family, config: Model, params: gpt.Params) -> Tensors:
     """Every tensor, in the order of the layers."""
     specs, rows = _rows(family, config)
     arrays = flatten_dict(params, sep="/")
-    names: dict[str, tuple[int, list[Row]]] = {}
-    for layer in range(config.layers):
-        for row in rows.values():
-            name = row.theirs.replace("*", str(layer))
-            rows_of_tensor = names.setdefault(name, (layer, []))[1]
-            if row not in rows_of_tensor:
-                rows_of_tensor.append(row)
+    names: dict[str, tuple[tuple[int, ...], list[Row]]] = {}
+    copies = [(*copy, row) for row in rows.values() for copy in _copies(row, specs[row.ours])]
+    for index, name, row in sorted(copies, key=lambda copy: copy[0][:1] or (0,)):
+        names.setdefault(name, (index, []))[1].append(row)
 
-    def make(layer: int, parts: list[Row]) -> np.ndarray:
-        blocks = [_theirs(arrays[r.ours], r, specs[r.ours], layer) for r in parts]
+    def make(index: tuple[int, ...], parts: list[Row]) -> np.ndarray:
+        blocks = [_theirs(arrays[r.ours], r, specs[r.ours], index) for r in parts]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1)
 
     return {
-        name: (_their_shape(parts[0], specs[parts[0].ours]), functools.partial(make, layer, parts))
-        for name, (layer, parts) in names.items()
+        name: (_their_shape(parts[0], specs[parts[0].ours]), functools.partial(make, index, parts))
+        for name, (index, parts) in names.items()
     }
 
 
-def _theirs(array: jax.Array, row: Row, spec: Spec, layer: int) -> np.ndarray:
-    if spec.dims.startswith("L"):
-        array, dims = array[layer], spec.dims[1:]
-    else:
-        dims = spec.dims
+def _theirs(array: jax.Array, row: Row, spec: Spec, index: tuple[int, ...]) -> np.ndarray:
+    dims = spec.dims[len(index) :]
+    where = None if sharding.out(dims) is None else sharding.parameter_spec(dims)
+    array = array.at[index].get(out_sharding=where)
     groups, sizes = row.layout.split(), _sizes(spec)
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)

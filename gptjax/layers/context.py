@@ -36,13 +36,15 @@ INSIDE: dict[str, str] = {  # of each block, in order; heard with a leading dim 
     "attention_added": "BTD",  # what is added to the stream; in a parallel block, of both branches
     "stream_middle": "BTD",  # the stream between the branches; not in a parallel block
     "feedforward_in": "BTD",  # what the feed-forward reads; not in a parallel block
-    "feedforward_hidden": "BTF",  # its hidden units, activated and gated
+    "feedforward_hidden": "BTF",  # its hidden units, activated and gated; not of experts
+    "router": "BTE",  # scores of the experts before the softmax, float32; only of experts
     "feedforward_out": "BTD",  # what it returns
     "feedforward_added": "BTD",  # what is added to the stream; not in a parallel block
     "stream": "BTD",  # the residual stream that the block returns
 }
 POINTS: dict[str, str] = OUTSIDE | INSIDE
-LOSS = "loss/"  # an auxiliary loss is heard under this and its name, whoever listens
+# A loss, a metric or a move is heard under this and its name, whoever listens.
+LOSS, METRIC, MOVE = "loss/", "metric/", "move/"
 
 
 class Tap:
@@ -97,6 +99,22 @@ class Tap:
         An auxiliary loss, such as one that balances experts: a float32 scalar, weighted already.
         """
         self.heard[LOSS + name] = value.astype(jnp.float32)
+
+    def metric(self, name: str, value: jax.Array) -> None:
+        """Reports `value`, a scalar and a mean over the batch's tokens, with the step's metrics."""
+        self.heard[METRIC + name] = value.astype(jnp.float32)
+
+    def move(self, name: str, direction: jax.Array) -> None:
+        """Says where training is to move a parameter that has no gradient.
+
+        A step moves it by model.balance_rate, up or down as the sign of the directions' sum over the
+        micro-batches says.
+
+        Args:
+            name: of the parameter, whose role is "moved": "feedforward/balance".
+            direction: in its shape.
+        """
+        self.heard[MOVE + name] = direction.astype(jnp.float32)
 
 
 def check_points(names: Sequence[str]) -> None:

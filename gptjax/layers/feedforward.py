@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from gptjax.config import Model, choose
 from gptjax.layers.context import Tap
+from gptjax.layers.experts import experts
 from gptjax.layers.linear import linear
 from gptjax.layers.parameter import add_bias, parameter
 
@@ -26,10 +27,12 @@ class Branch(NamedTuple):
             what it declares and the products that it makes. It shows its hidden units to
             `tap("feedforward_hidden", ...)`, and may add a loss by `tap.loss`.
         width: D -> F, where model.ff_dim is None.
+        experts: whether it reads the knobs of experts.
     """
 
     apply: Callable[[nn.Module, Model, jax.Array, Tap], jax.Array]
     width: Callable[[int], int]
+    experts: bool = False
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -59,6 +62,15 @@ def gated(activation: Activation) -> Branch:
     return Branch(apply, lambda width: -(-8 * width // (3 * 64)) * 64)
 
 
+def mixture(kind: Callable[[Activation], Branch], activation: Activation) -> Branch:
+    """Several `kind(activation)`, of which a router chooses a few for each token."""
+
+    def apply(module: nn.Module, c: Model, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        return experts(module, c, x_BTD, tap, hidden_width(c), activation, kind is gated)
+
+    return Branch(apply, kind(activation).width, experts=True)
+
+
 def _up(module: nn.Module, c: Model, name: str, x_BTD: jax.Array) -> jax.Array:
     F = hidden_width(c)
     kernel = parameter(module, c, name, "DF", (c.width, F), "matrix", fan_in="D")
@@ -79,6 +91,8 @@ FEEDFORWARD: dict[str, Branch] = {
     "relu2": ungated(relu2),
     "swiglu": gated(jax.nn.silu),
     "geglu": gated(jax.nn.gelu),
+    "gelu_experts": mixture(ungated, jax.nn.gelu),
+    "swiglu_experts": mixture(gated, jax.nn.silu),
 }
 
 

@@ -104,15 +104,17 @@ def _rows_backward(
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def on_grid(products: str, x: jax.Array, role: str, summed: int = -1) -> jax.Array:
+def on_grid(products: str, x: jax.Array, role: str, summed: int = -1, stacks: int = 0) -> jax.Array:
     """A parameter of `role`, or what it meets, rounded as in a product that sums the axis `summed`.
 
-    For what `linear` does not multiply. The gradient is that of x.
+    For what `linear` does not multiply. The gradient is that of x. Of its first `stacks` dims each
+    part has scales of its own.
     """
     row = choose(PRODUCTS, products, "model.products")
     if role not in row.roles:
         return x
-    rounded = _wide(_round(x, row.operand, [summed] if row.apart else None), x.dtype)
+    together = range(stacks, x.ndim) if stacks else None
+    rounded = wide(_round(x, row.operand, [summed] if row.apart else together), x.dtype)
     # What is added is 0, and has the gradient 1.
     return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
 
@@ -165,7 +167,7 @@ def _backward(
     (x, kernel), (x_dims, kernel_dims, y_dims) = residuals, _dims(equation)
     gradient = PRODUCTS[products].gradient
     if gradient is None:  # scales that differ along a sum cannot be multiplied after it
-        x, kernel = (Scaled(_wide(operand, g.dtype), None) for operand in residuals)
+        x, kernel = (Scaled(wide(operand, g.dtype), None) for operand in residuals)
     g_scaled = Scaled(g, None) if gradient is None else _round(g, gradient, None)
     to_x, to_kernel = f"{y_dims},{kernel_dims}->{x_dims}", f"{x_dims},{y_dims}->{kernel_dims}"
     # Hopper may add products of 8 bits in less than float32, which gradients do not bear.
@@ -193,7 +195,7 @@ def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
     return Scaled((jnp.round(scaled) if whole else scaled).astype(dtype), scale)
 
 
-def _wide(x: Scaled, dtype: Any) -> jax.Array:
+def wide(x: Scaled, dtype: Any) -> jax.Array:
     """The numbers that `x` stands for."""
     if x.scale is None:
         return x.values

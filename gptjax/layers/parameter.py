@@ -31,15 +31,18 @@ from gptjax.config import Model, choose
 
 # Role -> kind: what a parameter is to muP (`gptjax.parametrisation`), weight decay and Muon. An
 # embedding is a table whose rows are looked up, a matrix maps between two sizes that grow with
-# the width, and a vector is all that multiplies or adds entry by entry.
+# the width, a router from one that does to one that does not, as the unembedding does, and a vector
+# is all that multiplies or adds entry by entry.
 KIND: dict[str, str] = {
     "embedding": "embedding",
     "position": "embedding",
     "matrix": "matrix",
     "residual": "matrix",  # writes to the residual stream
+    "router": "router",  # chooses experts
     "unembedding": "unembedding",
     "gain": "vector",
     "bias": "vector",
+    "moved": "vector",  # not by its gradient, but by what `Tap.move` says
 }
 
 # Scheme -> role -> standard deviation from (fan-in, layers), those of the base shape where
@@ -50,6 +53,7 @@ INIT: dict[str, dict[str, Callable[[float, float], float]]] = {
         "embedding": lambda fan_in, layers: 0.02,
         "position": lambda fan_in, layers: 0.02,
         "matrix": lambda fan_in, layers: 0.02,
+        "router": lambda fan_in, layers: 0.02,
         "residual": lambda fan_in, layers: 0.02 * (2 * layers) ** -0.5,
         "unembedding": lambda fan_in, layers: 0.02,
     },
@@ -58,6 +62,7 @@ INIT: dict[str, dict[str, Callable[[float, float], float]]] = {
         "embedding": lambda fan_in, layers: fan_in**-0.5,
         "position": lambda fan_in, layers: fan_in**-0.5,
         "matrix": lambda fan_in, layers: fan_in**-0.5,
+        "router": lambda fan_in, layers: fan_in**-0.5,
         "residual": lambda fan_in, layers: (2 * layers * fan_in) ** -0.5,
         "unembedding": lambda fan_in, layers: fan_in**-0.5,
     },
@@ -66,6 +71,7 @@ INIT: dict[str, dict[str, Callable[[float, float], float]]] = {
         "embedding": lambda fan_in, layers: fan_in**-0.5,
         "position": lambda fan_in, layers: fan_in**-0.5,
         "matrix": lambda fan_in, layers: fan_in**-0.5,
+        "router": lambda fan_in, layers: fan_in**-0.5,
         "residual": lambda fan_in, layers: 0.0,
         "unembedding": lambda fan_in, layers: fan_in**-0.5,
     },
@@ -99,6 +105,11 @@ class Spec:
     @property
     def kind(self) -> str:
         return KIND[self.role]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is used in float32, whatever the model's dtype."""
+        return self.kind in ("vector", "router")
 
     @property
     def fan_out(self) -> str:
@@ -166,7 +177,7 @@ def parameter(
 
     Args:
         module: the Linen module that owns it.
-        config: decides the initial scale and the dtype of use: its own, float32 for a vector.
+        config: decides the initial scale and the dtype of use: its own, or float32 (`Spec.exact`).
         name: the last part of its path.
         dims: its dims, "DNH".
         shape: its shape.
@@ -196,7 +207,7 @@ def parameter(
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     if isinstance(value, Scaled):
         return value  # type: ignore[return-value]
-    return sharding.gather(value, dims, jnp.float32 if spec.kind == "vector" else config.dtype)
+    return sharding.gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
 
 
 def add_bias(module: nn.Module, config: Model, name: str, dims: str, y: jax.Array) -> jax.Array:
