@@ -365,6 +365,7 @@ PEAK_BF16 = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,  # v5p
     "TPU v6": 918e12,  # v6e
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -382,16 +383,21 @@ def peak_flops(device: jax.Device) -> tuple[float | None, str]:
     """
     if device.platform == "cpu":
         sharing = sum(d.process_index == device.process_index for d in device.client.devices())
-        return _matmul_rate() / sharing, "measured here, float32 matrix product"
+        return matmul_rate() / sharing, "measured here, float32 matrix product"
+    return published_peak(device.device_kind)
+
+
+def published_peak(device_kind: str) -> tuple[float | None, str]:
+    """The peak FLOP/s of a kind of device, None where none is on file, and in words which it is."""
     for kind, peak in PEAK_BF16.items():
-        if device.device_kind.startswith(kind):
+        if device_kind.startswith(kind):
             return peak, f"published dense bf16 peak of {kind}"
-    return None, f"no published peak on file for {device.device_kind!r}"
+    return None, f"no published peak on file for {device_kind!r}"
 
 
 @functools.cache
-def _matmul_rate() -> float:
-    """FLOP/s of the best of the 1024 x 1024 float32 products that XLA does in 0.3 s.
+def matmul_rate() -> float:
+    """FLOP/s of this machine: of the best of the 1024 x 1024 float32 products that XLA does in 0.3 s.
 
     Not numpy's, whose BLAS was found half as fast where OPENBLAS_CORETYPE names an old CPU.
     """

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax import alive
-from gptjax.commands import data, models, runs, scales, studies
+from gptjax.commands import data, models, plans, runs, scales, studies
 from gptjax.commands.command import (
     DEFAULT_RECIPE,
     EXITS,
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     **runs.COMMANDS,
     **studies.COMMANDS,
     **scales.COMMANDS,
+    **plans.COMMANDS,
     **models.COMMANDS,
     **data.COMMANDS,
 }
@@ -127,7 +128,9 @@ def _launch(
 
 def _refuse_launch(name: str, arguments: argparse.Namespace, own: Sequence[str]) -> None:
     """Refuses, without --on, what would have no effect."""
-    alone = [word for word in own if word.partition("=")[0] in LAUNCH]
+    # `plan --on` names hardware, not a place to run.
+    others = LAUNCH if "hardware" not in arguments else LAUNCH[1:]
+    alone = [word for word in own if word.partition("=")[0] in others]
     if getattr(arguments, "dry_launch", False):
         alone.append("--dry_run")
     if alone and "on" in arguments:

@@ -140,7 +140,8 @@ def _attempt(
             train_state, lineage, carried = branch.begin(given, fingerprints)
         spikes = spike.read(workdir) or spike.parse(carried.get("spikes", []))  # a trunk's
         recent: list[float] = carried.get("recent_losses", [])
-        run = stack.enter_context(open_run(workdir, record, fingerprints, saved, lineage))
+        initial = None if begin is None else begin.record
+        run = stack.enter_context(open_run(workdir, record, fingerprints, saved, lineage, initial))
         if spikes and jax.process_index() == 0:
             spike.write(workdir, spikes)
         if saved == config.train.steps:

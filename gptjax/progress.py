@@ -10,7 +10,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 # Names and texts of users are shown as they are: "[/b]" is no markup, ":x:" no emoji.
@@ -54,15 +60,21 @@ class Progress:
         total: units of work.
         done: units that are done at the start.
         transient: whether the bar vanishes at the end.
+        counted: how units are shown; None: as whole numbers.
     """
 
     def __init__(
-        self, description: str, total: int, done: int = 0, transient: bool = False
+        self,
+        description: str,
+        total: int,
+        done: int = 0,
+        transient: bool = False,
+        counted: ProgressColumn | None = None,
     ) -> None:
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            counted or MofNCompleteColumn(),
             TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=console,

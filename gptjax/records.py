@@ -88,7 +88,7 @@ LENGTH = ("train.steps", "optim.schedule_steps")
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
-    *("cluster", "commands", "evaluation", "report", "sizes", "study"),
+    *("cluster", "commands", "evaluation", "plan", "report", "sizes", "study"),
     *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
     *("positions.py", "profile.py", "progress.py", "records.py", "replay.py", "signals.py"),
     *("speak.py", "status.py", "trained.py"),
@@ -206,6 +206,7 @@ def open_run(
     fingerprints: Mapping[str, str],
     resume_step: int | None,
     branch: Mapping[str, Any] | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens the records of a new run, or of one that goes on from a checkpoint.
 
@@ -215,6 +216,7 @@ def open_run(
         fingerprints: of what the config only names: {"data": ..., "tokenizer": ...}.
         resume_step: the checkpoint's step; None starts anew and empties an older log.
         branch: what a new run begins with that is a branch of another, to be recorded.
+        initial: the pretrained model that a run began with, to be recorded.
 
     Raises:
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
@@ -239,6 +241,7 @@ def open_run(
                 "resume_step": resume_step,
                 "changed_knobs": changed,
                 **({} if branch is None else {"branch": branch}),
+                **({} if initial is None else {"initial": initial}),
                 "config_sha256": hashlib.sha256(content).hexdigest(),
                 "code": code_fingerprint(),
                 "fingerprints": dict(fingerprints),

@@ -170,6 +170,9 @@ def verify(workdir: Place, begin: setup.Start | None = None) -> Past:
 
 def _verify(workdir: Place, history: list[dict[str, Any]], begin: setup.Start | None) -> Past:
     config = _read_config(workdir, history[-1]["config_sha256"])
+    if "initial" in history[-1] and begin is None:
+        model = history[-1]["initial"]["model"]
+        raise UserError(f"the run began with a pretrained model: name it by --from={model}")
     verify_content(config, history[-1]["fingerprints"], begin)
     group, member = _read_group(workdir, config)
     logged = by_step(records.read_metrics(workdir), workdir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,10 +38,16 @@ class Setup:
 
 
 class Start(NamedTuple):
-    """Parameters to begin with in place of random ones."""
+    """Parameters to begin with in place of random ones.
+
+    Attributes:
+        fingerprint: of the files that hold them.
+        record: where they came from: the model, and the sha256 of each of its files.
+    """
 
     load: Callable[[], model.Params]
     fingerprint: str
+    record: dict[str, Any]
 
 
 def settle(config: Config) -> Config:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,11 +106,20 @@ def section(shape: Mapping[str, int]) -> MeshConfig:
     return recorded(shape, MeshConfig)
 
 
+def idle(specs: Any, config: MeshConfig) -> bool:
+    """Whether a mesh splits the experts of a model that has none: the axis is one more of data."""
+    return config.expert > 1 and not any("E" in s.dims for s in jax.tree.leaves(specs))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of the axes of `mesh_shape` over all `devices` (default: every device).
 
+    Neighbours on the mesh are neighbours in the hardware where that can be; several slices of TPUs
+    are split over `data`.
+
     Raises:
-        ConfigError: if the axis sizes do not multiply to the number of devices.
+        ConfigError: if the axis sizes do not multiply to the number of devices, or `data` not over
+            the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
@@ -119,12 +129,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"devices, but {len(devices)} are here: set {', '.join(f'mesh.{axis}' for axis in AXES)} "
             f"to numbers whose product is {len(devices)}"
         )
-    return jax.make_mesh(
-        tuple(shape.values()),
-        tuple(shape),
-        axis_types=(AxisType.Explicit,) * len(shape),
-        devices=devices,
+    slices = 1
+    if devices[0].platform == "tpu":  # of GPUs jax sorts the hosts
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape["data"] % slices:
+        raise ConfigError(
+            f"mesh.data={shape['data']} does not divide over {slices} slices, between which only "
+            f"whole models are split: make it a multiple of {slices}"
+        )
+    # Not jax.make_mesh: it refuses several slices, and any mesh that splits an axis of the hardware.
+    between = [slices if axis == "data" else 1 for axis in shape]
+    within = [n // of for n, of in zip(shape.values(), between, strict=True)]
+    arranged = (
+        create_device_mesh(within, devices, allow_split_physical_axes=True)
+        if slices == 1
+        else create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     )
+    return jax.sharding.Mesh(arranged, tuple(shape), axis_types=(AxisType.Explicit,) * len(shape))
 
 
 def spec(dims: str) -> P:

@@ -28,11 +28,17 @@ import numpy as np
 import tiktoken
 from tiktoken_ext import openai_public
 
+from gptjax import hub
 from gptjax.config import UserError, choose
 from gptjax.places import near
 from gptjax.storage import expand
 
 TOKENIZER_FILE = "tokenizer.json"
+# What a folder may hold of a tokenizer and of how to talk with the model.
+FILES = (
+    TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
 # The tokens with a part to play, as tokenizer_config.json and chat templates name them.
 NAMED = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -243,7 +249,7 @@ def folder_of(name: str) -> Path | None:
     """
     if name in FOLDERS:
         return FOLDERS[name]
-    folder = expand(name)
+    folder = hub.fetched(hub.pinned(expand(name)), (*FILES, "config.json"))
     if (folder / TOKENIZER_FILE).is_file():
         return near(folder)
     if folder.is_dir():
@@ -266,6 +272,8 @@ def load(name: str) -> Tokenizer:
         UserError: where the ranks are neither in tiktoken's cache nor to be downloaded, or a
             folder is not there or its tokenizer is no reversible byte-level BPE.
     """
+    if hub.is_name(name):
+        name = str(hub.pinned(expand(name)))
     if (folder := folder_of(name)) is not None:
         return _from_folder(name if name in FOLDERS else str(expand(name)), folder)
     try:

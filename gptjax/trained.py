@@ -1,6 +1,6 @@
-"""A trained model in a folder: a run of ours, or a pretrained model (a Hugging Face folder).
+"""A trained model: a run of ours, or a pretrained model (a Hugging Face folder, here or on the hub).
 
-Whatever works on a model works on either, by the folder's path alone.
+Whatever works on a model works on either, by its path or name alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 from gptjax import configure, setup, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, Model, UserError
-from gptjax.interop import hf, pretrained
+from gptjax.interop import pretrained
 from gptjax.model import Params, abstract_params
 from gptjax.sharding import make_mesh
 from gptjax.storage import Place
@@ -31,6 +31,7 @@ class Trained(NamedTuple):
     """A trained model in a folder, and the config to use it by.
 
     Attributes:
+        folder: its path or URL, or its pinned name on the hub.
         config: not yet settled for a mesh.
         source: what a Hugging Face folder says of itself; None of a run of ours.
     """
@@ -44,7 +45,7 @@ def find(folder: Place, recipe: str | None = None, overrides: Sequence[str] = ()
     """The model in a folder; no weights are read.
 
     Args:
-        folder: a run or a pretrained model.
+        folder: a run or a pretrained model, or its name on the hub.
         recipe: FILE[:ARG] for the settings; None: the run's own, or `SETTINGS`.
         overrides: "--config.eval.stride=64".
 
@@ -56,7 +57,7 @@ def find(folder: Place, recipe: str | None = None, overrides: Sequence[str] = ()
         settings = configure.from_file(recipe or SETTINGS)
         wide = dataclasses.replace(settings.model, context=LONGEST)
         config = pretrained.adopt(dataclasses.replace(settings, model=wide), source)
-        return Trained(folder, configure.override(config, overrides), source)
+        return Trained(source.name, configure.override(config, overrides), source)
     if recipe is not None:
         return Trained(folder, configure.from_file(recipe, overrides))
     return Trained(folder, configure.of_run(folder, overrides))
@@ -157,7 +158,7 @@ def start_from(
     """
     source = _source(folder)
     config = configure.override(pretrained.adopt(config, source), overrides)
-    _check_fits(config.model, pretrained.adopt(config, source).model, folder)
+    _check_fits(config.model, pretrained.adopt(config, source).model, source.name)
     return config, _start(source)
 
 
@@ -174,16 +175,15 @@ def _source(folder: Place) -> pretrained.Folder:
     source = pretrained.find(folder)
     if source is None:
         raise UserError(
-            f"{folder} is no pretrained model: make one with `import`, or `export` a run"
+            f"{folder} is no pretrained model: name one on the hub by hf:ORG/NAME, make one with "
+            "`import`, or `export` a run"
         )
     return source
 
 
 def _start(source: pretrained.Folder) -> setup.Start:
-    digest = hashlib.sha256()
-    with hf.about(source.path):
-        files = hf.weight_files(source.path)
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return setup.Start(lambda: pretrained.load(source).params, digest.hexdigest())
+    files, digest = pretrained.files(source), hashlib.sha256()
+    for file in pretrained.weight_files(source):
+        digest.update(bytes.fromhex(files[file.name]))
+    record = {"model": str(source.name), "files": files}
+    return setup.Start(lambda: pretrained.load(source).params, digest.hexdigest(), record)

@@ -335,6 +335,7 @@ WORDS: dict[str, str] = {
     "study": "study --axis=optim.peak_lr=1e-3,2e-3 --seeds=1 --store=FAR/cells --out=NEAR/out KNOBS",
     "report": "report --axis=optim.peak_lr=1e-3,2e-3 --seeds=1 --store=FAR/cells --out=NEAR/out KNOBS",
     "noise": "noise --seeds=2 --store=FAR/cells KNOBS",
+    "plan": "plan --on=cpu-1 --calibrate=FAR/run KNOBS",
 }
 
 

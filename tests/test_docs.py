@@ -1,6 +1,6 @@
 """What the documents say holds: commands run, names are there, links lead somewhere.
 
-The commands of the README, of docs/features.md and docs/speed.md run in their order, in this
+The commands of the README, docs/features.md, docs/plan.md and docs/speed.md run in their order, in this
 process.
 """
 
@@ -28,13 +28,13 @@ import gptjax
 from gptjax import model
 from gptjax.cli import COMMANDS, main
 from gptjax.layers import feedforward
-from tests import tiny
+from tests import hub, tiny
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text()
-FEATURES, SPEED, ADDING, READING, ROAD = (
+FEATURES, PLAN, SPEED, ADDING, READING, ROAD = (
     (REPO / "docs" / f"{name}.md").read_text()
-    for name in ("features", "speed", "adding", "reading", "road")
+    for name in ("features", "plan", "speed", "adding", "reading", "road")
 )
 WORDS = 900  # of the README at most: a reader is to finish it
 
@@ -46,7 +46,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 LINES = [
     line
-    for document in (README, FEATURES, SPEED)
+    for document in (README, FEATURES, PLAN, SPEED)
     for block in blocks(document, "sh")
     for line in block.replace("\\\n", " ").splitlines()
 ]
@@ -80,6 +80,8 @@ FEW: dict[str, list[str]] = {
     "report": [*STUDIED, "--seeds=1"],
     "noise": [*STUDIED, "--seeds=2"],
     "data vocabulary": ["--size=270"],
+    # For one device of this machine; axes win over knobs.
+    "plan": [*STUDIED, "--config.mesh.fsdp=1", "--on=cpu-1"],
     "coord-check": [*STUDIED, "--widths=64,128", "--steps=1", "--seeds=1"],
 }
 # Stands in for experiments/positions.py, which has five arms.
@@ -93,6 +95,7 @@ LADDER = "parameters,tokens,loss\n" + "".join(
     for n in (4, 5, 6)
     for d in (1, 4, 16)
 )
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # for which a tiny model stands in
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
 
 
@@ -105,8 +108,16 @@ def test_every_command_is_shown() -> None:
     assert {name_of(words) for words in LAUNCHES} == set(COMMANDS)
 
 
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[hub.Hub]:
+    with hub.served(tmp_path / "hub") as running:
+        yield running
+
+
 @pytest.mark.usefixtures("few_replicates")
-def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run_in_their_order(
+    tmp_path: Path, running: hub.Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(REPO / "configs")
     (tmp_path / "experiments").mkdir()
@@ -131,6 +142,7 @@ def test_the_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Mon
         assert main(words + more) == 0, words
         if words[0] == "import":
             (tmp_path / "models/smollm2/chat_template.jinja").write_text(TEMPLATE)
+            running.model(SMOLLM2, hub.folder(tmp_path / "models/smollm2"))
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert "<svg" in (tmp_path / "runs/studies/positions/report.html").read_text()
     # Two arms, two rates and, for the noise, two seeds of one: what is asked twice ran once.
@@ -235,6 +247,12 @@ def test_the_faults_have_their_tests() -> None:
         assert not name or f"\ndef {name}(" in source, f"{file}::{name} is not there"
 
 
+def test_the_readme_counts_the_faults() -> None:
+    page = (REPO / "docs" / "faults.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|") and "`test_" in line]
+    assert f"All [{len(rows)} faults](docs/faults.md) that tests inject" in " ".join(README.split())
+
+
 def test_what_to_edit_is_there() -> None:
     rows = re.findall(r"^\| [^|`]+ \| `([\w/.]+)`(.*?) \|$", ADDING, re.MULTILINE)
     assert len(rows) > 15
@@ -272,13 +290,18 @@ def test_the_row_that_is_added_is_a_choice_is_counted_and_is_judged(
 
 
 @pytest.mark.slow
-def test_the_road_can_be_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_road_can_be_walked(
+    tmp_path: Path, running: hub.Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sections = re.split(r"^## ", ROAD, flags=re.MULTILINE)[1:]
     names: dict[str, object] = {}
     for section in sections:
         title, steps = section.splitlines()[0], blocks(section, "python")
         assert steps, title
+        if title == "By name":
+            assert names.pop("reply") is not None
+            running.model(SMOLLM2, hub.folder(tmp_path / "models/first"))
         for step in steps:
             exec(compile(step, f"docs/road.md, {title}", "exec"), names)
     assert names["reply"] is not None

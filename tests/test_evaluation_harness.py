@@ -275,7 +275,7 @@ def test_our_own_figures_are_the_harness_s(told, made, local):
     files = {"lambada": local / "words.jsonl", "choices": local / "choices.jsonl"}
     lines = tasks.read_files(files, None)
     with trained.opened(made.model) as opened:
-        own = tasks.evaluate(made.model.folder, opened, files, lines)["tasks"]
+        own = tasks.evaluate(made.model, opened, files, lines)["tasks"]
     words, choices = told.results("words")[0], told.results("choices")[0]
     assert own["lambada"]["accuracy"] == pytest.approx(words["acc"])
     assert own["lambada"]["perplexity"] == pytest.approx(words["perplexity"], rel=1e-6)

@@ -203,10 +203,11 @@ def test_the_hub(tmp_path, monkeypatch):
     found = open_text(
         "t", "hub:org/name,raw,test", BYTES, tmp_path / "s1", Reading(domain_key="kind")
     )
-    assert asked == [(("org/name", "raw"), {"split": "test", "streaming": True})]
+    options = {"split": "test", "streaming": True, "revision": None}
+    assert asked == [(("org/name", "raw"), options)]
     assert BYTES.decode(found.store.tokens(0, 3)) == "one" and found.domains == ["1", "2"]
     for source, how, message in (
-        ("hub:name", {}, r"is not hub:DATASET\[,CONFIG\],SPLIT"),
+        ("hub:name", {}, r"is not hub:DATASET\[@REVISION\]\[,CONFIG\],SPLIT"),
         ("hub:a,b,c,d", {}, "is not hub:"),
         ("hub:org/none,test", {}, "cannot be read: ConnectionError: no$"),
         ("hub:org/name,test", {"text_key": "t"}, "no key 't'; its keys: text, kind"),

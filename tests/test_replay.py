@@ -183,10 +183,12 @@ def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path)
 
 def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny.config(store, **KNOBS), seed=7)
-    begin = setup.Start(lambda: model.init(config.model, 3), "prints")
+    begin = setup.Start(lambda: model.init(config.model, 3), "prints", {"model": "models/it"})
     folder = train(config, tmp_path / "run", begin, 2)
     assert replay.replay_run(folder, begin)["bitwise"]
-    with pytest.raises(UserError, match="began with a pretrained model: name its .* --from DIR"):
+    with pytest.raises(
+        UserError, match="began with a pretrained model: name it by --from=models/it"
+    ):
         replay.verify(folder)
     with pytest.raises(UserError, match="model of --from is not what .* was prints, is others"):
         replay.verify(folder, begin._replace(fingerprint="others"))
@@ -194,7 +196,7 @@ def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Pat
 
 def test_a_run_begun_at_random_takes_no_model(finished: Path) -> None:
     with pytest.raises(UserError, match="random parameters: leave --from out"):
-        replay.verify(finished, setup.Start(dict, "prints"))
+        replay.verify(finished, setup.Start(dict, "prints", {}))
 
 
 # --- what was read --------------------------------------------------------------------------

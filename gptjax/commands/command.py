@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1  # the command did its work, and what it checks does not hold
 DEFAULT_RECIPE = "configs/shakespeare.py"
 
-WORKDIR = "a run's folder, or a pretrained model's (a Hugging Face folder)"
+WORKDIR = "a run's folder, a pretrained model's (a Hugging Face folder), or its name, hf:ORG/NAME"
 RECIPE = "a recipe; default: the run's own config, or configs/base.py's settings"
 
 OVERRIDES = """\
@@ -28,7 +28,7 @@ Any knob of the config can be set by its path: --config.optim.peak_lr=6e-4
 configs/base.py explains each.
 """
 EXITS = """\
-Exit status: 0 done, 1 a check that failed (replay, coord-check, doctor), 2 a mistake that the
+Exit status: 0 done, 1 a check that failed (replay, coord-check, doctor, plan), 2 a mistake that the
 message explains (--debug shows where), 75 stopped by SIGTERM or Ctrl-C after saving, or because
 another process was lost or a bucket is out of reach: the same command goes on. What can be made
 again is kept in ~/.cache/gptjax, or where GPTJAX_CACHE says.

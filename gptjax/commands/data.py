@@ -34,7 +34,11 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _add_files(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
-        "files", type=local, nargs="+", metavar="FILE", help=".txt .raw .jsonl .parquet"
+        "files",
+        type=local,
+        nargs="+",
+        metavar="FILE",
+        help=".txt .raw .jsonl .parquet, or hub:DATASET[@REVISION][,CONFIG],SPLIT",
     )
     parser.add_argument("--out", type=local, required=True, help=out)
     parser.add_argument(
@@ -110,9 +114,10 @@ COMMANDS: dict[str, Command] = {
 Tokenises once into OUT/train and OUT/val: memory-mapped shards with a sha256 manifest. In a text
 file the literal <|endoftext|> separates documents; a jsonl line or parquet row is a document.
 Use the store by --config.data.sources="('OUT',)". `data show` prints batches, `data vocabulary`
-makes a tokenizer folder.
+makes a tokenizer folder. hub: streams a data set of the Hugging Face hub (the extra `hub`).
 
   data books/*.txt --out=data/books --tokenizer=gpt2
+  data hub:Salesforce/wikitext,wikitext-2-raw-v1,train --out=data/wikitext
 """,
     ),
     "data vocabulary": Command(

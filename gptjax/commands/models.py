@@ -87,7 +87,9 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=expand, help="a Hugging Face folder or a .gguf file")
+    parser.add_argument(
+        "source", type=expand, help="hf:ORG/NAME, a Hugging Face folder or a .gguf file"
+    )
     parser.add_argument("--out", type=local, required=True, help="the folder to make")
 
 
@@ -153,7 +155,7 @@ dialogue. When the context is full the oldest turns are forgotten, and that is s
     "import": Command(
         import_,
         _add_import,
-        "Bring in a pretrained model: a Hugging Face folder or a GGUF file.",
+        "Bring in a pretrained model, by name, from a Hugging Face folder or a GGUF file.",
         """\
 Reads config.json, safetensors and tokenizer of the GPT-2 and Llama families, or a .gguf file
 (dequantised; needs the extra `gguf`), checks every tensor, and writes a Hugging Face folder that
@@ -161,6 +163,10 @@ eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refus
 its code.
 
   import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
+  import hf:HuggingFaceTB/SmolLM2-135M-Instruct --out=models/smollm2
+
+By name a model comes from the Hugging Face hub (the extra `hub`), into the hub's own cache; each of
+these commands takes the name itself as well. hf:ORG/NAME@REVISION is a branch, a tag or a commit.
 """,
     ),
     "export": Command(

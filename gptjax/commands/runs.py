@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         speak,
         trained,
     )
+    from gptjax.plan import ledger
     from gptjax.sharding import make_mesh
 
     if arguments.verify:
@@ -75,6 +77,10 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
             config = setup.settle(config)
             weights = decode.cast(config.model, params)
             speak.generate(config, weights, setup.load_tokenizer(config))
+            if jax.process_index() == 0:
+                # A run without a measured step foretells nothing.
+                with contextlib.suppress(UserError):
+                    ledger.append(ledger.measure(workdir))
 
 
 def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:
@@ -111,7 +117,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         dest="start",
         type=expand,
         metavar="DIR",
-        help="fine-tune this pretrained model: its parameters, architecture and tokenizer",
+        help="fine-tune this pretrained model, a folder or hf:ORG/NAME[@REVISION]: its parameters, "
+        "architecture and tokenizer",
     )
     parser.add_argument(
         "--profile",
@@ -211,7 +218,7 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=expand, help=WORKDIR)
     parser.add_argument(
-        "--compare", type=expand, nargs=2, metavar=("A", "B"), help="two models' folders instead"
+        "--compare", type=expand, nargs=2, metavar=("A", "B"), help="two models instead"
     )
     parser.add_argument(
         "--b_with",
@@ -229,7 +236,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=PATH",
         help="texts to score: .txt .raw .jsonl .parquet, a token store, or "
-        "hub:DATASET[,CONFIG],SPLIT; default: the held-out text of data.sources",
+        "hub:DATASET[@REVISION][,CONFIG],SPLIT; default: the held-out text of data.sources",
     )
     parser.add_argument(
         "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
@@ -269,7 +276,7 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
         manager = harness.manager_of(arguments.harness, arguments.harness_path)
     with trained.opened(model) as opened:
-        record = evaluate_tasks(model.folder, opened, files, lines) if files else {}
+        record = evaluate_tasks(model, opened, files, lines) if files else {}
         if arguments.harness:
             names, limit = arguments.harness, arguments.limit
             harness_results = harness.evaluate(opened, names, manager, limit)

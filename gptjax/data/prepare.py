@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from gptjax.locks import alone
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
+HUB = "hub:"
 CHUNK_BYTES = 1 << 20  # of a text file, read at a time
 BATCH_BYTES = 1 << 17  # encoded at once by a thread; a token has one or more
 
@@ -58,7 +60,8 @@ def prepare(
     int(n * (1 - val_fraction)) train (nanoGPT's cut), and a document astride the cut is cut.
 
     Args:
-        files: in the order given.
+        files: in the order given; hub:DATASET[@REVISION][,CONFIG],SPLIT is one of the Hugging Face
+            hub, read as a stream, whose text a temporary file keeps for the second reading.
         out: folder to make; where it already holds this very text, tokenizer and
             val_fraction it is checked and left as it is.
         tokenizer_name: as for `tokenizer.load`.
@@ -244,6 +247,8 @@ def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) 
 
 
 def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
+    if str(file).startswith(HUB):
+        return _kept(str(file), text_key)
     read = choose(READERS, file.suffix, f"the file ending of {file}")
     if not file.is_file():
         raise UserError(f"{file} is no file: check the path")
@@ -255,6 +260,59 @@ def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
             raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 
     return parts
+
+
+def _kept(source: str, text_key: str) -> Callable[[], Parts]:
+    """Reads a data set of the hub once, and after that what it said."""
+    # Gone with the process, however it ends.
+    kept = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (what is returned has it)
+    whole = False
+
+    def parts() -> Parts:
+        nonlocal whole
+        kept.seek(0)
+        if whole:
+            yield from ((json.loads(line), True) for line in kept)
+            return
+        kept.truncate()
+        for number, row in enumerate(hub_rows(source, (text_key,))):
+            text = _text(row[text_key], f"{source} row {number}")
+            kept.write(json.dumps(text) + "\n")
+            yield text, True
+        whole = True
+
+    return parts
+
+
+def hub_rows(source: str, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The rows of hub:DATASET[@REVISION][,CONFIG],SPLIT, as a stream.
+
+    Raises:
+        UserError: if it is written otherwise, cannot be read, or lacks one of `keys`; without the
+            extra `hub`.
+    """
+    words = source.removeprefix(HUB).split(",")
+    if len(words) not in (2, 3) or not all(words):
+        raise UserError(f"{source} is not hub:DATASET[@REVISION][,CONFIG],SPLIT")
+    *names, split = words
+    names[0], _, revision = names[0].partition("@")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source} needs the datasets library: pip install 'gptjax[hub]', or give a file"
+        ) from None
+    try:
+        options = {"split": split, "streaming": True, "revision": revision or None}
+        for row in datasets.load_dataset(*names, **options):
+            if missing := [key for key in keys if key not in row]:
+                raise UserError(f"{source} has no key '{missing[0]}'; its keys: {', '.join(row)}")
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library meets: no network, no such data set
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{source} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _decoded(file: Path) -> Iterator[tuple[str, bool]]:

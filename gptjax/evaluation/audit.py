@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from gptjax.config import Model
 from gptjax.data.sources import open_source
 from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
 from gptjax.evaluation.texts import Reading, Text, open_text
+from gptjax.interop import pretrained
 from gptjax.locks import scratch
 from gptjax.progress import Progress
 from gptjax.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ class Audit:
     numerics: str
     tokenizer: Tokenizer
     scored: dict[str, Scored]  # by the texts' names
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of each, if it is pretrained
 
 
 def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
@@ -76,6 +78,7 @@ def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
             numerics(config.model),
             tokenizer,
             scored,
+            {} if model.source is None else pretrained.files(model.source),
         )
 
 
@@ -110,6 +113,7 @@ def identity(audit: Audit) -> dict[str, Any]:
     convention = next(iter(audit.scored.values())).convention
     return {
         "workdir": audit.workdir,
+        **({"files": audit.files} if audit.files else {}),
         "step": audit.step,
         "parameters": audit.parameters,
         "model_sha256": audit.model_sha256,

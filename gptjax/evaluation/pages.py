@@ -147,6 +147,10 @@ def _key(shades: list[tuple[str, str]], unit: str) -> str:
 def _model(identity: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("model", f"{identity['workdir']}, step {identity['step']:,}"),
+        *(
+            (f"its {name}", f"sha256 {sha256}")
+            for name, sha256 in identity.get("files", {}).items()
+        ),
         ("parameters", f"{identity['parameters']:,}, sha256 {identity['model_sha256']}"),
         ("computed in", identity["numerics"]),
         ("tokenizer", f"{identity['tokenizer']}, sha256 {identity['tokenizer_sha256']}"),

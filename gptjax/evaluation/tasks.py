@@ -25,13 +25,13 @@ from gptjax import model, sharding
 from gptjax.config import Model, UserError
 from gptjax.evaluation import audit, summary
 from gptjax.evaluation.bootstrap import interval
+from gptjax.interop import pretrained
 from gptjax.layers.attention import ATTENTION, kernel_for
 from gptjax.progress import Progress, say
 from gptjax.report.interval import CONFIDENCE
 from gptjax.report.terminal import number
-from gptjax.storage import Place
 from gptjax.tokenizer import Tokenizer
-from gptjax.trained import Opened
+from gptjax.trained import Opened, Trained
 
 AT_ONCE = 4096  # tokens of a batch on each of the devices that share its rows
 
@@ -325,12 +325,13 @@ def read_files(files: Mapping[str, Path], limit: int | None) -> dict[str, list[A
 
 
 def evaluate(
-    folder: Place, model: Opened, files: Mapping[str, Path], lines: Mapping[str, list[Any]]
+    found: Trained, model: Opened, files: Mapping[str, Path], lines: Mapping[str, list[Any]]
 ) -> dict[str, Any]:
     """Measures a model by tasks, on the mesh that is set.
 
     Args:
-        folder: where the model lies.
+        found: the model as it lies there.
+        model: the same, at hand.
         files: {row of TASKS: its jsonl file}.
         lines: of each, by `read_files`.
 
@@ -340,7 +341,8 @@ def evaluate(
     """
     config, step, params, tokenizer = model
     return {
-        "workdir": str(folder),
+        "workdir": str(found.folder),
+        **({} if found.source is None else {"files": pretrained.files(found.source)}),
         "step": step,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "model_sha256": audit.fingerprint(params),

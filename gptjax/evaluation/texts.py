@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import UserError, choose
-from gptjax.data.prepare import READERS, Parts, open_parts, tokenise
+from gptjax.data.prepare import HUB, READERS, Parts, hub_rows, open_parts, tokenise
 from gptjax.data.store import MANIFEST, Store, StoreWriter
 from gptjax.evaluation.detokenize import DETOKENIZERS
 from gptjax.storage import local
 from gptjax.tokenizer import Tokenizer
 
-HUB = "hub:"
 # A de-tokeniser reads a document as a whole; a larger one is refused.
 DETOKENIZE_CHARS = 1 << 28
 
@@ -78,7 +77,7 @@ def open_text(name: str, source: str, tokenizer: Tokenizer, folder: Path, how: R
 
     Args:
         source: a .txt, .raw, .jsonl or .parquet file; a token store or nanoGPT .bin file of
-            this tokenizer; or hub:DATASET[,CONFIG],SPLIT for the `datasets` library.
+            this tokenizer; or hub:DATASET[@REVISION][,CONFIG],SPLIT for the `datasets` library.
         folder: does not exist yet; remains empty-handed for a store.
 
     Raises:
@@ -175,27 +174,9 @@ def _file(path: Path, how: Reading) -> Iterator[Part]:
 
 
 def _hub(source: str, how: Reading) -> Iterator[Part]:
-    words = source.removeprefix(HUB).split(",")
-    if len(words) not in (2, 3) or not all(words):
-        raise UserError(f"{source} is not hub:DATASET[,CONFIG],SPLIT")
-    *names, split = words
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{source} needs the datasets library: pip install 'gptjax[hub]', or give a file"
-        ) from None
-    try:
-        for number, row in enumerate(datasets.load_dataset(*names, split=split, streaming=True)):
-            missing = [k for k in (how.text_key, how.domain_key) if k is not None and k not in row]
-            if missing:
-                raise UserError(f"{source} has no key '{missing[0]}'; its keys: {', '.join(row)}")
-            text = row[how.text_key]
-            if not isinstance(text, str):
-                raise UserError(f"{source} row {number} holds no text under '{how.text_key}'")
-            yield text, True, None if how.domain_key is None else str(row[how.domain_key])
-    except UserError:
-        raise
-    except Exception as error:  # whatever the library meets: no network, no such dataset
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{source} cannot be read: {type(error).__name__}: {reason}") from error
+    keys = [key for key in (how.text_key, how.domain_key) if key is not None]
+    for number, row in enumerate(hub_rows(source, keys)):
+        text = row[how.text_key]
+        if not isinstance(text, str):
+            raise UserError(f"{source} row {number} holds no text under '{how.text_key}'")
+        yield text, True, None if how.domain_key is None else str(row[how.domain_key])

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -158,15 +158,16 @@ def read_config(folder: Place) -> dict[str, Any]:
 
 
 class Safetensors:
-    """A `Source` over the .safetensors files of a folder."""
+    """A `Source` over .safetensors files, those of `weight_names`."""
 
-    def __init__(self, folder: Path, family: Family) -> None:
+    def __init__(self, files: list[Path], family: Family) -> None:
         self._files: dict[str, tuple[Path, str]] = {}  # our name -> file, its name there
         self.shapes: dict[str, tuple[int, ...]] = {}
         dtypes = set()
-        files = weight_files(folder)
+        folder = files[0].parent
         if unread := _left(folder, files):
-            say(f"{folder}: read {_named(files)}, not {_named(unread)}")
+            read = _named([file.name for file in files])
+            say(f"{folder}: read {read}, not {_named(unread)}")
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
@@ -197,59 +198,68 @@ def _prefixed(name: str, prefix: str) -> str:
     return name if name.startswith(prefix) else prefix + name
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, sorted, found as `transformers` finds them.
+def weight_names(folder: Path, there: Collection[str]) -> list[str]:
+    """The names of the files that hold the weights, sorted, found as `transformers` finds them.
 
     model.safetensors comes first, else those that its index names, and no others.
+
+    Args:
+        folder: where the index is, if there is one.
+        there: the names of all files, which need not be in `folder` yet.
 
     Raises:
         UserError: if there are none, or one that is missing; if they are pickles, or an adapter.
     """
-    if (folder / "adapter_config.json").is_file():
+    if "adapter_config.json" in there:
         raise UserError(
             "it holds an adapter (adapter_config.json), which would change the weights: merge it "
             "into them, and take it out"
         )
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
-    if index.is_file():
+    if WEIGHTS in there:
+        return [WEIGHTS]
+    if INDEX in there:
         try:
-            names = {*json.loads(index.read_bytes())["weight_map"].values()}
+            names = sorted({*json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
             if not names or any(Path(name).name != name for name in names):
                 raise ValueError
-            files = sorted(folder / name for name in names)
         except (ValueError, LookupError, AttributeError, TypeError):
             raise UserError(f"{INDEX} is damaged: fetch it again") from None
-        if missing := [file.name for file in files if not file.is_file()]:
+        if missing := [name for name in names if name not in there]:
             raise UserError(f"{INDEX} names {missing[0]}, which is missing: fetch it again")
-        return files
-    if pickles := sorted(p.name for p in _pickles(folder)):
+        return names
+    if pickles := sorted(name for name in there if _is_pickle(name)):
         raise UserError(
             f"its weights are a pickle ({pickles[0]}), which may run any program when it is "
             "opened: name a version with .safetensors files"
         )
-    if unindexed := sorted(folder.glob("*.safetensors")):
+    if unindexed := sorted(name for name in there if name.endswith(".safetensors")):
         raise UserError(
             f"it holds {_named(unindexed)}, but neither {WEIGHTS} nor {INDEX}, by which weights are "
             f"found: fetch the index, or rename a single file to {WEIGHTS}"
         )
-    raise UserError("it holds no .safetensors file: fetch the weights")
+    raise UserError("it holds no .safetensors file: name a version that does")
 
 
-def _pickles(folder: Path) -> list[Path]:
-    return [path for end in ("bin", "pt", "pth") for path in folder.glob(f"*.{end}")]
+def names_in(folder: Path) -> set[str]:
+    """The names of the files in a folder."""
+    return {path.name for path in folder.iterdir() if path.is_file()}
 
 
-def _left(folder: Path, files: list[Path]) -> list[Path]:
-    """Files in the folder that look like weights and are not read."""
-    candidates = {*folder.glob("*.safetensors"), *folder.glob("*.index.json"), *_pickles(folder)}
-    return sorted(candidates - {*files, *([folder / INDEX] if files != [folder / WEIGHTS] else [])})
+def _is_pickle(name: str) -> bool:
+    return name.endswith((".bin", ".pt", ".pth"))
 
 
-def _named(files: list[Path]) -> str:
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{files[0].name}{more}"
+def _left(folder: Path, files: list[Path]) -> list[str]:
+    """Names in the folder that look like weights and are not read."""
+    ends = (".safetensors", ".index.json")
+    candidates = {name for name in names_in(folder) if name.endswith(ends) or _is_pickle(name)}
+    read = {file.name for file in files}
+    return sorted(candidates - read - ({INDEX} if read != {WEIGHTS} else set()))
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 @contextlib.contextmanager

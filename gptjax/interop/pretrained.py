@@ -1,32 +1,38 @@
 """Pretrained models: read from a folder, brought into one, trained on from.
 
-A pretrained model lies on disk as a Hugging Face folder, whether it came as one or as GGUF; its
-path is its name, as a model and as `data.tokenizer`. There is no second format.
+A pretrained model lies on disk as a Hugging Face folder, whether it came as one, as GGUF or from the
+hub; its path or name there is its name, as a model and as `data.tokenizer`. There is no second
+format.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from gptjax import hub
 from gptjax import model as gpt
-from gptjax.config import Config, Model
+from gptjax.config import Config, Model, UserError
 from gptjax.interop import gguf, hf
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
 from gptjax.storage import Place, expand, local
-from gptjax.tokenizer import TOKENIZER_FILE
+from gptjax.tokenizer import FILES, TOKENIZER_FILE
 
 
 class Folder(NamedTuple):
     """A Hugging Face folder of a family that is ours, its config.json read.
 
     Attributes:
+        name: its path or URL, or its pinned name on the hub.
+        path: where it is on this machine; its weights may be lacking there until `weight_files`.
         model: its architecture; the fields of `RUN_FIELDS` have plain values.
         tokenizer: its name as `data.tokenizer`; None where the folder holds none.
     """
 
+    name: Place
     path: Path
     family: Family
     model: Model
@@ -54,27 +60,63 @@ def find(path: Place) -> Folder | None:
     Raises:
         UserError: as `read`; if config.json is damaged.
     """
-    if not (path / hf.CONFIG).is_file():
+    name, folder = _described(path)
+    if not (folder / hf.CONFIG).is_file():
         return None
-    keys = hf.read_config(path)
-    return _folder(path, keys) if "model_type" in keys else None
+    keys = hf.read_config(folder)
+    return _folder(name, folder, keys) if "model_type" in keys else None
 
 
 def read(path: str | Place) -> Folder:
     """What a Hugging Face folder says of itself; no weights are read.
 
     Raises:
-        UserError: if it is no such folder, or of an architecture that is not ours.
+        UserError: if it is no such folder, or of an architecture that is not ours; as `hub.pinned`.
     """
-    folder = expand(path)
-    return _folder(folder, hf.read_config(folder))
+    name, folder = _described(expand(path))
+    return _folder(name, folder, hf.read_config(folder))
 
 
-def _folder(path: Place, keys: Keys) -> Folder:
-    tokenizer = str(path) if (path / TOKENIZER_FILE).is_file() else None
-    with hf.about(path):
+def _described(path: Place) -> tuple[Place, Place]:
+    """The name of a folder, and where it is with all that describes the model."""
+    name = hub.pinned(path)
+    if hub.is_name(name) and hf.CONFIG not in hub.files(name):
+        raise UserError(f"{name} holds no {hf.CONFIG}: name a model in the format of transformers")
+    return name, hub.fetched(name, (hf.CONFIG, hf.INDEX, *FILES))
+
+
+def _folder(name: Place, folder: Place, keys: Keys) -> Folder:
+    tokenizer = str(name) if (folder / TOKENIZER_FILE).is_file() else None
+    with hf.about(name):
         model = to_model(keys)
-    return Folder(near(path), *model, tokenizer)
+    return Folder(name, near(folder), *model, tokenizer)
+
+
+def weight_files(folder: Folder) -> list[Path]:
+    """The files that hold the weights, fetched where they are not here.
+
+    Raises:
+        UserError: as `hf.weight_names`, `hub.fetched`.
+    """
+    remote = hub.is_name(folder.name)
+    there = hub.files(folder.name) if remote else hf.names_in(folder.path)
+    with hf.about(folder.name):
+        names = hf.weight_names(folder.path, there)
+    hub.fetched(folder.name, names)
+    return [folder.path / name for name in names]
+
+
+def files(folder: Folder) -> dict[str, str]:
+    """The sha256 of each file that the model is read from, by its name."""
+    described = [folder.path / name for name in (hf.CONFIG, *FILES)]
+    return {
+        file.name: _sha256(file) for file in [*described, *weight_files(folder)] if file.is_file()
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load(folder: Folder) -> Pretrained:
@@ -84,8 +126,9 @@ def load(folder: Folder) -> Pretrained:
         UserError: if a tensor is missing, truncated, misshapen or left over; or if the weights
             are pickles.
     """
-    with hf.about(folder.path):
-        source = hf.Safetensors(folder.path, folder.family)
+    weights = weight_files(folder)
+    with hf.about(folder.name):
+        source = hf.Safetensors(weights, folder.family)
         params = hf.read_params(source, folder.family, folder.model)
     return Pretrained(folder.model, params, folder.tokenizer, source.dtype)
 
@@ -106,7 +149,7 @@ def adopt(config: Config, folder: Folder) -> Config:
 
 
 def import_(source: str | Place, out: str | Path) -> Model:
-    """Reads a Hugging Face folder or a .gguf file, and writes it to the folder `out`.
+    """Reads a Hugging Face folder, by path or name, or a .gguf file, and writes it to the folder `out`.
 
     Every tensor keeps its value and, in a Hugging Face folder, its dtype; those of a GGUF file
     are dequantised to float32. `out` appears when it is whole.
@@ -121,7 +164,8 @@ def import_(source: str | Place, out: str | Path) -> Model:
     if place.suffix == ".gguf":
         return gguf.import_(near(place), out)
     folder = read(source)
-    with hf.about(folder.path):
-        tensors = hf.Safetensors(folder.path, folder.family)
+    weights = weight_files(folder)
+    with hf.about(folder.name):
+        tensors = hf.Safetensors(weights, folder.family)
         hf.copy(tensors, folder.family, folder.model, out, folder.tokenizer)
     return folder.model

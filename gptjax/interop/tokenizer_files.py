@@ -8,13 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gptjax.tokenizer import TOKENIZER_FILE, TOKENIZERS, byte_alphabet, folder_of, load
-
-# What a folder may hold of a tokenizer and of how to talk with the model.
-FILES = (
-    TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+from gptjax.tokenizer import FILES, TOKENIZER_FILE, TOKENIZERS, byte_alphabet, folder_of, load
 
 # Spells bytes in GPT-2's alphabet, and cuts nothing.
 BYTES: dict[str, Any] = {

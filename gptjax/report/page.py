@@ -25,9 +25,9 @@ td.text { white-space: normal; } td.text, th.text { text-align: left; }
 .dense th, .dense td { padding: .35rem .45rem; font-size: .88rem; } .dense small { font-size: .9em; }
 td.in, .dense td.in { padding-left: 1.2rem; color: var(--soft); }
 svg { max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; padding: 1rem 1.2rem;
+div.text { white-space: pre-wrap; overflow-wrap: anywhere; background: #fff; padding: 1rem 1.2rem;
   border: 1px solid var(--line); border-radius: 6px; line-height: 1.8; }
-.text span { border-radius: 2px; } .text span:hover { outline: 1px solid var(--ink); }
+div.text span { border-radius: 2px; } div.text span:hover { outline: 1px solid var(--ink); }
 .end { color: var(--soft); font-size: .75rem; }
 .key span { display: inline-block; padding: 0 .55rem; font-size: .82rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
