@@ -389,7 +389,10 @@ class Checkpoints:
             raise self._damaged(step, f"{MANIFEST} was altered") from None
         if hashlib.sha256(text).hexdigest() != listed:
             raise self._damaged(step, f"{META} or {MANIFEST} was altered")
-        return json.loads(text)
+        found = json.loads(text)
+        if found["step"] != step:  # a folder that was renamed or copied
+            raise self._damaged(step, f"it is step {found['step']}")
+        return found
 
     def _damaged(self, step: int, damage: str) -> UserError:
         earlier = [s for s in self.steps() if s < step]

@@ -333,6 +333,13 @@ def test_altered_meta_is_refused_before_it_is_believed(copied: Path) -> None:
         Checkpoints(copied).meta(2)
 
 
+def test_a_step_under_another_number_is_refused(copied: Path, state: State) -> None:
+    (copied / "00000002").rename(copied / "00000003")
+    refuses(copied, 3, state, "00000003 is damaged: it is step 2. .*go back to step 1")
+    with pytest.raises(UserError, match="it is step 2"):
+        Checkpoints(copied).meta(3)
+
+
 def test_another_architecture_is_refused(saved: Path, state: State) -> None:
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
     wide = make_state(mesh, width=32)
