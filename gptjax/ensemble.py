@@ -245,7 +245,10 @@ class _Member:
     ) -> None:
         self.index, self.setup, self.checkpoints = index, setup, checkpoints
         self.meta = {"config": record, "fingerprints": setup.fingerprints}
-        self.run = stack.enter_context(open_run(workdir, record, setup.fingerprints, start))
+        before = None if start is None else checkpoints.meta(start)
+        self.run = stack.enter_context(
+            open_run(workdir, record, setup.fingerprints, start, saved=before)
+        )
         checkpoints.drop_after(start or 0)
 
 

@@ -134,14 +134,16 @@ def _attempt(
         start, steps = saved or branch.first_step(config), config.train.steps
         profiler = stack.enter_context(Profiler(profile, start, steps, workdir))
         train_state = lineage = None
-        carried = {} if saved is None else checkpoints.meta(saved)
+        before = carried = {} if saved is None else checkpoints.meta(saved)
         if saved is None and config.train.branch is not None:
             # Before anything is recorded: a branch that cannot begin leaves no run behind.
             train_state, lineage, carried = branch.begin(given, fingerprints)
         spikes = spike.read(workdir) or spike.parse(carried.get("spikes", []))  # a trunk's
         recent: list[float] = carried.get("recent_losses", [])
         initial = None if begin is None else begin.record
-        run = stack.enter_context(open_run(workdir, record, fingerprints, saved, lineage, initial))
+        run = stack.enter_context(
+            open_run(workdir, record, fingerprints, saved, lineage, initial, before)
+        )
         if spikes and jax.process_index() == 0:
             spike.write(workdir, spikes)
         if saved == config.train.steps:

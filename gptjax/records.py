@@ -207,6 +207,7 @@ def open_run(
     resume_step: int | None,
     branch: Mapping[str, Any] | None = None,
     initial: Mapping[str, Any] | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens the records of a new run, or of one that goes on from a checkpoint.
 
@@ -217,15 +218,18 @@ def open_run(
         resume_step: the checkpoint's step; None starts anew and empties an older log.
         branch: what a new run begins with that is a branch of another, to be recorded.
         initial: the pretrained model that a run began with, to be recorded.
+        saved: the checkpoint's meta, {"config": ..., "fingerprints": ...}: what the run was where
+            its own files are gone.
 
     Raises:
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
             `LENGTH`) or of other data, or cannot be written.
     """
     folder, config = expand(workdir), json.loads(json.dumps(config))
-    history = _read(folder / ENVIRONMENT, [])
-    changed = _changed_knobs(folder, config, resume_step or 0)
-    _same_data(folder, history, fingerprints)
+    history, saved = _read(folder / ENVIRONMENT, []), saved or {}
+    changed = _changed_knobs(folder, config, resume_step or 0, saved.get("config"))
+    before = history[-1]["fingerprints"] if history else saved.get("fingerprints", fingerprints)
+    _same_data(folder, before, fingerprints)
     if jax.process_index() == 0:
         if resume_step is not None and (software := _changed_software(history)):
             logger.warning(
@@ -273,14 +277,18 @@ def read_environment(workdir: str | Place) -> list[dict[str, Any]]:
     return _read(expand(workdir) / ENVIRONMENT, [])
 
 
-def _changed_knobs(folder: Place, config: Mapping[str, Any], done: int) -> dict[str, list[Any]]:
+def _changed_knobs(
+    folder: Place, config: Mapping[str, Any], done: int, saved: Mapping[str, Any] | None = None
+) -> dict[str, list[Any]]:
     """{knob: [before, now]} of the knobs that may change; others that did are an error."""
     path = folder / CONFIG
-    if not path.exists():
+    tree = _read(path, saved)
+    if tree is None:
         return {}
     try:
-        was: Config = recorded(_read(path, {}))
+        was: Config = recorded(tree)
     except ConfigError as error:
+        path = path if path.exists() else folder
         raise UserError(f"{path} is not of this version of gptjax: {error}") from error
     before, after = flatten(to_dict(was)), flatten(config)
     changed = {knob: [before[knob], after[knob]] for knob in after if before[knob] != after[knob]}
@@ -337,8 +345,7 @@ def _may_change(knob: str) -> bool:
     return any(knob == name or knob.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def _same_data(folder: Place, history: list[Any], fingerprints: Mapping[str, str]) -> None:
-    before = history[-1]["fingerprints"] if history else fingerprints
+def _same_data(folder: Place, before: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
     differ = [
         name for name in {**before, **fingerprints} if before.get(name) != fingerprints.get(name)
     ]

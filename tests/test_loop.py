@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -350,6 +351,27 @@ def test_a_second_start_in_the_same_folder_is_refused(
     train(store, tmp_path, train__steps=5)
     assert refused == [3]
     assert [line["step"] for line in timeless(tmp_path) if "loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_alone_says_what_its_run_was(tmp_path: Path) -> None:
+    """Only `checkpoints/` was copied: what may not change is refused as ever, what may goes on."""
+    store, rate = tiny.make_store(tmp_path), {"optim__schedule": "constant"}
+    train(store, tmp_path / "run", train__steps=4, **rate)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "run" / CHECKPOINTS, moved / CHECKPOINTS)
+    with pytest.raises(UserError, match=f"{moved} holds a run of another config: seed was 0, is 1"):
+        train(store, moved, train__steps=6, seed=1, **rate)
+    store.rename(tmp_path / "old")
+    tiny.make_store(tmp_path, tiny.TEXT[::-1])
+    with pytest.raises(UserError, match=f"{moved} holds a run on other data: the content of data."):
+        train(store, moved, train__steps=6, **rate)
+    shutil.rmtree(store)
+    (tmp_path / "old").rename(store)
+    assert {p.name for p in moved.iterdir()} <= {CHECKPOINTS, f"{CHECKPOINTS}.lock"}
+    train(store, moved, train__steps=6, train__log_every=2, **rate)
+    (record,) = json.loads((moved / "environment.json").read_text())
+    assert record["resume_step"] == 4
+    assert record["changed_knobs"] == {"train.steps": [4, 6], "train.log_every": [1, 2]}
 
 
 def test_a_run_in_a_folder_of_any_name(store: Path, tmp_path: Path) -> None:
