@@ -158,15 +158,6 @@ class Checkpoints:
         self.wait()
         if self._keep is None:
             raise ValueError("these Checkpoints only read: pass `keep` to write")
-        if self._final(step).exists():
-            raise ValueError(f"step {step} is already saved in {self._folder}")
-        arrays = _by_path(state)
-        if not arrays:
-            raise ValueError("the state holds no array to save")
-        if empty := [path for path, array in arrays.items() if array.size == 0]:
-            raise ValueError(f"orbax cannot store an array without an element: {empty[0]}")
-        description = {"step": step, "tree": _describe(arrays), "meta": meta}
-        text = json.dumps(description, indent=1, allow_nan=False)
         overtaken = ""
         if self._lock is not None:  # on process 0
             try:
@@ -176,6 +167,15 @@ class Checkpoints:
                 overtaken = held.holder
         if overtaken := from_process_0(overtaken):
             raise self._overtaken(step, overtaken)
+        if self._final(step).exists():
+            raise ValueError(f"step {step} is already saved in {self._folder}")
+        arrays = _by_path(state)
+        if not arrays:
+            raise ValueError("the state holds no array to save")
+        if empty := [path for path, array in arrays.items() if array.size == 0]:
+            raise ValueError(f"orbax cannot store an array without an element: {empty[0]}")
+        description = {"step": step, "tree": _describe(arrays), "meta": meta}
+        text = json.dumps(description, indent=1, allow_nan=False)
         # Drawn anew: after a failed write orbax's other threads go on filling its folder. No process
         # goes on before process 0 has drawn it, and removed what was there.
         save = _Save(self._folder, step, from_process_0(secrets.token_hex(4)), list(arrays), text)
@@ -342,6 +342,11 @@ class Checkpoints:
 
     def _failed(self, save: _Save, error: Exception) -> Exception:
         """Frees what a failed save wrote; the error to raise, in a user's words where it is his."""
+        if isinstance(self._folder, Path) and self._lock is not None:
+            try:
+                self._lock.confirm()
+            except Held as held:  # another writer has removed what this one was writing
+                error = held
         save.ours &= not isinstance(error, (Held, FileExistsError))
         save.fail(error)
         if isinstance(error, Held):
@@ -365,7 +370,7 @@ class Checkpoints:
     def _overtaken(self, step: int, holder: str) -> UserError:
         return UserError(
             f"step {step} was not saved: {self._folder.parent} is trained by {holder} since this "
-            "process stood still. Leave the run to it"
+            "process lost its lock. Leave the run to it, or start it again if nobody trains it"
         )
 
     def _resumes_from(self) -> str:

@@ -68,9 +68,8 @@ class Lock:
             except BlockingIOError:
                 self._file.close()
                 raise Held(holder(path) or "another process", certain=True) from None
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                    break
+            if self._in_place(path):
+                break
             self._file.close()  # who held it before has removed this file
         self._file.truncate(0)
         self._file.write(self._text)
@@ -92,6 +91,12 @@ class Lock:
             with contextlib.suppress(OSError):  # it ends by itself
                 remove_unchanged(self._path, self._generation)
 
+    def _in_place(self, path: Path) -> bool:
+        """Whether the file that is locked is still the one of this name."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), path.stat())
+        return False
+
     def _flock(self) -> None:
         for _ in range(5):  # `holder` has it for an instant
             with contextlib.suppress(BlockingIOError):
@@ -100,22 +105,25 @@ class Lock:
         return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def confirm(self) -> None:
-        """Renews a lease now.
+        """Looks that the name is still this process's; renews a lease now.
 
         Raises:
-            Held: if it is this process's no more, which stood still for longer than it lasts.
+            Held: if it is not: the process stood still for longer than a lease lasts, or somebody
+                removed the file of a lock.
         """
-        if isinstance(self._path, BucketPath):
-            with self._renewing:
-                try:
-                    self._generation = replace_unchanged(
-                        self._path, self._content(), self._generation
-                    )
-                except FileExistsError:
-                    self.lost = True
-                    found = self._path.find()
-                    other = _holder(b"" if found is None else found[0])
-                    raise Held(other, certain=True) from None
+        if isinstance(self._path, Path):
+            if not self._in_place(self._path):
+                other = holder(self._path) or f"somebody else ({self._path.name} was removed)"
+                raise Held(other, certain=True)
+            return
+        with self._renewing:
+            try:
+                self._generation = replace_unchanged(self._path, self._content(), self._generation)
+            except FileExistsError:
+                self.lost = True
+                found = self._path.find()
+                other = _holder(b"" if found is None else found[0])
+                raise Held(other, certain=True) from None
 
     def _content(self) -> bytes:
         """Unlike any before: a lease shows by its change that its holder lives."""

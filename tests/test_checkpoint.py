@@ -15,6 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,39 @@ def test_a_folder_has_one_writer_and_says_which(tmp_path: Path, state: State) ->
     assert reader.writer() == ""
     with Checkpoints(folder, keep=1) as second:
         assert second.latest() == 1
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_no_save_is_completed_by_who_lost_the_lock_file(
+    tmp_path: Path, state: State, moment: str
+) -> None:
+    """Another writer begins, before a save or in one, and removes what is there of it."""
+    folder, lock = tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints.lock"
+    told = rf"step 2 was not saved: {folder.parent} is trained by process {os.getpid()} on"
+    with ExitStack() as others, Checkpoints(folder, keep=2) as first:
+        first.save(1, state, DATA, wait=True)
+
+        def begin_another() -> None:
+            lock.unlink()
+            others.enter_context(Checkpoints(folder, keep=2)).save(2, state, {}, wait=True)
+
+        create = storage.create
+
+        def overtaken(path: Any, content: bytes) -> bool:
+            patch.undo()
+            begin_another()
+            return create(path, content)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if moment == "before":
+                begin_another()
+            else:
+                patch.setattr(storage, "create", overtaken)
+            with pytest.raises(UserError, match=told) as caught:
+                first.save(2, state, DATA, wait=True)
+        assert "\n" not in str(caught.value)
+    assert Checkpoints(folder).meta(2) == {}
+    assert sorted(p.name for p in folder.iterdir()) == ["00000001", "00000002"]
 
 
 def test_a_killed_writer_frees_the_folder(tmp_path: Path) -> None:

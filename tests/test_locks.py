@@ -31,6 +31,18 @@ def test_a_name_is_held_by_one(folder: Place) -> None:
         again.confirm()
 
 
+def test_a_lock_whose_file_was_removed_cannot_be_confirmed(tmp_path: Path) -> None:
+    with Lock(tmp_path / "run.lock") as lock:
+        lock.confirm()
+        (tmp_path / "run.lock").unlink()
+        with pytest.raises(Held, match=r"somebody else \(run.lock was removed\)"):
+            lock.confirm()
+        with Lock(tmp_path / "run.lock") as second:
+            with pytest.raises(Held, match=f"process {os.getpid()} on"):
+                lock.confirm()
+            second.confirm()
+
+
 def test_scratch_of_a_killed_process_goes_and_that_of_a_living_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
