@@ -296,15 +296,15 @@ class _Group:
             for m in self._left
         }
 
-    def step(self, index: int) -> state.Metrics:
+    def step(self, index: int) -> loop.Measured:
         self._states, metrics = self._step(self._states, self._batch(index), self._knobs)
-        return metrics
+        return metrics, {}
 
     def write(
-        self, step: int, metrics: state.Metrics, speed: dict[str, float]
+        self, step: int, measured: loop.Measured, speed: dict[str, float]
     ) -> tuple[dict[str, float], bool]:
         """As `loop.Log.write`, for the members that are left; those that diverge leave."""
-        any_recorded, losses = False, []
+        (metrics, _), any_recorded, losses = measured, False, []
         for m in list(self._left):
             metrics_of_member = {name: values[m.index] for name, values in metrics.items()}
             losses.append(float(metrics_of_member["loss"]))

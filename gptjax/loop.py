@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import accounting, alive, branch, heap, model, spike, state
@@ -465,7 +466,7 @@ class Meter:
         if self._peak is None:
             return {"tokens_per_second": tokens}
         # What was dropped was not computed.
-        flops = self._flops - self._routed * float(metrics.get("dropped_share", 0.0))
+        flops = self._flops - self._routed * float(np.mean(metrics.get("dropped_share", 0.0)))
         share = accounting.mfu(tokens, flops, self._peak)
         return {"tokens_per_second": tokens, "mfu": share}
 
