@@ -226,7 +226,13 @@ def open_run(
             `LENGTH`) or of other data, or cannot be written.
     """
     folder, config = expand(workdir), json.loads(json.dumps(config))
-    history, saved = _read(folder / ENVIRONMENT, []), saved or {}
+    history, saved = read_environment(folder), saved or {}
+    for kind, name in ((dict, "fingerprints"), (dict, "versions"), (str, "python")):
+        if history and not isinstance(history[-1].get(name), kind):
+            raise UserError(
+                f"{folder / ENVIRONMENT} does not say the {name} of the last start: restore it, or "
+                "use another --workdir"
+            )
     changed = _changed_knobs(folder, config, resume_step or 0, saved.get("config"))
     before = history[-1]["fingerprints"] if history else saved.get("fingerprints", fingerprints)
     _same_data(folder, before, fingerprints)
@@ -272,9 +278,15 @@ def read_environment(workdir: str | Place) -> list[dict[str, Any]]:
     """The records of environment.json, one for each start; none where there is no such file.
 
     Raises:
-        UserError: if it is not JSON.
+        UserError: if it is not JSON of such a list.
     """
-    return _read(expand(workdir) / ENVIRONMENT, [])
+    path = expand(workdir) / ENVIRONMENT
+    history = _read(path, [], list)
+    if not all(isinstance(record, dict) for record in history):
+        raise UserError(
+            f"{path} is not a list of a run's starts: restore it, or use another --workdir"
+        )
+    return history
 
 
 def _changed_knobs(
@@ -282,7 +294,7 @@ def _changed_knobs(
 ) -> dict[str, list[Any]]:
     """{knob: [before, now]} of the knobs that may change; others that did are an error."""
     path = folder / CONFIG
-    tree = _read(path, saved)
+    tree = _read(path, saved, dict)
     if tree is None:
         return {}
     try:
@@ -488,7 +500,9 @@ def _whole_lines(path: Place) -> list[bytes]:
         del lines[-1]
     for number, line in enumerate(lines, 1):
         try:
-            json.loads(line)["step"]
+            if not isinstance(json.loads(line)["step"], int):
+                raise TypeError
+            _numbers(json.loads(line))
         except (ValueError, LookupError, TypeError):
             raise UserError(
                 f"{path}:{number} is not a line of metrics: repair or delete it"
@@ -520,10 +534,15 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) if isinstance(v, str) else v for k, v in line.items()}
 
 
-def _read(path: Place, default: Any) -> Any:
+def _read(path: Place, default: Any, kind: type) -> Any:
     if not path.exists():
         return default
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        raise UserError(f"{path} is not JSON: restore it, or use another --workdir") from None
+    found = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_bytes())
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{path} is no JSON {'object' if kind is dict else 'list'}: restore it, or use another "
+            "--workdir"
+        )
+    return found

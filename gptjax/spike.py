@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from gptjax.config import UserError
 from gptjax.storage import Place, disk, replace_file
 
 SPIKES = "spikes.json"
@@ -62,8 +63,26 @@ def batch(spikes: Iterable[Spike], step: int) -> int:
 
 
 def read(workdir: Place) -> list[Spike]:
+    """The spikes of a run; none where there is no such file.
+
+    Raises:
+        UserError: if the file is not a list of spikes.
+    """
     file = workdir / SPIKES
-    return parse(json.loads(file.read_bytes())) if file.exists() else []
+    if not file.exists():
+        return []
+    try:
+        records = json.loads(file.read_bytes())
+        spikes = parse(records)
+        if not isinstance(records, list) or any(
+            not isinstance(number, int) for s in spikes for number in (s.step, s.checkpoint)
+        ):
+            raise TypeError
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{file} is not a list of spikes: restore it, or use another --workdir"
+        ) from None
+    return spikes
 
 
 def write(workdir: Place, spikes: Sequence[Spike]) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -155,6 +156,24 @@ def test_a_broken_line_before_the_last_is_told(tmp_path: Path) -> None:
     for opened in (lambda: read_metrics(tmp_path), lambda: open_run(tmp_path, CONFIG, PRINTS, 1)):
         with pytest.raises(UserError, match="metrics.jsonl:1 is not a line of metrics"):
             opened()
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("config.json", content) for content in ("x", "null", "[]", "1")),
+        *(("environment.json", content) for content in ("x", "null", "{}", "[1]", "[{}]")),
+        *(("metrics.jsonl", line) for line in ('{"step": "x"}\n', '{"step": 1, "loss": "x"}\n')),
+    ],
+)
+def test_an_odd_record_is_named(tmp_path: Path, name: str, content: str) -> None:
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        log(run, range(1, 3))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}")) as caught:
+        open_run(tmp_path, CONFIG, PRINTS, 2)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / name).read_text() == content
 
 
 def test_another_config_is_refused_by_its_knobs(tmp_path: Path) -> None:

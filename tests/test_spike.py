@@ -186,3 +186,13 @@ def test_such_runs_train_alone(store: Path) -> None:
     config = tiny.config(store, **KNOBS)
     with pytest.raises(UserError, match="a run with train.spike trains alone"):
         ensemble.check_together([config, config])
+
+
+@pytest.mark.parametrize(
+    "content", ["x", "{}", "null", "[1]", "[{}]", '[{"step": "x", "loss": 1.0, "checkpoint": 2}]']
+)
+def test_an_odd_record_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / spike.SPIKES).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path / spike.SPIKES} is not a list of spikes") as e:
+        spike.read(tmp_path)
+    assert "\n" not in str(e.value)
