@@ -23,9 +23,8 @@ from rich.progress import DownloadColumn
 from gptjax.config import UserError
 from gptjax.locks import alone
 from gptjax.progress import Progress, from_process_0, say
-from gptjax.storage import Place, children, replace_file
+from gptjax.storage import HUB, Place, children, on_hub, replace_file
 
-SCHEME = "hf:"
 BUSY = (408, 429)  # what a hub answers that may answer otherwise later, as do those from 500 on
 
 
@@ -34,7 +33,7 @@ class _Name(NamedTuple):
     revision: str
 
     def __str__(self) -> str:
-        return f"{SCHEME}{self.repo}@{self.revision}"
+        return f"{HUB}{self.repo}@{self.revision}"
 
     @property
     def pinned(self) -> bool:
@@ -68,10 +67,6 @@ class _Blob(NamedTuple):
         return digest.hexdigest() == self.etag
 
 
-def is_name(place: str | Place) -> bool:
-    return str(place).startswith(SCHEME)
-
-
 def pinned(place: Place) -> Place:
     """A name with the commit that its revision is now, the same on every process; another place as
     it is.
@@ -82,7 +77,7 @@ def pinned(place: Place) -> Place:
         UserError: if there is no such model or revision, or none that may be read; if the hub is out
             of reach and its cache does not hold the model; without the extra `hub`.
     """
-    if not is_name(place) or (name := _parse(place)).pinned:
+    if not on_hub(place) or (name := _parse(place)).pinned:
         return place
     told = ""
     if jax.process_index() == 0:
@@ -114,7 +109,7 @@ def fetched(place: Place, names: Collection[str]) -> Place:
     Raises:
         UserError: as `pinned`; if the model is gated, or a file comes with other bytes.
     """
-    if not is_name(place):
+    if not on_hub(place):
         return place
     name = _parse(place)
     there = _listing(name)
@@ -130,7 +125,7 @@ def fetched(place: Place, names: Collection[str]) -> Place:
 
 
 def _parse(place: Place) -> _Name:
-    match = re.fullmatch(rf"{SCHEME}([\w.-]+(?:/[\w.-]+)?)(?:@(.+))?", str(place))
+    match = re.fullmatch(rf"{HUB}([\w.-]+(?:/[\w.-]+)?)(?:@(.+))?", str(place))
     if match is None:
         raise UserError(f"{place} is not hf:ORG/NAME or hf:ORG/NAME@REVISION")
     try:

@@ -28,6 +28,7 @@ from typing import IO, Any
 from gptjax.config import UserError
 
 SCHEMES = ("gs", "s3")
+HUB = "hf:"  # before the name of a model on the Hugging Face hub
 RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "2s"}  # some 6 s in all
 ANSWER_SECONDS = 60.0  # within which a request ends, and a second more for each 4 MB
 READ_SECONDS = 900.0  # the same of a read, whose size is not known
@@ -297,6 +298,11 @@ def expand(path: str | Place) -> Place:
             f"{text} is no place for files: write a path, gs://BUCKET/X or s3://BUCKET/X"
         )
     return BucketPath(scheme, bucket, re.sub("/+", "/", key))
+
+
+def on_hub(place: str | Place) -> bool:
+    """Whether it is a model's name on the hub, which `gptjax/hub.py` reads, rather than a place."""
+    return str(place).startswith(HUB)
 
 
 def local(path: str | Place) -> Path:

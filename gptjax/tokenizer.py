@@ -31,7 +31,7 @@ from tiktoken_ext import openai_public
 from gptjax import hub
 from gptjax.config import UserError, choose
 from gptjax.places import near
-from gptjax.storage import expand
+from gptjax.storage import expand, on_hub
 
 TOKENIZER_FILE = "tokenizer.json"
 # What a folder may hold of a tokenizer and of how to talk with the model.
@@ -272,7 +272,7 @@ def load(name: str) -> Tokenizer:
         UserError: where the ranks are neither in tiktoken's cache nor to be downloaded, or a
             folder is not there or its tokenizer is no reversible byte-level BPE.
     """
-    if hub.is_name(name):
+    if on_hub(name):
         name = str(hub.pinned(expand(name)))
     if (folder := folder_of(name)) is not None:
         return _from_folder(name if name in FOLDERS else str(expand(name)), folder)

@@ -17,10 +17,10 @@ import jinja2
 import yaml
 
 from gptjax.config import UserError
-from gptjax.storage import BucketPath, Place, expand
+from gptjax.storage import BucketPath, Place, expand, on_hub
 
 # What names folders of runs in the words of a command, and how many words follow it.
-FOLDERS = {"--workdir": 1, "--store": 1, "--branch": 1, "--compare": 2}
+FOLDERS = {"--workdir": 1, "--store": 1, "--branch": 1, "--config.train.branch": 1, "--compare": 2}
 
 
 class Job(NamedTuple):
@@ -53,16 +53,18 @@ class Job(NamedTuple):
 
 
 def in_bucket(job: Job, bucket: str) -> Job:
-    """The job with the folders of runs in a bucket, but for whole paths and URLs.
+    """The job with the folders of runs in a bucket, but for whole paths, URLs and names on the hub.
 
     Raises:
-        UserError: if one leads out of it.
+        UserError: if one leads out of it, or is all of it.
     """
 
     def moved(folder: str) -> str:
         path = expand(folder)
-        if isinstance(path, BucketPath) or path.is_absolute():
+        if isinstance(path, BucketPath) or path.is_absolute() or on_hub(folder):
             return folder
+        if not path.parts:
+            raise UserError(f"{folder!r} would be all of the site's bucket {bucket}: name a folder")
         if ".." in path.parts:
             raise UserError(f"{folder} leads out of the site's bucket {bucket}: write it whole")
         return str(expand(bucket) / path)
@@ -74,7 +76,7 @@ def in_bucket(job: Job, bucket: str) -> Job:
         if follow:
             words.append(moved(word))
             follow -= 1
-        elif name in FOLDERS and equals:
+        elif name in FOLDERS and equals and word != "--config.train.branch=None":  # which is off
             words.append(f"{name}={moved(folder)}")
         else:
             words.append(word)

@@ -18,7 +18,7 @@ from gptjax.config import Config, Model, UserError
 from gptjax.interop import gguf, hf
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
-from gptjax.storage import Place, expand, local
+from gptjax.storage import Place, expand, local, on_hub
 from gptjax.tokenizer import FILES, TOKENIZER_FILE
 
 
@@ -80,7 +80,7 @@ def read(path: str | Place) -> Folder:
 def _described(path: Place) -> tuple[Place, Place]:
     """The name of a folder, and where it is with all that describes the model."""
     name = hub.pinned(path)
-    if hub.is_name(name) and hf.CONFIG not in hub.files(name):
+    if on_hub(name) and hf.CONFIG not in hub.files(name):
         raise UserError(f"{name} holds no {hf.CONFIG}: name a model in the format of transformers")
     return name, hub.fetched(name, (hf.CONFIG, hf.INDEX, *FILES))
 
@@ -98,7 +98,7 @@ def weight_files(folder: Folder) -> list[Path]:
     Raises:
         UserError: as `hf.weight_names`, `hub.fetched`.
     """
-    remote = hub.is_name(folder.name)
+    remote = on_hub(folder.name)
     there = hub.files(folder.name) if remote else hf.names_in(folder.path)
     with hf.about(folder.name):
         names = hf.weight_names(folder.path, there)
