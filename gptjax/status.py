@@ -103,8 +103,8 @@ def statuses(folder: Place) -> list[Status]:
         of_each.append(_with_job(seen, jobs.pop(whole(run), None)))
     # What no process has begun has no folder; a study's store has, but is no run.
     of_each += [
-        _with_job(Status(job.removeprefix(f"{above}/"), "no run"), words)
-        for job, words in jobs.items()
+        _with_job(Status(job.removeprefix(f"{above}/"), "no run"), of_it)
+        for job, of_it in jobs.items()
         if _inside(job, above)
     ]
     return sorted(of_each, key=lambda s: (STATES.index(s.state), *_natural(s)))
@@ -117,12 +117,14 @@ def _inside(job: str, folder: str) -> bool:
     )
 
 
-def _with_job(seen: Status, job: str | None) -> Status:
-    """What is known of a run that a job has."""
+def _with_job(seen: Status, jobs: slurm.Jobs | None) -> Status:
+    """What is known of a run that jobs have."""
+    if jobs is None:
+        return seen
     state = seen.state
-    if job is not None and state in ("waiting", "stopped", "killed", "no run"):
-        state = "running" if ": running," in job else "queued"
-    return dataclasses.replace(seen, state=state, job=job)
+    if jobs.state and state in ("waiting", "stopped", "killed", "no run"):
+        state = jobs.state
+    return dataclasses.replace(seen, state=state, job=jobs.words)
 
 
 def status(run: Place) -> Status:
@@ -276,7 +278,7 @@ def _natural(s: Status) -> tuple[Any, ...]:
     words = [f"{knob}={value}" for knob, value in differs.items() if knob != "seed"]
     words += [str(differs.get("seed", "")), s.run]
     parts = (re.split(r"(\d+)", word) for word in words)
-    return tuple(tuple((p.isdigit(), int(p) if p.isdigit() else p) for p in ps) for ps in parts)
+    return tuple(tuple((p.isdecimal(), int(p) if p.isdecimal() else p) for p in ps) for ps in parts)
 
 
 def table(of_each: Sequence[Status]) -> Table:

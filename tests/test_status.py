@@ -241,8 +241,19 @@ def test_a_number_that_is_none_is_strict_json(
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UserError, match="is no folder"):
         status.statuses(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UserError, match="is no folder"):
+        status.statuses(tmp_path / "link")
     assert main(["status", str(tmp_path)]) == 0
     assert "holds no run" in capsys.readouterr().out
+
+
+def test_any_name_of_a_folder_has_its_place(tmp_path: Path) -> None:
+    """Digits that are no number, too; 10 behind 9."""
+    for name in ("run10", "run9", "run1²", "run²", "run1", "run٣"):
+        (tmp_path / name).mkdir()
+    names = [s.run for s in status.statuses(tmp_path)]
+    assert names == ["run1", "run1²", "run٣", "run9", "run10", "run²"]
 
 
 def stands_in_for_squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
@@ -271,12 +282,25 @@ def test_what_slurm_has_is_queued(
         "9": f"RUNNING|n0|{runs}/of another",
         "10": "RUNNING|n0|",
         "11": f"COMPLETING|n0|gptjax {runs}/finished",
+        "12": f"COMPLETING|n0|gptjax {runs}/ended",
+        "13": "PENDING|(Priority)|a comment\n|in|four lines\n|gptjax\n",
+        **{f"2{i}": f"PENDING|(Priority)|gptjax {runs}/many" for i in range(3)},
+        "23": f"RUNNING|n1|gptjax {runs}/many",
     }
+    (runs / "ended").mkdir()
+    (runs / "ended" / records.BEGUN).write_bytes(b".")
     lines = "\n".join(f"{number}|{rest}" for number, rest in jobs.items())
-    stands_in_for_squeue(tmp_path, monkeypatch, f"cat <<'END'\n{lines}\nEND")
+    stands_in_for_squeue(
+        tmp_path, monkeypatch, f"cat <<'END'\n{lines}\nEND\nprintf '14|RUNNING|n0|caf\\351\\n'"
+    )
     seen = {s.run: (s.state, s.why, s.job) for s in status.statuses(tmp_path / "link")}
     assert seen == {
         "a b/c": ("queued", None, "Slurm job 6: pending, Priority"),
+        "ended": ("killed", "resumes at step 0", "Slurm job 12: completing, n0"),
+        "many": (
+            *("running", None),
+            "; ".join(f"Slurm job 2{i}: pending, Priority" for i in range(3)) + "; 1 more",
+        ),
         "cells": (
             *("running", None),
             "Slurm job 4_[2-7]: pending, Resources; Slurm job 4_0: running, n0",
@@ -290,7 +314,7 @@ def test_what_slurm_has_is_queued(
         status.statuses(runs / "elsewhere")
 
 
-@pytest.mark.parametrize("code", ["echo 'no controller' >&2; exit 1", "exec sleep 60"])
+@pytest.mark.parametrize("code", ["echo 'no controller' >&2; exit 1", "exit 3", "exec sleep 60"])
 def test_a_queue_that_does_not_answer_changes_nothing(
     code: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -86,7 +86,8 @@ def in_bucket(job: Job, bucket: str) -> Job:
 
 def whole(folder: Place) -> str:
     """A folder as every node knows it."""
-    return str(folder.resolve() if isinstance(folder, Path) else folder)
+    # Path.resolve raises on links that lead to each other.
+    return os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
 
 
 def check_bucket(bucket: str) -> None:

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from gptjax.cluster.job import Job, check_bucket, give, render, this_program, variables, whole
 from gptjax.config import EXIT_STOPPED, UserError
@@ -15,6 +17,7 @@ from gptjax.storage import expand
 COMMENT = "gptjax "  # in the comment of a job, before the folder of its run
 SQUEUE_SECONDS = 10.0
 TOLD = 3  # jobs of one folder
+ENDING = {"COMPLETING", "STAGE_OUT"}  # states of a job whose processes have ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,32 +154,55 @@ def submit(job: Job, site: Site) -> int:
     return give(["sbatch"], script(job, site))
 
 
-def queued() -> dict[str, str]:
+class Jobs(NamedTuple):
+    """Those of one folder.
+
+    Attributes:
+        state: "running" if one does, else "queued" if one waits, else "".
+        words: "Slurm job 17: pending, Priority", of the first.
+    """
+
+    state: str
+    words: str
+
+
+def queued() -> dict[str, Jobs]:
     """{folder of a run or of a study's runs: the jobs of this user that wait or run there}.
 
-    "Slurm job 17: pending, Priority". Nothing where there is no squeue; where it does not answer,
-    that is told.
+    Nothing where there is no squeue; where it does not answer, that is told.
     """
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%R|%k"]
     try:
         done = subprocess.run(
-            command, capture_output=True, encoding="utf-8", timeout=SQUEUE_SECONDS, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # of a comment or a folder, as Python takes a file's name
+            timeout=SQUEUE_SECONDS,
+            check=False,
         )
-        failure = done.stderr.strip() if done.returncode else ""
+        told = done.stderr.strip() or f"squeue ended with status {done.returncode}"
+        failure = told if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         failure = str(error)
     if failure:
         print(f"Slurm's queue is not known: {failure.splitlines()[-1]}", file=sys.stderr)
         return {}
     jobs = defaultdict(list)
-    for line in done.stdout.splitlines():
-        number, state, reason, comment = line.split("|", 3)
-        if comment.startswith(COMMENT):
-            words = f"Slurm job {number}: {state.lower()}, {reason.strip('()')}"
-            jobs[comment.removeprefix(COMMENT)].append(words)
-    return {
-        folder: "; ".join(words[:TOLD]) + f"; {len(words) - TOLD} more" * (len(words) > TOLD)
-        for folder, words in jobs.items()
-    }
+    for line in done.stdout.split("\n"):
+        # What has other parts is of a comment in several lines, which is none of ours.
+        match line.split("|", 3):
+            case number, state, reason, comment if comment.startswith(COMMENT):
+                jobs[comment.removeprefix(COMMENT)].append((number, state, reason.strip("()")))
+    return {folder: _jobs(of_it) for folder, of_it in jobs.items()}
+
+
+def _jobs(each: Sequence[tuple[str, str, str]]) -> Jobs:
+    states = {state for _, state, _ in each} - ENDING
+    words = [f"Slurm job {number}: {state.lower()}, {reason}" for number, state, reason in each]
+    return Jobs(
+        "running" if "RUNNING" in states else "queued" if states else "",
+        "; ".join(words[:TOLD]) + f"; {len(words) - TOLD} more" * (len(words) > TOLD),
+    )
