@@ -305,13 +305,24 @@ def on_hub(place: str | Place) -> bool:
     return str(place).startswith(HUB)
 
 
-def local(path: str | Place) -> Path:
-    """As `expand`, for what must lie on this machine.
+def for_files(path: str | Place) -> Place:
+    """As `expand`, where a model's name on the hub has no meaning.
 
     Raises:
-        UserError: as `expand`; on the URL of a bucket.
+        UserError: as `expand`; on such a name.
     """
-    expanded = expand(path)
+    if on_hub(expanded := expand(path)):
+        raise UserError(f"{path} names a model on the hub, where no files are put: write a path")
+    return expanded
+
+
+def local(path: str | Place) -> Path:
+    """As `for_files`, for what must lie on this machine.
+
+    Raises:
+        UserError: as `for_files`; on the URL of a bucket.
+    """
+    expanded = for_files(path)
     if isinstance(expanded, Path):
         return expanded
     raise UserError(

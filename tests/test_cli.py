@@ -421,6 +421,24 @@ def test_a_mistake_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists() and files(store) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --workdir=NAME",
+        "doctor --workdir=NAME",
+        "train --workdir=NAME --on=slurm",
+        "study --axis=seed=1,2 --store=NAME",
+        "noise --store=NAME",
+        "data text.txt --out=NAME",
+        "import models/a --out=NAME",
+    ],
+)
+def test_nothing_is_written_under_a_model_s_name_on_the_hub(words: str) -> None:
+    """There `eval` and others would never find it: they ask the hub."""
+    for name in ("hf:lab/gpt", "./hf:gpt"):
+        refused("names a model on the hub", *words.replace("NAME", name).split())
+
+
 def test_a_config_file_that_does_not_work(tmp_path: Path) -> None:
     refused("no config file nowhere.py", "train", "--config=nowhere.py")
     file = tmp_path / "recipe.py"

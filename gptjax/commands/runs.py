@@ -26,7 +26,7 @@ from gptjax.commands.command import (
 )
 from gptjax.config import UserError, flatten, to_dict
 from gptjax.signals import again_on_sigterm
-from gptjax.storage import Place, expand, local, patient
+from gptjax.storage import Place, expand, for_files, local, patient
 
 
 @again_on_sigterm()
@@ -99,7 +99,7 @@ def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:
 def _add_workdir(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(default_folder=lambda a, recipe: ("--workdir", _workdir(a, recipe)))
     parser.add_argument(
-        "--workdir", type=expand, help="the run's folder; default: runs/ and the recipe's name"
+        "--workdir", type=for_files, help="the run's folder; default: runs/ and the recipe's name"
     )
 
 

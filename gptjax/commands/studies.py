@@ -20,7 +20,7 @@ from gptjax.commands.command import (
 )
 from gptjax.config import UserError
 from gptjax.signals import again_on_sigterm
-from gptjax.storage import expand, local, patient
+from gptjax.storage import for_files, local, patient
 
 if TYPE_CHECKING:
     from gptjax.study.results import Results
@@ -131,7 +131,7 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(default_folder=lambda a, recipe: ("--store", a.store))
     parser.add_argument(
         "--store",
-        type=expand,
+        type=for_files,
         default=STORE,
         metavar="DIR",
         help="where the runs of all studies lie, each in a folder named by its config (%(default)s)",
