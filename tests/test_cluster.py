@@ -134,6 +134,19 @@ def test_words_and_values_arrive_as_they_were_given(on: str, words: list[str], v
     assert told == value
 
 
+@pytest.mark.parametrize("folder", ["~/a b", "a b", "/tmp"])
+def test_a_slice_runs_in_its_folder(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = tpu_vm.Site("pod", "zone", 1, folder=folder, program=("bash", "-c", "pwd"))
+    gcloud = GCLOUD.replace("cd /;", "cd;")  # as ssh begins
+    text = tpu_vm.script(Job(("train",), 1, True), told)
+    done = subprocess.run(["bash"], input=gcloud + text, text=True, capture_output=True, check=True)
+    assert Path(done.stdout.strip()) == tmp_path / Path(folder).expanduser()
+
+
 @pytest.mark.parametrize("on", TARGETS)
 def test_a_word_that_looks_like_a_template_is_none(on: str) -> None:
     asked = Job(("train", "{{ 7 * 7 }}", "{% raw %}"), 1, True)
@@ -260,6 +273,15 @@ REFUSED = [
     ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=2", "but a has 2 hosts"),
     (["study", "a.py", "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1", "a slice runs one"),
     ([*TRAIN, "--on=local", "--distributed"], "", "leave --distributed and --worker out"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "program=['']", "program holds an empty text"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "options=['']", "options holds an empty text"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image=''", "image holds an empty text"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image='a'\nvolumes=['a=/x','b=/x']", "two at one"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name=''\nzone='b'\nhosts=1", "name holds an empty"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone=''\nhosts=1", "zone holds an empty"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1\nfolder='~me'", "folder='~me'"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], 'setup="\\u0000"', "setup: .* holds a NUL"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE", "--workdir=a\0"], "image='a'", "holds a NUL"),
     (["study", "a.py", "--on=local", "--worker"], "", "leave --distributed and --worker out"),
     ([*TRAIN, "--on=slurm", "--worjdir=a"], "", "unexpected argument '--worjdir=a'"),
     ([*TRAIN, "--on=slurm", "--config.optim.peak=1"], "", "unknown config key 'optim.peak'"),

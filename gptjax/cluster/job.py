@@ -96,6 +96,16 @@ def check_bucket(bucket: str) -> None:
         raise UserError(f"bucket={bucket!r} must be such as gs://BUCKET or s3://BUCKET/FOLDER")
 
 
+def check_words(site: Any) -> None:
+    """Refuses a text of a site's that no cluster takes: an empty one, or one with a NUL."""
+    for name, value in vars(site).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if text == "" and name not in ("bucket", "setup"):
+                raise UserError(f"{name} holds an empty text: write one, or leave the key out")
+            if isinstance(text, str) and "\0" in text:
+                raise UserError(f"{name}: {text!r} holds a NUL, which no program can be given")
+
+
 def this_program() -> tuple[str, ...]:
     """The interpreter and the script that run now."""
     return sys.executable, os.path.abspath(sys.argv[0])

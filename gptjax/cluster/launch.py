@@ -53,6 +53,8 @@ def launch(job: Job, on: str, site: str | None, dry_run: bool) -> int:
         "".join(job.words).encode()
     except UnicodeEncodeError:
         raise UserError("a word of the command is no UTF-8: name it otherwise") from None
+    if any("\0" in word for word in job.words):
+        raise UserError("a word of the command holds a NUL, which no program can be given")
     if dry_run:
         print(target.text(job, particulars), end="")
         return 0

@@ -10,7 +10,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptjax.cluster.job import Job, check_bucket, give, render, this_program, variables, whole
+from gptjax.cluster.job import (
+    Job,
+    check_bucket,
+    check_words,
+    give,
+    render,
+    this_program,
+    variables,
+    whole,
+)
 from gptjax.config import EXIT_STOPPED, UserError
 from gptjax.storage import expand
 
@@ -53,6 +62,7 @@ class Site:
     program: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_words(self)
         variables(self.environment)
         check_bucket(self.bucket)
         for name, least in {

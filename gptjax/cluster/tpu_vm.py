@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-from gptjax.cluster.job import Job, check_bucket, give, render, variables
+from gptjax.cluster.job import Job, check_bucket, check_words, give, render, variables
 from gptjax.config import UserError
 
 
@@ -16,7 +16,7 @@ class Site:
     Attributes:
         name, zone, project: of the TPU VM; without a project, gcloud's own.
         hosts: of the slice; each runs one process.
-        folder: on each host, where the command runs; one that is not absolute lies in the home.
+        folder: on each host, where the command runs; what is not absolute lies in the home, as ~/x.
         setup: shell, run there first, such as the installation.
         bucket: where folders of runs lie that are no whole paths; "" leaves them as they are.
         environment: "NAME=VALUE".
@@ -34,16 +34,19 @@ class Site:
     program: tuple[str, ...] = ("python3", "launch.py")
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not self.program:
             raise UserError('program must name what runs gptjax, such as ["python", "launch.py"]')
         variables(self.environment)
         check_bucket(self.bucket)
+        if self.folder.startswith("~") and not self.folder.startswith("~/"):
+            raise UserError(f"folder={self.folder!r} must be such as ~/gptjax or /home/me/gptjax")
         if self.hosts < 1:
             raise UserError(f"hosts must be at least 1, got {self.hosts}")
 
 
 TEMPLATE = """\
-cd {{ folder | word }} || exit
+cd {{ home }}{{ folder | word }} || exit
 {% for name, value in environment.items() %}
 export {{ name }}={{ value | word }}
 {% endfor %}
@@ -65,8 +68,15 @@ def commands(job: Job, site: Site) -> list[list[str]]:
         where.append(f"--project={site.project}")
     lines = [site.setup] if site.setup else []
     lines.append(f"exec {shlex.join(job.command(site.program))}")
+    home = "~/" if site.folder.startswith("~/") else ""  # which the shell reads where it is bare
     remote = [
-        render(TEMPLATE, folder=site.folder, environment=variables(site.environment), line=line)
+        render(
+            TEMPLATE,
+            home=home,
+            folder=site.folder.removeprefix(home),
+            environment=variables(site.environment),
+            line=line,
+        )
         for line in lines
     ]
     ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
