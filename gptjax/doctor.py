@@ -34,6 +34,7 @@ from gptjax.config import Config, UserError, to_dict
 from gptjax.progress import say
 from gptjax.records import code_fingerprint
 from gptjax.report import formats, terminal
+from gptjax.sharding import make_mesh
 from gptjax.storage import PATIENCE_SECONDS, Place, Unreachable, nearest_folder, replace_file
 
 # Within which each process must have looked, and may have waited for a bucket.
@@ -119,6 +120,15 @@ def clock_offsets(readings: Sequence[Sequence[float]]) -> list[float]:
 def _devices(look: Look) -> str:
     kinds = Counter(device.device_kind for device in jax.local_devices())
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _mesh(look: Look) -> str:
+    """What it wants that is not here."""
+    try:
+        make_mesh(look.config.mesh)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _config(look: Look) -> str:
@@ -228,6 +238,7 @@ def _version(package: str) -> Callable[[Look], str]:
 
 CHECKS: dict[str, Check] = {
     "devices": Check(_devices, same),
+    "mesh": Check(_mesh, no_fault, show=lambda v: "no" if v else "fits"),
     "jax": Check(_version("jax"), same),
     "jaxlib": Check(_version("jaxlib"), same),
     "python": Check(lambda look: platform.python_version(), same),

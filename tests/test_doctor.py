@@ -76,6 +76,19 @@ def test_one_process_sees_itself_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mesh_that_the_devices_do_not_fill_is_told(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `train` tells it."""
+    words = [f"--config={tiny.RECIPE}", f"--workdir={tmp_path / 'new'}", *tiny.overrides(text)]
+    words.append("--config.mesh.fsdp=7")
+    told = "mesh data=1 x fsdp=7 x tensor=1 wants 7 devices, but"
+    assert cli.main(["train", *words]) == 2
+    assert told in capsys.readouterr().err
+    assert cli.main(["doctor", *words]) == 1
+    assert f"process 0 on {HOST}: mesh: {told}" in capsys.readouterr().out
+
+
 def pair(*words: tuple[str, list[str], int]) -> list[Child]:
     """Two processes, each of (code before the command, its words, its devices), once they ended."""
     port = free_port()
