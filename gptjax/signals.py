@@ -19,6 +19,7 @@ from gptjax.config import EXIT_STOPPED
 
 # Words of jaxlib before it aborts because a process, or the service, is lost.
 LOST = b"distributed service detected fatal errors"
+_UNDO: list[Callable[[], object]] = []  # what `again_on_sigterm` does before it ends the process
 
 
 class Native:
@@ -100,7 +101,11 @@ def again_on_sigterm() -> Iterator[None]:
     ending = threading.Lock()
 
     def end(*_: object) -> None:
-        if ending.acquire(blocking=False):
+        # The main thread stands still meanwhile; not for ever, as this may need a lock that it has.
+        if ending.acquire(timeout=1):
+            for undo in _UNDO:
+                with contextlib.suppress(Exception):  # it ends either way
+                    undo()
             words = b"gptjax: SIGTERM while nothing was trained: the same command goes on\n"
             os.write(sys.stderr.fileno(), words)
             os._exit(EXIT_STOPPED)
@@ -120,3 +125,18 @@ def again_on_sigterm() -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, handler)
         os.close(write)
+
+
+@contextlib.contextmanager
+def undone(undo: Callable[[], object]) -> Iterator[None]:
+    """Calls `undo` when the context ends, also where SIGTERM ends the process in it.
+
+    Args:
+        undo: may be called twice, and by another thread.
+    """
+    _UNDO.append(undo)
+    try:
+        yield
+    finally:
+        undo()
+        _UNDO.remove(undo)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import EXIT_STOPPED
+from gptjax.records import BEGUN
 from gptjax.signals import again_on_sigterm
 from tests import tiny
 from tests.child import Child, free_port
@@ -19,7 +20,7 @@ from tests.child import Child, free_port
 STAYS = """
     import hashlib, sys, time
     import jax
-    from gptjax import loop
+    from gptjax import loop, setup
     from gptjax.cli import main
     from gptjax.commands import runs
 
@@ -58,6 +59,30 @@ def test_sigterm_before_the_first_step_means_again(
     assert child.wait(20).returncode == EXIT_STOPPED, child.stderr
     said = [line for line in child.stderr.splitlines() if line.startswith("gptjax: ")]
     assert said == ["gptjax: SIGTERM while nothing was trained: the same command goes on"]
+
+
+@pytest.mark.parametrize(
+    ("function", "stay"),
+    [
+        ("setup.load_tokenizer", "time.sleep(60)"),
+        ("loop.compile_step", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"),
+    ],
+)
+def test_sigterm_while_a_run_of_a_study_sets_up_is_no_kill(
+    function: str, stay: str, text: Path, tmp_path: Path
+) -> None:
+    """A kill would put the run behind all others, as one that may need too much memory."""
+    child = Child(
+        STAYS.format(function=function, stay=stay),
+        *("study", f"--config={tiny.RECIPE}", "--axis=optim.peak_lr=1e-3,2e-3"),
+        *("--seeds=1", f"--store={tmp_path}", *tiny.overrides(text)),
+    )
+    assert next(child.lines("stdout")) == "here\n", child.stderr
+    assert len(list(tmp_path.glob(f"*/{BEGUN}"))) == 1
+    time.sleep(0.5)
+    child.signal(signal.SIGTERM)
+    assert child.wait(20).returncode == EXIT_STOPPED, child.stderr
+    assert not list(tmp_path.glob(f"*/{BEGUN}"))
 
 
 def test_whoever_hears_it_meanwhile_is_left_to_it() -> None:

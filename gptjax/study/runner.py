@@ -17,6 +17,7 @@ from gptjax.locks import Held, Lock
 from gptjax.progress import say
 from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
+from gptjax.signals import undone
 from gptjax.storage import Place, disk, patient, replace_file
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
@@ -174,9 +175,20 @@ def train_group(group: Mapping[Place, Config]) -> None:
         Stopped: as `loop.train`.
         Busy: if another process trains there.
     """
-    folders, configs = list(group), list(group.values())
+    folders = list(group)
     for folder in folders:
         (folder / FAILED).unlink(missing_ok=True)
+
+    def not_begun() -> None:  # which a kill leaves out
+        for folder in folders:
+            (folder / BEGUN).unlink(missing_ok=True)
+
+    with undone(not_begun):
+        _train_group(group)
+
+
+def _train_group(group: Mapping[Place, Config]) -> None:
+    folders, configs = list(group), list(group.values())
     try:
         for folder in folders:
             with disk(folder):
@@ -208,9 +220,6 @@ def train_group(group: Mapping[Place, Config]) -> None:
             with disk(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(folder / FAILED, json.dumps({"reason": reason}).encode())
-    finally:  # which a kill leaves out
-        for folder in folders:
-            (folder / BEGUN).unlink(missing_ok=True)
 
 
 def kills(folder: Place) -> int:
