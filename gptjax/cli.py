@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
         finally:
+            if argv is None:  # this process is the command: its status stands while it shuts down
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             sys.stdout.flush()  # a reader that has gone shows here, and not after all is done
     except BrokenPipeError:  # `data show | head -1`: whoever asked has heard enough
         with contextlib.suppress(OSError):

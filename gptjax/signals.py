@@ -92,8 +92,8 @@ class Native:
 def again_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the process with the status that means again, until something else hears it.
 
-    That is training (`loop.Stop`), or jax among several processes. Until then nothing is there to
-    be saved, and the main thread may be in C++ for long: it waits for others, or compiles. So a
+    That is training (`loop.Stop`), or jax among several processes. Before and after, as while a
+    sample is drawn, nothing is there to be saved, and the main thread may be in C++ for long: it waits for others, or compiles. So a
     thread hears the signal.
     """
     read, write = os.pipe()
@@ -106,7 +106,7 @@ def again_on_sigterm() -> Iterator[None]:
             for undo in _UNDO:
                 with contextlib.suppress(Exception):  # it ends either way
                     undo()
-            words = b"gptjax: SIGTERM while nothing was trained: the same command goes on\n"
+            words = b"gptjax: SIGTERM while nothing trains: the same command goes on\n"
             os.write(sys.stderr.fileno(), words)
             os._exit(EXIT_STOPPED)
 

@@ -1,9 +1,12 @@
-"""SIGTERM while nothing is trained yet, wherever the main thread is: each command is a process."""
+"""SIGTERM while nothing trains, wherever the main thread is: each command is a process."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -14,13 +17,13 @@ from gptjax.config import EXIT_STOPPED
 from gptjax.records import BEGUN
 from gptjax.signals import again_on_sigterm
 from tests import tiny
-from tests.child import Child, free_port
+from tests.child import REPO, Child, free_port
 
 # Says that it is there, and stays.
 STAYS = """
     import hashlib, sys, time
     import jax
-    from gptjax import loop, setup
+    from gptjax import loop, setup, speak
     from gptjax.cli import main
     from gptjax.commands import runs
 
@@ -42,9 +45,10 @@ STAYS = """
         ("jax.distributed.initialize", "before(*args, **kwargs)"),  # nobody else comes
         # As compiling does: for minutes in C, which gives way to no handler.
         ("loop.compile_step", "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"),
+        ("speak.generate", "time.sleep(60)"),  # the sample of a finished run
     ],
 )
-def test_sigterm_before_the_first_step_means_again(
+def test_sigterm_while_nothing_trains_means_again(
     function: str, stay: str, text: Path, tmp_path: Path
 ) -> None:
     meet = [f"--distributed=localhost:{free_port()},2,1"] * function.startswith("jax")
@@ -58,7 +62,7 @@ def test_sigterm_before_the_first_step_means_again(
     child.signal(signal.SIGTERM)
     assert child.wait(20).returncode == EXIT_STOPPED, child.stderr
     said = [line for line in child.stderr.splitlines() if line.startswith("gptjax: ")]
-    assert said == ["gptjax: SIGTERM while nothing was trained: the same command goes on"]
+    assert said == ["gptjax: SIGTERM while nothing trains: the same command goes on"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,24 @@ def test_sigterm_while_a_run_of_a_study_sets_up_is_no_kill(
     child.signal(signal.SIGTERM)
     assert child.wait(20).returncode == EXIT_STOPPED, child.stderr
     assert not list(tmp_path.glob(f"*/{BEGUN}"))
+
+
+def test_sigterm_while_the_interpreter_shuts_down_changes_no_status(tmp_path: Path) -> None:
+    code = """
+        import atexit, sys, time
+        from gptjax.cli import main
+
+        atexit.register(time.sleep, 2)
+        atexit.register(print, "ending", flush=True)
+        sys.exit(main())
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code), "status", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPO) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() not in ("ending\n", ""):
+            pass
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
 
 
 def test_whoever_hears_it_meanwhile_is_left_to_it() -> None:
