@@ -82,7 +82,7 @@ def _run(words: list[str]) -> int:
     try:
         arguments, rest = parser.parse_known_args(own)
         if getattr(arguments, "on", None) is not None:
-            return _launch(arguments, words, overrides, rest)
+            return _launch(command, arguments, words, overrides, rest)
         _refuse_launch(name, arguments, own)
         return command.run(arguments, [*overrides, *rest]) or 0
     except BaseException as error:
@@ -99,7 +99,11 @@ def _run(words: list[str]) -> int:
 
 
 def _launch(
-    arguments: argparse.Namespace, words: Sequence[str], overrides: list[str], rest: list[str]
+    command: Command,
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    overrides: list[str],
+    rest: list[str],
 ) -> int:
     """The command that `words` are, where --on says; what is wrong with it is told now, not there."""
     from gptjax import configure
@@ -111,8 +115,12 @@ def _launch(
     recipe = getattr(arguments, "config", None)
     if recipe is None and getattr(arguments, "branch", "") is None:  # of `train`, without a trunk
         recipe = DEFAULT_RECIPE
-    if recipe is not None:
+    if command.check is not None:
+        command.check(arguments, overrides)
+    elif recipe is not None:
         configure.from_file(recipe, overrides)
+    else:
+        configure.check(overrides)
     if getattr(arguments, "distributed", None) is not None or getattr(arguments, "worker", False):
         raise UserError("--on tells processes what they are: leave --distributed and --worker out")
     given, folder = without_launch(words), getattr(arguments, "workdir", None)

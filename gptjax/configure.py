@@ -113,6 +113,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return _override(editable(config), overrides)
 
 
+def check(overrides: Sequence[str]) -> None:
+    """Refuses overrides that fit no config, where the one that they are for is not here.
+
+    Raises:
+        ConfigError: on an unknown key or an ill-typed value.
+    """
+    _overridden(editable(from_file("configs/base.py")), overrides)
+
+
 def of_run(workdir: Place, overrides: Sequence[str] = ()) -> Config:
     """The config that a run was made with, changed by `overrides`.
 
@@ -162,7 +171,11 @@ def difference(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _override(settings: ConfigDict, overrides: Sequence[str]) -> Config:
-    """`found` with "--config.a.b=value" applied; ml_collections reads the values by type."""
+    return from_dict(_overridden(settings, overrides))
+
+
+def _overridden(settings: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
+    """`settings` with "--config.a.b=value" applied; ml_collections reads the values by type."""
     knobs, nothing = flatten(settings.to_dict()), []
     words: list[str] = []
     for word in overrides:
@@ -190,4 +203,4 @@ def _override(settings: ConfigDict, overrides: Sequence[str]) -> Config:
     for name in nothing:
         *sections, knob = name.split(".")
         functools.reduce(dict.__getitem__, sections, tree)[knob] = None
-    return from_dict(tree)
+    return tree

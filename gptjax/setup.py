@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,8 +62,11 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(config, model=attention.resolve(config.model, platform))
 
 
-def check_names(config: Config) -> None:
+def check_names(config: Config, folders: bool = True) -> None:
     """Refuses names that are not rows of their tables, before anything is compiled or read.
+
+    Args:
+        folders: also a tokenizer that is a folder, or on the hub, and is not here.
 
     Raises:
         ConfigError: naming the knob and the rows that there are.
@@ -73,9 +77,11 @@ def check_names(config: Config) -> None:
     choose(OBJECTIVE, config.train.objective, "train.objective")
     for name in config.train.watch:
         choose(STATISTICS, name, "train.watch")
-    state.make_optimizer(config)  # all others of the sections model, optim and train
+    # All others of the sections model, optim and train. Traced: a launch starts no device.
+    jax.eval_shape(lambda: (state.make_optimizer(config), 0)[1])
     choose(PACKING, config.data.packing, "data.packing")
-    tokenizer.folder_of(config.data.tokenizer)
+    if folders or not re.search("[/:]", config.data.tokenizer):
+        tokenizer.folder_of(config.data.tokenizer)
     choose(PREFIX, config.eval.prefix, "eval.prefix")
     if config.eval.documents is not None:
         choose(DOCUMENTS, config.eval.documents, "eval.documents")

@@ -36,7 +36,7 @@ from gptjax.commands.command import without_launch
 from gptjax.config import EXIT_STOPPED
 from gptjax.records import read_metrics
 from tests import tiny
-from tests.child import REPO
+from tests.child import REPO, Child
 from tests.test_loop import timeless
 
 SITES = REPO / "configs/sites"
@@ -212,7 +212,7 @@ def test_folders_of_runs_lie_in_the_bucket_of_a_site(words: str, arrive: str) ->
     "words, arrive",
     [
         (f"train --config={tiny.RECIPE}", "--workdir=s3://lab/runs/base"),
-        ("study a.py", "--store=s3://lab/runs/cells"),
+        ("study experiments/positions.py", "--store=s3://lab/runs/cells"),
     ],
 )
 def test_what_a_launch_decides_is_shown(
@@ -271,18 +271,32 @@ REFUSED = [
     ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image='a'\nkind='pod'", "not one of: job, jobset"),
     ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image='a'\nprogram=[]", "program must name"),
     ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=2", "but a has 2 hosts"),
-    (["study", "a.py", "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1", "a slice runs one"),
+    (["study", "experiments/positions.py", "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1", "a slice runs one"),
     ([*TRAIN, "--on=local", "--distributed"], "", "leave --distributed and --worker out"),
-    ([*TRAIN, "--on=slurm", "--site=SITE"], "program=['']", "program holds an empty text"),
-    ([*TRAIN, "--on=slurm", "--site=SITE"], "options=['']", "options holds an empty text"),
-    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image=''", "image holds an empty text"),
-    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image='a'\nvolumes=['a=/x','b=/x']", "two at one"),
-    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name=''\nzone='b'\nhosts=1", "name holds an empty"),
-    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone=''\nhosts=1", "zone holds an empty"),
-    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1\nfolder='~me'", "folder='~me'"),
-    ([*TRAIN, "--on=slurm", "--site=SITE"], 'setup="\\u0000"', "setup: .* holds a NUL"),
-    ([*TRAIN, "--on=kubernetes", "--site=SITE", "--workdir=a\0"], "image='a'", "holds a NUL"),
-    (["study", "a.py", "--on=local", "--worker"], "", "leave --distributed and --worker out"),
+    (["study", "experiments/positions.py", "--on=local", "--worker"], "", "leave --distributed and --worker out"),
+    *(
+        ([*words.split(), "--on=slurm"], "", match)
+        for words, match in (
+            ("train --branch=a@5 --workdir=b --config.train.stepz=9", "key 'train.stepz'"),
+            ("train --branch= --workdir=b", "--branch takes RUN@STEP"),
+            ("train --config.model.feedforward=nonsense", "feedforward='nonsense' is not one of"),
+            ("train --config.model.attention=nonsense", "attention='nonsense' is not one of"),
+            ("train --config.data.tokenizer=nonsense", "tokenizer='nonsense' is not one of"),
+            ("train --profile=x", "--profile=x is neither"),
+            ("eval", "eval takes either"),
+            ("eval --workdir=x --config.eval.strid=5", "key 'eval.strid'"),
+            ("eval --workdir=x --set wiki", "is not NAME=PATH"),
+            ("eval --compare a b --b_with model.product=int8", "key 'model.product'"),
+            ("generate --workdir=x --config.sample.stopp=3", "key 'sample.stopp'"),
+            ("study nosuch.py", "no study nosuch.py"),
+            ("study", "name either a study's FILE"),
+            ("study experiments/positions.py --config.train.stepz=3", "key 'train.stepz'"),
+            ("study experiments/positions.py --seeds=0", "seeds must be above 0"),
+            ("study --axis model.feedforward=gelu,nonsense", "'nonsense' is not one of"),
+            ("study experiments/positions.py --together=0", "--together=0 must be above 0"),
+            ("noise --seeds=1", "between 2 seeds or more"),
+        )
+    ),
     ([*TRAIN, "--on=slurm", "--worjdir=a"], "", "unexpected argument '--worjdir=a'"),
     ([*TRAIN, "--on=slurm", "--config.optim.peak=1"], "", "unknown config key 'optim.peak'"),
     (["train", "--on=slurm", "--config.optim.peak=1"], "", "unknown config key 'optim.peak'"),
@@ -623,6 +637,28 @@ def test_two_processes_train_as_one_stop_and_go_on(
     # gloo sums two processes' halves in another order than XLA those of one: float32 rounding over
     # 30 steps; test_loop.py compares meshes so.
     np.testing.assert_allclose(pair_losses, one_losses, rtol=0, atol=1e-5)
+
+
+def test_a_launch_starts_no_device_and_asks_for_no_folder_of_the_cluster() -> None:
+    """A GPU's memory would be taken from the processes of `--on=local`."""
+    code = """
+        import sys
+        from jax._src.xla_bridge import backends_are_initialized
+        from gptjax.cli import main
+
+        for words in (
+            "train --config.data.tokenizer=/there/tokens",
+            "train --branch=/there/run@5 --workdir=/there/b --config.train.steps=9",
+            "train --from=/there/model",
+            "eval --workdir=/there/run --config.eval.stride=5",
+            "study experiments/positions.py",
+            "noise",
+        ):
+            assert main([*words.split(), "--on=slurm", "--dry_run"]) == 0, words
+        sys.exit(backends_are_initialized())
+    """
+    child = Child(code).wait(60)
+    assert child.returncode == 0, child.stderr
 
 
 # -------------------------------------------------------------------------------------------- docs

@@ -43,12 +43,15 @@ class Command(NamedTuple):
             returns the exit status, None for 0.
         summary: a line of the overview.
         details: the rest of `--help`: what it does, and how it is used.
+        check: takes what `run` takes, and refuses what can be told without a device, data or the
+            folder of a run, which may be there only where --on says; None: the overrides alone.
     """
 
     run: Callable[[argparse.Namespace, list[str]], int | None]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     summary: str
     details: str
+    check: Callable[[argparse.Namespace, list[str]], object] | None = None
 
 
 def prepare_jax(distributed: str | None) -> None:

@@ -29,6 +29,20 @@ from gptjax.signals import again_on_sigterm
 from gptjax.storage import Place, expand, for_files, local, patient
 
 
+def _check_train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import configure, profile, setup
+
+    profile.parse_steps(arguments.profile)
+    recipe = arguments.config or DEFAULT_RECIPE
+    _workdir(arguments, recipe)
+    if arguments.branch is not None:
+        configure.check(overrides)
+        return
+    config = configure.from_file(recipe, overrides)
+    if arguments.start is None:  # else its names are of that model
+        setup.check_names(config, folders=False)
+
+
 @again_on_sigterm()
 @patient()
 def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -86,9 +100,10 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:
     from gptjax import configure
 
-    if getattr(arguments, "branch", None) is not None and (
-        arguments.workdir is None or arguments.config or arguments.start
-    ):
+    branch = getattr(arguments, "branch", None)
+    if branch == "":
+        raise UserError("--branch takes RUN@STEP, or RUN alone for its latest checkpoint")
+    if branch is not None and (arguments.workdir is None or arguments.config or arguments.start):
         raise UserError(
             "--branch takes the run's own config, its parameters and a folder: give --workdir "
             "and knobs, such as --config.train.steps=2000, and neither --config=FILE nor --from"
@@ -168,13 +183,24 @@ def _add_examine(parser: argparse.ArgumentParser) -> None:
     add_distributed(parser)
 
 
-def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+def _check_evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax import configure
+    from gptjax.evaluation import texts
+
     if (arguments.workdir is None) == (arguments.compare is None):
         raise UserError("eval takes either --workdir=DIR or --compare DIR DIR")
     if arguments.compare and arguments.config:
         raise UserError("--compare evaluates each run by its own config: leave --config out")
     if arguments.b_with and not arguments.compare:
         raise UserError("--b_with sets knobs of B: give two folders by --compare")
+    texts.parse_sets(arguments.set)
+    configure.check([*overrides, *(f"--config.{knob}" for knob in arguments.b_with)])
+    if arguments.config is not None:
+        configure.from_file(arguments.config, overrides)
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _check_evaluate(arguments, overrides)
     check_outputs(arguments)
     prepare_jax(arguments.distributed)
     import jax
@@ -439,6 +465,7 @@ trunk's metrics.jsonl up to STEP, then the branch's. Give the same command again
 
 {OVERRIDES}
 {EXITS}""",
+        _check_train,
     ),
     "doctor": Command(
         examine,
@@ -471,6 +498,7 @@ convention is config.eval: context, stride, prefix, documents, max_tokens.
   eval --compare models/smollm2 models/smollm2 --b_with model.products=int8 --set wiki=wiki.test.raw
 
 {OVERRIDES}""",
+        _check_evaluate,
     ),
     "tasks": Command(
         tasks,

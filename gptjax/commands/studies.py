@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 STORE, OUT = Path("runs/cells"), Path("runs/studies")
 
 
+def _check_study(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.study import spec
+
+    _check_together(arguments)
+    spec.check_names(study_of(arguments, overrides))
+
+
 @again_on_sigterm()
 @patient()
 def study(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -60,8 +67,7 @@ def run_all(arguments: argparse.Namespace, definition: Study, worker: bool = Fal
     Raises:
         Elsewhere: to a worker, when other processes have all that is left.
     """
-    if arguments.together < 1:
-        raise UserError(f"--together={arguments.together} must be above 0")
+    _check_together(arguments)
     prepare_jax(None)
     from gptjax.progress import say
     from gptjax.study import plan, results, runner
@@ -69,6 +75,11 @@ def run_all(arguments: argparse.Namespace, definition: Study, worker: bool = Fal
     for line in plan.lines(results.read(definition, arguments.store, now=True), arguments.store):
         say(line)
     return runner.run_study(definition, arguments.store, arguments.together, worker)
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    if arguments.together < 1:
+        raise UserError(f"--together={arguments.together} must be above 0")
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -177,16 +188,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@again_on_sigterm()
-def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from gptjax.study import noise, runner
+def _check_noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.study import spec
+
+    _check_together(arguments)
+    spec.check_names(_noise_of(arguments, overrides))
+
+
+def _noise_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
     from gptjax.study.spec import Study
 
     if arguments.seeds < 2:
         raise UserError(f"--seeds={arguments.seeds}: noise is measured between 2 seeds or more")
     if not 0 < arguments.effect < math.inf:
         raise UserError(f"--effect={arguments.effect:g} must be above 0 and finite")
-    definition = Study(
+    return Study(
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,
         arms={},
@@ -195,6 +211,13 @@ def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
         overrides=tuple(overrides),
         name="noise",
     )
+
+
+@again_on_sigterm()
+def noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.study import noise, runner
+
+    definition = _noise_of(arguments, overrides)
     with contextlib.suppress(runner.Elsewhere):
         for line in noise.lines(run_all(arguments, definition, arguments.worker)):
             print(line)
@@ -235,6 +258,7 @@ computes the same; an interrupted run resumes. Several processes may run the sam
 
 {OVERRIDES}
 {EXITS}""",
+        _check_study,
     ),
     "report": Command(
         report,
@@ -261,5 +285,6 @@ seeds detect with 80% power, and the number of seeds that the difference --effec
 
 {OVERRIDES}
 {EXITS}""",
+        _check_noise,
     ),
 }

@@ -289,6 +289,20 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
     return configs
 
 
+def check_names(study: Study) -> None:
+    """Refuses names that no run of a study could have, where trunks and folders are not here.
+
+    Raises:
+        ConfigError: as `configure.from_file` and `setup.check_names`.
+    """
+    for scale in study.scales.values():
+        shared = [*_words(study.settings), *_words(scale), *study.overrides]
+        base = configure.from_file(study.base, shared)
+        tuned = cross(study.tune).values() if study.tune else ()
+        for settings in (*study.all_arms.values(), *tuned):
+            setup.check_names(configure.override(base, _words(settings)), folders=False)
+
+
 def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> None:
     """Refuses an arm whose metric is of other text, or in another unit, than the baseline's."""
     same_tokenizer = config.data.tokenizer == base.data.tokenizer
