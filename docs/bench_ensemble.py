@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from gptjax import configure, ensemble, loop, setup, state
-from gptjax.config import Config, Mesh
+from gptjax.config import Config
 from gptjax.data.batches import Batch
-from gptjax.sharding import make_mesh
+from gptjax.sharding import make_mesh, section
 
 SEEDS, STEPS, TURNS = 8, 10, 5
 
@@ -64,7 +64,7 @@ def batch(config: Config) -> Batch[np.ndarray]:
 
 
 def one_by_one(configs: list[Config], batches: list[Any]) -> Callable[[], str]:
-    mesh = make_mesh(Mesh(data=1, fsdp=1, sequence=1, tensor=1), jax.devices()[:1])
+    mesh = make_mesh(section({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])
     with jax.set_mesh(mesh):
         settled = setup.settle(configs[0])
         states = [state.create(config) for config in configs]
@@ -87,7 +87,7 @@ def one_by_one(configs: list[Config], batches: list[Any]) -> Callable[[], str]:
 def together(configs: list[Config], batches: list[Any]) -> Callable[[], str]:
     ways = max(n for n in range(1, jax.device_count() + 1) if SEEDS % n == 0)
     split = ensemble.over_members(jax.devices()[:ways])
-    with jax.set_mesh(make_mesh(Mesh(data=1, fsdp=1, sequence=1, tensor=1), jax.devices()[:1])):
+    with jax.set_mesh(make_mesh(section({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices()[:1])):
         settled = setup.settle(configs[0])
         states = jax.device_get([state.create(config) for config in configs])
     states = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *states), split)

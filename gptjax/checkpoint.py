@@ -103,8 +103,17 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         if keep is not None:
             self._lock = self._hold()
+            unsealed = ""
             if jax.process_index() == 0:
                 self._remove_incomplete()
+                unsealed = max((p.name for p in self._unsealed()), key=int, default="")
+            if unsealed := from_process_0(unsealed):
+                if self._lock is not None:
+                    self._lock.close()
+                raise UserError(
+                    f"checkpoint {self._folder / unsealed} is damaged: {MANIFEST} is missing. "
+                    f"Delete that folder to go on from {self._resumes_from()}"
+                )
 
     def __enter__(self) -> Self:
         return self
@@ -301,8 +310,12 @@ class Checkpoints:
     def _step_folders(self) -> list[Place]:
         return [p for p in storage.children(self._folder) if re.fullmatch(r"\d{8,}", p.name)]
 
+    def _unsealed(self) -> list[Place]:
+        return [p for p in self._step_folders() if not (p / MANIFEST).exists()]
+
     def _remove_incomplete(self) -> None:
-        unsealed = [p for p in self._step_folders() if not (p / MANIFEST).exists()]
+        # On a disk a step has its name once it is complete: without a manifest it is damaged.
+        unsealed = [] if isinstance(self._folder, Path) else self._unsealed()
         partial = [p for p in storage.children(self._folder) if p.name.endswith(PARTIAL)]
         for path in [*partial, *unsealed]:
             logger.warning("removing the incomplete checkpoint %s", path)
@@ -335,10 +348,14 @@ class Checkpoints:
             raise self._failed(save, error) from error
 
     def _remove(self, steps: Iterable[int]) -> None:
-        """Removes complete steps; the manifest first, so that a kill leaves no half of one."""
+        """Removes complete steps, so that a kill leaves no half of one."""
         for step in steps:
-            (self._final(step) / MANIFEST).unlink(missing_ok=True)
-            storage.remove(self._final(step))
+            folder = self._final(step)
+            if isinstance(folder, Path):
+                folder = folder.rename(f"{folder}.removed{PARTIAL}")
+            else:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            storage.remove(folder)
 
     def _failed(self, save: _Save, error: Exception) -> Exception:
         """Frees what a failed save wrote; the error to raise, in a user's words where it is his."""

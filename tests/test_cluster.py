@@ -273,6 +273,15 @@ REFUSED = [
     ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=2", "but a has 2 hosts"),
     (["study", "experiments/positions.py", "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1", "a slice runs one"),
     ([*TRAIN, "--on=local", "--distributed"], "", "leave --distributed and --worker out"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "program=['']", "program holds an empty text"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "options=['']", "options holds an empty text"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image=''", "image holds an empty text"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE"], "image='a'\nvolumes=['a=/x','b=/x']", "two at one"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name=''\nzone='b'\nhosts=1", "name holds an empty"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone=''\nhosts=1", "zone holds an empty"),
+    ([*TRAIN, "--on=tpu-vm", "--site=SITE"], "name='a'\nzone='b'\nhosts=1\nfolder='~me'", "folder='~me'"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], 'setup="\\u0000"', "setup: .* holds a NUL"),
+    ([*TRAIN, "--on=kubernetes", "--site=SITE", "--workdir=a\0"], "image='a'", "holds a NUL"),
     (["study", "experiments/positions.py", "--on=local", "--worker"], "", "leave --distributed and --worker out"),
     *(
         ([*words.split(), "--on=slurm"], "", match)

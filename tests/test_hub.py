@@ -483,7 +483,8 @@ def test_a_data_set_is_streamed_into_a_store(running: server.Hub, tmp_path: Path
     ]
     child = Child(COMMANDS, json.dumps(words)).wait()
     *_, d, e, f = re.findall("^gptjax: (.*)$", child.stderr, re.MULTILINE)
-    assert [line for line in child.stdout.splitlines() if line.isdigit()] == list("002222"), child
+    told = [line for line in child.stdout.splitlines() if line.isdigit()]
+    assert told == list("002222"), child.stderr
     assert "Traceback" not in child.stderr
     assert re.match("hub:lab/none,train cannot be read: DatasetNotFoundError: Dataset 'lab/n", d)
     assert "cannot be read: ValueError: Bad split: dev. Available splits: ['train', 'test']" in e

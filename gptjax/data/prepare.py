@@ -60,7 +60,7 @@ def prepare(
     int(n * (1 - val_fraction)) train (nanoGPT's cut), and a document astride the cut is cut.
 
     Args:
-        files: in the order given; hub:DATASET[@REVISION][,CONFIG],SPLIT is one of the Hugging Face
+        files: in the order given; `hub:DATASET[@REVISION][,CONFIG],SPLIT` is one of the Hugging Face
             hub, read as a stream, whose text a temporary file keeps for the second reading.
         out: folder to make; where it already holds this very text, tokenizer and
             val_fraction it is checked and left as it is.
@@ -285,7 +285,7 @@ def _kept(source: str, text_key: str) -> Callable[[], Parts]:
 
 
 def hub_rows(source: str, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The rows of hub:DATASET[@REVISION][,CONFIG],SPLIT, as a stream.
+    """The rows of `hub:DATASET[@REVISION][,CONFIG],SPLIT`, as a stream.
 
     Raises:
         UserError: if it is written otherwise, cannot be read, or lacks one of `keys`; without the

@@ -77,7 +77,7 @@ def open_text(name: str, source: str, tokenizer: Tokenizer, folder: Path, how: R
 
     Args:
         source: a .txt, .raw, .jsonl or .parquet file; a token store or nanoGPT .bin file of
-            this tokenizer; or hub:DATASET[@REVISION][,CONFIG],SPLIT for the `datasets` library.
+            this tokenizer; or `hub:DATASET[@REVISION][,CONFIG],SPLIT` for the `datasets` library.
         folder: does not exist yet; remains empty-handed for a store.
 
     Raises:
