@@ -253,7 +253,8 @@ def served(cache: Path) -> Iterator[Hub]:
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HUB_CACHE", str(cache))
         patch.setenv("HF_DATASETS_CACHE", str(cache.with_name("datasets")))
-        for variable in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        for variable in ("HF_TOKEN", *offline):
             patch.delenv(variable, raising=False)
         # What the library has read of them already.
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
