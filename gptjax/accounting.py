@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from gptjax import model as gpt
 from gptjax import sharding, state
@@ -152,7 +152,7 @@ def _products(
     model: Model, rows: tuple[Any, ...], batch: int, mesh_shape: tuple[tuple[str, int], ...]
 ) -> list[Product]:
     """The products of a forward pass of `batch` full rows, traced on an abstract mesh."""
-    mesh = _abstract_mesh(mesh_shape)
+    mesh = sharding.abstract_mesh(dict(mesh_shape))
     with jax.sharding.use_abstract_mesh(mesh):
 
         def placed(shape: tuple[int, ...], dtype: Any, where: PartitionSpec) -> Any:
@@ -167,11 +167,6 @@ def _products(
         tokens_BT = placed((batch, model.context), jnp.int32, sharding.spec("BT"))
         jaxpr = jax.make_jaxpr(functools.partial(gpt.apply, model))(params, tokens_BT)
     return list(_walk(jaxpr.jaxpr, "", 1))
-
-
-def _abstract_mesh(shape: tuple[tuple[str, int], ...]) -> AbstractMesh:
-    axes, sizes = tuple(zip(*shape, strict=True)) or ((), ())
-    return AbstractMesh(sizes, axes, axis_types=(AxisType.Explicit,) * len(axes))
 
 
 # Of these it is not known what they multiply, or how often.
@@ -190,7 +185,7 @@ def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Prod
             (contracted, _), _ = equation.params["dimension_numbers"]
             width = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             flops = 2 * times * devices * out.size * width
-            yield Product(part_of(inside), flops, times * _held(out))
+            yield Product(part_of(inside), flops, times * held_bytes(out))
         if name == "ragged_dot_general":  # each row of the left meets one group of the right
             dims = equation.params["ragged_dot_dimension_numbers"]
             (_, summed), (_, batch) = dims.dot_dimension_numbers
@@ -198,7 +193,7 @@ def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Prod
             passed = {*summed, *batch, *dims.rhs_group_dimensions}
             width = math.prod(n for i, n in enumerate(right.shape) if i not in passed)
             flops = 2 * times * devices * left.size * width
-            yield Product(part_of(inside), flops, times * _held(out))
+            yield Product(part_of(inside), flops, times * held_bytes(out))
         repeats = times * equation.params["length"] if name == "scan" else times
         sharers = equation.params["mesh"].size if name == "shard_map" else devices
         products = [
@@ -238,7 +233,7 @@ def part_of(scope: str) -> str:
     return next((PARTS[word] for word in reversed(words) if word in PARTS), "other")
 
 
-def _held(array: Any) -> int:
+def held_bytes(array: Any) -> int:
     """Bytes of a device's part of an abstract array that may be sharded, or be that part."""
     whole = array.sharding is None or array.sharding.mesh.manual_axes
     shape = array.shape if whole else array.sharding.shard_shape(array.shape)
@@ -254,8 +249,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     """Bytes a device holds in training, by purpose, and "total".
 
     Parameters, gradients, optimiser state and weight average are exact, those of the abstract
-    state of training, sharded as it is; what is frozen has parameters alone. "activations" and "logits" are rough: what the backward
-    pass needs of a device's micro-batch, where model.remat is
+    state of training, sharded as it is; what is frozen has parameters alone. "activations" and
+    "logits" are rough: what the backward pass needs of a device's micro-batch, where model.remat is
 
         none          twice what the products of the blocks yield, as they are and after what
                       follows them (norm, rotation, activation, softmax); a kernel of attention
@@ -294,7 +289,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     rows = config.data.batch_size // config.train.accumulation
     traced = dataclasses.replace(_same_products(m), capacity_factor=m.capacity_factor)
     products = _products(traced, _rows(m), rows, mesh)
-    with jax.sharding.use_abstract_mesh(_abstract_mesh(mesh)):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(mesh_shape)):
         tokens = rows * m.context // (sharding.ways("B") * sharding.ways("T"))
         stores_scores = kernel_for(m, m.context) == "plain"
     stream = tokens * m.width * (2 if m.dtype == "bfloat16" else 4)
@@ -337,7 +332,7 @@ def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
         flops |= {"total": sum(flops.values())}
         parts = ", ".join(f"{part} {n:.4g}" for part, n in flops.items())
         lines.append(f"FLOPs of a token, forward and backward, causal: {parts}")
-    mesh = " x ".join(f"{axis}={n}" for axis, n in mesh_shape.items())
+    mesh = sharding.in_words(mesh_shape)
     return [*lines, f"memory of a device, mesh {mesh}: {memory(config, mesh_shape)}"]
 
 

@@ -693,9 +693,7 @@ def _same_tree(saved: dict[str, str], expected: dict[str, str], folder: Place) -
 def _entry(file: Place) -> dict[str, Any]:
     """What a manifest says of a file."""
     if isinstance(file, Path):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": digest}
+        return {"bytes": file.stat().st_size, "sha256": storage.sha256(file)}
     content = file.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

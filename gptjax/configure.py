@@ -128,6 +128,12 @@ def of_run(workdir: Place, overrides: Sequence[str] = ()) -> Config:
     Its mesh is that of the devices at hand, batch-parallel, unless an override says else: a
     model trained on a pod is evaluated on a laptop.
     """
+    config = dataclasses.replace(as_recorded(workdir), mesh=BATCH_PARALLEL)
+    return override(config, overrides)
+
+
+def as_recorded(workdir: Place) -> Config:
+    """The config that a run was made with, its mesh as well."""
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(
@@ -137,12 +143,11 @@ def of_run(workdir: Place, overrides: Sequence[str] = ()) -> Config:
         tree = json.loads(path.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError
-        config: Config = recorded(tree)
+        return recorded(tree)
     except ConfigError as error:
         raise UserError(f"{path} is not of this version of gptjax: {error}") from None
     except ValueError:
         raise UserError(f"{path} is damaged, it is no JSON object: restore it") from None
-    return override(dataclasses.replace(config, mesh=BATCH_PARALLEL), overrides)
 
 
 def editable(section: Any) -> ConfigDict:

@@ -23,7 +23,7 @@ from rich.progress import DownloadColumn
 from gptjax.config import UserError
 from gptjax.locks import alone
 from gptjax.progress import Progress, from_process_0, say
-from gptjax.storage import HUB, Place, children, on_hub, replace_file
+from gptjax.storage import HUB, Place, children, on_hub, replace_file, sha256
 
 BUSY = (408, 429)  # what a hub answers that may answer otherwise later, as do those from 500 on
 
@@ -58,12 +58,10 @@ class _Blob(NamedTuple):
     size: int
 
     def is_in(self, file: Path) -> bool:
-        digest = (
-            hashlib.sha256() if len(self.etag) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
-        )
+        if len(self.etag) == 64:
+            return sha256(file) == self.etag
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+            digest = hashlib.file_digest(stream, lambda: hashlib.sha1(b"blob %d\0" % self.size))
         return digest.hexdigest() == self.etag
 
 

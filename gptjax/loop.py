@@ -444,7 +444,7 @@ class Meter:
         (step, measured), self._pending = self._pending, None
         measured = jax.device_get(measured)
         self._measure()
-        shown, recorded = self._write(step, measured, self._speed(*measured))
+        shown, recorded = self._write(step, measured, self._speed(measured[0]))
         if recorded:
             steps = self._config.train.steps
             self._progress.line(f"step {step:>{len(str(steps))}}  {readable(shown)}")
@@ -459,7 +459,7 @@ class Meter:
         self._steps += 1
         self._rate = self._steps / (now - self._since)
 
-    def _speed(self, metrics: Mapping[str, Any], watched: Mapping[str, Any]) -> dict[str, float]:
+    def _speed(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         if math.isnan(self._rate):
             return {}
         tokens = self._rate * self._config.data.batch_size * self._config.model.context

@@ -13,7 +13,7 @@ from typing import Any
 
 from gptjax.config import UserError
 from gptjax.locks import alone
-from gptjax.storage import BucketPath, Place, files, local, remove, replace_file
+from gptjax.storage import BucketPath, Place, files, local, remove, replace_file, sha256
 
 REMEMBERED_BYTES = 1 << 24  # what is smaller is examined sooner than looked up
 
@@ -86,8 +86,7 @@ def _update(copy: Path, original: BucketPath) -> None:
     if copy.is_file() and seen.is_file():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a record cut short is none
             record = json.loads(seen.read_bytes())
-            with copy.open("rb") as stream:
-                intact = hashlib.file_digest(stream, "sha256").hexdigest() == record["sha256"]
+            intact = sha256(copy) == record["sha256"]
             if intact and original.unchanged_since(bytes.fromhex(record["generation"])):
                 return
     content, generation = original.read_with_generation()

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config, ConfigError, off_values, recorded
@@ -111,6 +111,18 @@ def idle(specs: Any, config: MeshConfig) -> bool:
     return config.expert > 1 and not any("E" in s.dims for s in jax.tree.leaves(specs))
 
 
+def in_words(shape: Mapping[str, int]) -> str:
+    """A mesh for a person: "data=4 x fsdp=2"."""
+    return " x ".join(f"{axis}={n}" for axis, n in shape.items())
+
+
+def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of no devices, to trace on."""
+    return AbstractMesh(
+        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Explicit,) * len(shape)
+    )
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of the axes of `mesh_shape` over all `devices` (default: every device).
 
@@ -125,9 +137,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     if (expected := math.prod(shape.values())) != len(devices):
         raise ConfigError(
-            f"mesh {' x '.join(f'{axis}={n}' for axis, n in shape.items())} wants {expected} "
-            f"devices, but {len(devices)} are here: set {', '.join(f'mesh.{axis}' for axis in AXES)} "
-            f"to numbers whose product is {len(devices)}"
+            f"mesh {in_words(shape)} wants {expected} devices, but {len(devices)} are here: set "
+            f"{', '.join(f'mesh.{axis}' for axis in AXES)} to numbers whose product is {len(devices)}"
         )
     slices = 1
     if devices[0].platform == "tpu":  # of GPUs jax sorts the hosts

@@ -93,8 +93,8 @@ def again_on_sigterm() -> Iterator[None]:
     """SIGTERM ends the process with the status that means again, until something else hears it.
 
     That is training (`loop.Stop`), or jax among several processes. Before and after, as while a
-    sample is drawn, nothing is there to be saved, and the main thread may be in C++ for long: it waits for others, or compiles. So a
-    thread hears the signal.
+    sample is drawn, nothing is there to be saved, and the main thread may be in C++ for long: it
+    waits for others, or compiles. So a thread hears the signal.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -344,6 +345,12 @@ def nearest_folder(place: Place) -> Path:
     if isinstance(place, Path):
         return next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
     return Path(tempfile.gettempdir())
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def changed(path: Place) -> int:

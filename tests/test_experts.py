@@ -601,7 +601,7 @@ def test_mfu_leaves_out_what_was_dropped():
     meter = loop.Meter(c, jax.devices()[:1], None, None)  # type: ignore[arg-type]
     meter._rate = 1.0
     parts = accounting.flops_by_part(c.model, causal=True)
-    share = meter._speed({"dropped_share": 0.25}, {})["mfu"] / meter._speed({}, {})["mfu"]
+    share = meter._speed({"dropped_share": 0.25})["mfu"] / meter._speed({})["mfu"]
     assert share == pytest.approx(1 - 0.25 * parts["experts"] / sum(parts.values()))
 
 

@@ -90,20 +90,21 @@ def whole(folder: Place) -> str:
     return os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
 
 
-def check_bucket(bucket: str) -> None:
-    """Refuses, of a site's, what is neither "" nor a bucket or a folder in one."""
-    if bucket and not isinstance(expand(bucket), BucketPath):
-        raise UserError(f"bucket={bucket!r} must be such as gs://BUCKET or s3://BUCKET/FOLDER")
-
-
-def check_words(site: Any) -> None:
-    """Refuses a text of a site's that no cluster takes: an empty one, or one with a NUL."""
+def check_site(site: Any, **least: int) -> None:
+    """Refuses what no cluster takes: an empty text, one with a NUL, numbers below those given, a
+    bucket that is neither "" nor one or a folder in it, an environment that no shell knows."""
     for name, value in vars(site).items():
         for text in value if isinstance(value, tuple) else (value,):
             if text == "" and name not in ("bucket", "setup"):
                 raise UserError(f"{name} holds an empty text: write one, or leave the key out")
             if isinstance(text, str) and "\0" in text:
                 raise UserError(f"{name}: {text!r} holds a NUL, which no program can be given")
+    for name, number in least.items():
+        if getattr(site, name) < number:
+            raise UserError(f"{name} must be at least {number}, got {getattr(site, name)}")
+    variables(site.environment)
+    if site.bucket and not isinstance(expand(site.bucket), BucketPath):
+        raise UserError(f"bucket={site.bucket!r} must be such as gs://BUCKET or s3://BUCKET/FOLDER")
 
 
 def this_program() -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gptjax.cluster.job import Job, check_bucket, check_words, give, pairs, render, variables
+from gptjax.cluster.job import Job, check_site, give, pairs, render, variables
 from gptjax.config import UserError, choose
 
 PORT = 8476  # at which the processes of a jax program meet, on the first pod
@@ -47,20 +47,15 @@ class Site:
     restarts: int = 20
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_site(self, notice=1, restarts=0)
         if not self.program:
             raise UserError('program must name what runs gptjax, such as ["python", "launch.py"]')
         choose(KINDS, self.kind, "kind")
-        variables(self.environment)
-        check_bucket(self.bucket)
         for field in ("limits", "node_selector", "volumes"):
             pairs(getattr(self, field), field)
         paths = [*pairs(self.volumes, "volumes").values()]
         if len(set(paths)) < len(paths):
             raise UserError(f"volumes has two at one path: {', '.join(self.volumes)}")
-        for name, least in {"notice": 1, "restarts": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 JOB_SPEC = """\

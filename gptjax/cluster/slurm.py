@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from gptjax.cluster.job import (
     Job,
-    check_bucket,
-    check_words,
+    check_site,
     give,
     render,
     this_program,
@@ -62,17 +61,7 @@ class Site:
     program: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_words(self)
-        variables(self.environment)
-        check_bucket(self.bucket)
-        for name, least in {
-            "notice": 1,
-            "restarts": 0,
-            "gpus_per_node": 0,
-            "tasks_per_node": 1,
-        }.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_site(self, notice=1, restarts=0, gpus_per_node=0, tasks_per_node=1)
         if self.gpus_per_node and self.tasks_per_node not in (1, self.gpus_per_node):
             raise UserError(
                 f"tasks_per_node={self.tasks_per_node} must be 1, or one for each of the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 
-from gptjax.cluster.job import Job, check_bucket, check_words, give, render, variables
+from gptjax.cluster.job import Job, check_site, give, render, variables
 from gptjax.config import UserError
 
 
@@ -34,15 +34,11 @@ class Site:
     program: tuple[str, ...] = ("python3", "launch.py")
 
     def __post_init__(self) -> None:
-        check_words(self)
+        check_site(self, hosts=1)
         if not self.program:
             raise UserError('program must name what runs gptjax, such as ["python", "launch.py"]')
-        variables(self.environment)
-        check_bucket(self.bucket)
         if self.folder.startswith("~") and not self.folder.startswith("~/"):
             raise UserError(f"folder={self.folder!r} must be such as ~/gptjax or /home/me/gptjax")
-        if self.hosts < 1:
-            raise UserError(f"hosts must be at least 1, got {self.hosts}")
 
 
 TEMPLATE = """\

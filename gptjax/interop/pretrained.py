@@ -8,7 +8,6 @@ format.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from gptjax.config import Config, Model, UserError
 from gptjax.interop import gguf, hf
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
-from gptjax.storage import Place, expand, local, on_hub
+from gptjax.storage import Place, expand, local, on_hub, sha256
 from gptjax.tokenizer import FILES, TOKENIZER_FILE
 
 
@@ -110,13 +109,8 @@ def files(folder: Folder) -> dict[str, str]:
     """The sha256 of each file that the model is read from, by its name."""
     described = [folder.path / name for name in (hf.CONFIG, *FILES)]
     return {
-        file.name: _sha256(file) for file in [*described, *weight_files(folder)] if file.is_file()
+        file.name: sha256(file) for file in [*described, *weight_files(folder)] if file.is_file()
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load(folder: Folder) -> Pretrained:

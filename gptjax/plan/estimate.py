@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from gptjax import accounting, model, sharding, state
 from gptjax.config import Config, UserError
@@ -69,35 +69,27 @@ def mesh_of(config: Config, hardware: Hardware) -> dict[str, int]:
     shape = sharding.mesh_shape(config.mesh, hardware.devices)
     if (product := int(np.prod(list(shape.values())))) != hardware.devices:
         raise UserError(
-            f"the mesh {_text(shape)} wants {product} devices, {hardware.name} has "
+            f"the mesh {sharding.in_words(shape)} wants {product} devices, {hardware.name} has "
             f"{hardware.devices}: set the knobs of the section mesh to numbers whose product is that"
         )
     sharding.check_divisible(config, model.abstract_params(config.model), shape)
     return shape
 
 
-def _text(mesh: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={n}" for axis, n in mesh.items())
-
-
 def arrays(config: Config, mesh: Mapping[str, int]) -> list[Array]:
     """Every array of the state, as `state.create` lays it on such a mesh."""
-    abstract = AbstractMesh(
-        tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Explicit,) * len(mesh)
-    )
-    with jax.sharding.use_abstract_mesh(abstract):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(mesh)):
         leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: state.create(config)))
     specs = {_path(path): spec for path, spec in _declared(config)}
     rows = []
     for path, leaf in leaves:
         where = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        split = jax.tree.leaves(tuple(where))
-        ways = int(np.prod([mesh[axis] for axis in split], dtype=np.int64))
-        held = leaf.size * leaf.dtype.itemsize // ways
+        held = accounting.held_bytes(leaf)
         name = _path(path)
         spec = next((s for p, s in specs.items() if name.endswith(p)), None)
         letters = spec.dims if spec is not None and spec.shape == leaf.shape else ""
-        flagged = ways == 1 and held >= LARGE and max(mesh.values()) > 1
+        whole = held == leaf.size * leaf.dtype.itemsize
+        flagged = whole and held >= LARGE and max(mesh.values()) > 1
         axes = ", ".join("·".join(jax.tree.leaves(entry)) or "–" for entry in where)
         rows.append(Array(name, leaf.shape, letters, axes, held, flagged))
     return rows

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import scipy.stats
 
-from gptjax.config import Config, UserError, recorded
+from gptjax import configure
+from gptjax.config import UserError
 from gptjax.locks import alone
 from gptjax.places import cache
 from gptjax.records import CONFIG, read_environment, read_metrics
@@ -56,7 +57,7 @@ def measure(run: Place) -> Entry:
     """
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run's folder: it has no {CONFIG}")
-    config: Config = recorded(json.loads((run / CONFIG).read_bytes()))
+    config = configure.as_recorded(run)
     lines = [line for line in read_metrics(run) if "mfu" in line]
     environments = read_environment(run)
     if not lines or not environments:

@@ -12,6 +12,7 @@ from gptjax.plan.search import Found
 from gptjax.report.formats import Table, html, terminal
 from gptjax.report.page import definitions, document
 from gptjax.report.terminal import MISSING, new_console
+from gptjax.sharding import in_words
 
 GIB = 2**30
 SHOWN = 12  # arrays in the terminal; the page and --json have all
@@ -54,7 +55,7 @@ def verdict(record: Mapping[str, Any]) -> str:
 def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What stands above the tables."""
     yield "verdict", verdict(record)
-    mesh = " x ".join(f"{axis}={n}" for axis, n in record["mesh"].items())
+    mesh = in_words(record["mesh"])
     yield "mesh", f"{record['devices']} devices, {mesh}; attention: {record['attention']}"
     yield "how", record["how"]
     if record["compile"] is not None:
