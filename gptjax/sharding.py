@@ -101,6 +101,21 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
     return {axis: n for axis, n in sizes.items() if n != off.get(axis)}
 
 
+def whole_mesh(config: MeshConfig, devices: int, where: str = "this run") -> dict[str, int]:
+    """`mesh_shape` over all of so many devices.
+
+    Raises:
+        ConfigError: if the axis sizes do not multiply to their number.
+    """
+    shape = mesh_shape(config, devices)
+    if (product := math.prod(shape.values())) != devices:
+        raise ConfigError(
+            f"mesh {in_words(shape)} wants {product} devices, but {where} has {devices}: set "
+            f"{', '.join(f'mesh.{axis}' for axis in AXES)} to numbers whose product is {devices}"
+        )
+    return shape
+
+
 def section(shape: Mapping[str, int]) -> MeshConfig:
     """The config's section of a mesh that was made of one, of its `shape`."""
     return recorded(shape, MeshConfig)
@@ -134,12 +149,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             the slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
-    if (expected := math.prod(shape.values())) != len(devices):
-        raise ConfigError(
-            f"mesh {in_words(shape)} wants {expected} devices, but {len(devices)} are here: set "
-            f"{', '.join(f'mesh.{axis}' for axis in AXES)} to numbers whose product is {len(devices)}"
-        )
+    shape = whole_mesh(config, len(devices))
     slices = 1
     if devices[0].platform == "tpu":  # of GPUs jax sorts the hosts
         slices = len({getattr(device, "slice_index", 0) for device in devices})

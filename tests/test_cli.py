@@ -402,7 +402,7 @@ MISTAKES: list[tuple[str, Sequence[str]]] = [
         "was tokenised with 'bytes', but the tokenizer here is 'gpt2'",
         ["--config.data.tokenizer=gpt2", "--config.model.vocab_size=50264"],
     ),
-    ("mesh data=3 x fsdp=1 x tensor=1 wants 3 devices, but 8 are here", ["--config.mesh.data=3"]),
+    ("mesh data=3 x fsdp=1 x tensor=1 wants 3 devices, but this run has 8", ["--config.mesh.data=3"]),
     ("model.heads=4 does not divide over mesh axes tensor = 8", ["--config.mesh.tensor=8"]),
     ("data.batch_size / train.accumulation=6 does not divide", ["--config.data.batch_size=6"]),
     ("sample.prompt has 17 tokens, more than model.context=16", [f"--config.sample.prompt={'x' * 17}"]),

@@ -17,7 +17,6 @@ from gptjax.layers import attention
 from gptjax.layers.attention import (
     ATTENTION,
     Row,
-    Scores,
     block,
     choices,
     kernel_for,
@@ -30,6 +29,7 @@ from gptjax.layers.linear import PRODUCTS, keep, linear, on_grid
 from gptjax.layers.norm import NORM, HeadNorm, Norm
 from gptjax.layers.parameter import INIT, Scaled, Spec, draw
 from gptjax.layers.position import alibi_slopes, rope, sinusoid
+from gptjax.layers.scores import Scores
 from tests import tiny
 
 

@@ -16,10 +16,12 @@ from gptjax import accounting, sharding, state
 from gptjax import model as gpt
 from gptjax.config import ConfigError, Model
 from gptjax.data.batches import Batch
-from gptjax.layers import attention
-from gptjax.layers.attention import ATTENTION, Scores, kernel_for, resolve, splash, visits
+from gptjax.layers import split
+from gptjax.layers.attention import ATTENTION, kernel_for, resolve, splash
 from gptjax.layers.context import POINTS
 from gptjax.layers.position import POSITION
+from gptjax.layers.scores import Scores
+from gptjax.layers.split import visits
 from gptjax.objectives import next_token
 from tests import tiny
 from tests.test_accounting import dot_flops
@@ -81,7 +83,7 @@ def test_a_row_that_does_not_divide_is_refused_in_a_line():
 @pytest.mark.parametrize("tile", [1, 2, 512])
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_devices_visit_the_pairs_of_tiles_that_are_not_masked(n, tile, window, monkeypatch):
-    monkeypatch.setattr(attention, "TILE", tile)
+    monkeypatch.setattr(split, "TILE", tile)
     T = 64
     with jax.set_mesh(tiny.mesh(sequence=n)):
         order = sharding.balanced(T)
@@ -123,7 +125,7 @@ def test_the_program_of_a_device_multiplies_what_it_sees():
             scores = Scores(index, jnp.arange(T)[None], order_T=order)
             x = jnp.zeros((1, T, N, H))
             q = jax.reshard(x, sharding.spec("BTNH"))
-            run = functools.partial(attention.pairs, scores=scores)
+            run = functools.partial(split.pairs, scores=scores)
             return dot_flops(jax.make_jaxpr(run)(q, x, x).jaxpr)
 
     for n in (2, 4, 8):

@@ -147,7 +147,7 @@ def test_make_mesh_takes_the_devices_that_remain():
     ],
 )
 def test_make_mesh_refuses_another_number_of_devices(sizes, wants):
-    message = f"wants {wants} devices, but 8 are here: .*whose product is 8$"
+    message = f"wants {wants} devices, but this run has 8: .*whose product is 8$"
     with pytest.raises(ConfigError, match=message):
         make_mesh(sizes)
 

@@ -1,4 +1,4 @@
-"""Causal self-attention: what a query may see, the kernels that compute it, the module.
+"""Causal self-attention: the kernels that compute it, the module.
 
 A kernel is a function (q_BTNH, k_BSKH, v_BSKH, Scores) -> o_BTNH. `Scores` says everything
 about visibility and score changes, so a new kernel is one function and one row of `ATTENTION`.
@@ -17,82 +17,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding
 
 from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
-from gptjax.layers.context import Cache, Context, Tap
+from gptjax.layers.context import Cache, Context
 from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.parameter import add_bias, parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
-from gptjax.sharding import gather_sequence, out, shard, spec, ways
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """Which keys a query sees, and how scores change before the softmax.
-
-    Query t sees key s where s <= t, t - s < window, and both are of one segment.
-
-    Attributes:
-        q_index_BT: each query's index in its row, int32; B may be 1.
-        k_index_BS: each key's index, int32; B may be 1.
-        q_segments_BT: the document of each query; None: all is one document.
-        k_segments_BS: the document of each key.
-        window: keys seen, the query's own included; None sees all. An int32 scalar where
-            layers of different windows share one compiled body.
-        slopes_N: ALiBi slopes; None adds no bias.
-        softcap: c turns scores z into c tanh(z / c); None leaves them.
-        cached: keys come from a cache, so query t does not stand at key t.
-        order_T: q_index of every row where it is known while tracing; None: queries stand in order.
-        tap: hears and edits "scores" and "weights" in a kernel that forms them whole.
-    """
-
-    q_index_BT: jax.Array
-    k_index_BS: jax.Array
-    q_segments_BT: jax.Array | None = None
-    k_segments_BS: jax.Array | None = None
-    window: int | jax.Array | None = None
-    slopes_N: np.ndarray | jax.Array | None = None
-    softcap: float | None = None
-    cached: bool = False
-    order_T: np.ndarray | None = None
-    tap: Tap = dataclasses.field(default_factory=Tap)
-
-    def visible(self) -> jax.Array:
-        """mask_BTS, bool: True where the query may look."""
-        t, s = self.q_index_BT[:, :, None], self.k_index_BS[:, None, :]
-        mask = s <= t
-        if self.window is not None:
-            mask &= t - s < self.window
-        if self.q_segments_BT is not None and self.k_segments_BS is not None:
-            mask &= self.q_segments_BT[:, :, None] == self.k_segments_BS[:, None, :]
-        return mask
-
-    def part(self, queries: slice, keys: slice) -> Scores:
-        """The same rules for some of the queries and keys."""
-        q, k = self.q_segments_BT, self.k_segments_BS
-        return dataclasses.replace(
-            self,
-            q_index_BT=self.q_index_BT[:, queries],
-            k_index_BS=self.k_index_BS[:, keys],
-            q_segments_BT=None if q is None else q[:, queries],
-            k_segments_BS=None if k is None else k[:, keys],
-            tap=Tap(),  # a part of the scores is not the point "scores"
-        )
-
-    def bias(self) -> jax.Array | None:
-        """bias_BNTS, float32: minus slope times distance; None without ALiBi."""
-        if self.slopes_N is None:
-            return None
-        distance = self.q_index_BT[:, :, None] - self.k_index_BS[:, None, :]
-        return -jnp.asarray(self.slopes_N)[None, :, None, None] * distance[:, None]
-
-
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, Scores], jax.Array]
+from gptjax.layers.scores import Kernel, Scores, on_shards
+from gptjax.layers.split import pairs
+from gptjax.sharding import gather_sequence, out, spec, ways
 
 
 def plain(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
@@ -136,7 +73,7 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     """`plain` over blocks of queries, each against only the blocks of keys that it can see.
 
     Skips the masked upper triangle and what lies outside a static window; for CPUs. Of a row that
-    is split, see `pairs`.
+    is split, see `split.pairs`.
     """
     if ways("T") > 1:
         return pairs(q_BTNH, k_BSKH, v_BSKH, scores)
@@ -259,241 +196,6 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 KERNEL = "attention_kernel"
 
 
-def _on_shards(kernel: Callable[..., jax.Array], *operands: tuple[Any, Any]) -> jax.Array:
-    """Calls a kernel on each device's shard: custom calls cannot be partitioned by XLA.
-
-    An operand is an array or None with its dims, or a tree that is laid already with its specs.
-    """
-    if out("B") is None:
-        return kernel(*(operand for operand, _ in operands))
-    laid = [
-        operand if operand is None or not isinstance(how, str) else shard(operand, how)
-        for operand, how in operands
-    ]
-    specs = tuple(spec(how) if isinstance(how, str) else how for _, how in operands)
-    return jax.shard_map(kernel, in_specs=specs, out_specs=spec("BTNH"), check_vma=False)(*laid)
-
-
-TILE = 512  # queries and keys of a step of `pairs` at most
-
-
-def visits(order_T: np.ndarray, shards: int, window: int | None) -> tuple[int, list[np.ndarray]]:
-    """For each shard of the queries, the pairs of tiles of which some query may see some key.
-
-    Args:
-        order_T: each query's index. A shard has two pieces of consecutive ones.
-        window: as of `Scores`; None also where it is not known while tracing.
-
-    Returns:
-        The size of a tile, and for each shard int32 (pairs, 2): at which of its queries a tile
-        begins, and at which key.
-    """
-    piece = len(order_T) // (2 * shards)
-    tile = next(size for size in range(min(piece, TILE), 0, -1) if piece % size == 0)
-    first_SI = order_T.reshape(shards, -1, tile)[:, :, 0, None]
-    key_J = np.arange(0, len(order_T), tile)
-    sees_SIJ = key_J <= first_SI
-    if window is not None:
-        sees_SIJ &= first_SI - (key_J + tile - 1) < window
-    return tile, [np.argwhere(sees_IJ).astype(np.int32) * tile for sees_IJ in sees_SIJ]
-
-
-def pairs(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
-    """`plain` of rows that are split: each device takes one pair of tiles after another that it sees.
-
-    It holds the scores of one pair: the softmax is merged over pairs by a running maximum and sum
-    (Milakov & Gimelshein 2018, arXiv:1805.02867), and the backward pass computes scores again (Dao
-    et al. 2022, arXiv:2205.14135, appendix B.2). All devices take as many steps as the one with
-    most pairs: in the order of `sharding.balanced` all have as many, but for a window, with which
-    the most are 4/3 of the mean or less.
-    """
-    T, H, window = q_BTNH.shape[1], q_BTNH.shape[3], scores.window
-    order_T = np.arange(T, dtype=np.int32) if scores.order_T is None else scores.order_T
-    tile, lists = visits(order_T, ways("T"), window if isinstance(window, int) else None)
-    most = max(map(len, lists))
-    # Of each shard and step: where the two tiles begin, and whether there is anything to do.
-    steps = np.zeros((len(lists), most, 3), np.int32)
-    for of_shard, visited in zip(steps, lists, strict=True):
-        of_shard[: len(visited)] = np.pad(visited, ((0, 0), (0, 1)), constant_values=1)
-
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *told: Any) -> jax.Array:
-        q_BKGTH = (q * H**-0.5).reshape(*q.shape[:2], k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
-        kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        o_BKGTH = _pairs(tile, scores.softcap, q_BKGTH, *kv, _Told(*told))
-        return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-    slopes_N = scores.slopes_N
-    return _on_shards(
-        kernel,
-        (q_BTNH, "BTNH"),
-        (k_BSKH, "BSKH"),
-        (v_BSKH, "BSKH"),
-        (jnp.asarray(steps.reshape(-1, 3)), "T1"),
-        (jnp.asarray(order_T), "T"),
-        (scores.q_segments_BT, "BT"),
-        (scores.k_segments_BS, "BS"),
-        (None if slopes_N is None else jnp.asarray(slopes_N), "N"),
-        (None if window is None else jnp.asarray(window, jnp.int32), ""),
-    )
-
-
-class _Told(NamedTuple):
-    """What `_pairs` is told on a device: its steps, and what `Scores` says of its queries."""
-
-    steps: jax.Array  # int32 (steps, 3)
-    index_T: jax.Array
-    q_segments_BT: jax.Array | None
-    k_segments_BS: jax.Array | None
-    slopes_N: jax.Array | None
-    window: jax.Array | None
-
-
-class _Pair(NamedTuple):
-    """The scores of a pair of tiles, float32."""
-
-    scores_BKGTS: jax.Array  # with softcap and bias
-    slope_BKGTS: jax.Array | None  # of the softcap
-    mask_BTS: jax.Array
-
-
-_PairResiduals = tuple[jax.Array, jax.Array, jax.Array, _Told, jax.Array, jax.Array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pairs(
-    tile: int,
-    softcap: float | None,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    told: _Told,
-) -> jax.Array:
-    """o_BKGTH of a device's queries, which are scaled."""
-    return _pairs_forward(tile, softcap, q_BKGTH, k_BKSH, v_BKSH, told)[0]
-
-
-def _pairs_forward(
-    tile: int,
-    softcap: float | None,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    told: _Told,
-) -> tuple[jax.Array, _PairResiduals]:
-    lowest = jnp.finfo(jnp.float32).min
-
-    def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
-        t, s, _ = where
-        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
-        o_BKGTH, top_BKGT, total_BKGT = (_tile(x, t, tile, 3) for x in carry)
-        scores_BKGTS = jnp.where(pair.mask_BTS[:, None, None], pair.scores_BKGTS, lowest)
-        new_top_BKGT = jnp.maximum(top_BKGT, scores_BKGTS.max(-1))
-        weights_BKGTS = jnp.exp(scores_BKGTS - new_top_BKGT[..., None])
-        # Of a query that has seen nothing yet, the maximum is as low as what is masked.
-        weights_BKGTS = jnp.where(pair.mask_BTS[:, None, None], weights_BKGTS, 0)
-        kept_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
-        v = _tile(v_BKSH, s, tile, 2)
-        new_BKGTH = _sum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v.dtype), v)
-        new = (
-            kept_BKGT[..., None] * o_BKGTH + new_BKGTH,
-            new_top_BKGT,
-            kept_BKGT * total_BKGT + weights_BKGTS.sum(-1),
-        )
-        return tuple(_put(x, n, t, 3) for x, n in zip(carry, new, strict=True)), None
-
-    o_BKGTH, total_BKGT = jnp.zeros(q_BKGTH.shape), jnp.zeros(q_BKGTH.shape[:-1])
-    nothing = o_BKGTH, jnp.full_like(total_BKGT, lowest), total_BKGT
-    (o_BKGTH, top_BKGT, total_BKGT), _ = jax.lax.scan(step, nothing, told.steps)
-    o_BKGTH = (o_BKGTH / total_BKGT[..., None]).astype(v_BKSH.dtype)
-    log_total_BKGT = top_BKGT + jnp.log(total_BKGT)
-    return o_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, told, o_BKGTH, log_total_BKGT)
-
-
-def _pairs_backward(
-    tile: int, softcap: float | None, residuals: _PairResiduals, do_BKGTH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BKGTH, k_BKSH, v_BKSH, told, o_BKGTH, log_total_BKGT = residuals
-    mean_BKGT = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
-
-    def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
-        dq_BKGTH, dk_BKSH, dv_BKSH = carry
-        t, s, _ = where
-        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
-        q, do, log_total, mean = (
-            _tile(x, t, tile, 3) for x in (q_BKGTH, do_BKGTH, log_total_BKGT, mean_BKGT)
-        )
-        k, v = (_tile(x, s, tile, 2) for x in (k_BKSH, v_BKSH))
-        weights_BKGTS = jnp.exp(pair.scores_BKGTS - log_total[..., None])
-        weights_BKGTS = jnp.where(pair.mask_BTS[:, None, None], weights_BKGTS, 0)
-        dweights_BKGTS = _sum("BKGTH,BKSH->BKGTS", do, v)
-        dscores_BKGTS = weights_BKGTS * (dweights_BKGTS - mean[..., None])
-        if pair.slope_BKGTS is not None:
-            dscores_BKGTS *= pair.slope_BKGTS
-        dscores_BKGTS = dscores_BKGTS.astype(q.dtype)
-        dq = _sum("BKGTS,BKSH->BKGTH", dscores_BKGTS, k)
-        dk = _sum("BKGTS,BKGTH->BKSH", dscores_BKGTS, q)
-        dv = _sum("BKGTS,BKGTH->BKSH", weights_BKGTS.astype(do.dtype), do)
-        return (
-            _put(dq_BKGTH, _tile(dq_BKGTH, t, tile, 3) + dq, t, 3),
-            _put(dk_BKSH, _tile(dk_BKSH, s, tile, 2) + dk, s, 2),
-            _put(dv_BKSH, _tile(dv_BKSH, s, tile, 2) + dv, s, 2),
-        ), None
-
-    inputs = q_BKGTH, k_BKSH, v_BKSH
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs)
-    (dq, dk, dv), _ = jax.lax.scan(step, zeros, told.steps)
-    return dq.astype(q_BKGTH.dtype), dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None
-
-
-def _pair(
-    tile: int,
-    softcap: float | None,
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    told: _Told,
-    where: jax.Array,
-) -> _Pair:
-    t, s, counts = where
-    q, k = _tile(q_BKGTH, t, tile, 3), _tile(k_BKSH, s, tile, 2)
-    scores_BKGTS = _sum("BKGTH,BKSH->BKGTS", q, k)
-    slope_BKGTS = None
-    if softcap is not None:
-        tanh_BKGTS = jnp.tanh(scores_BKGTS / softcap)
-        scores_BKGTS, slope_BKGTS = softcap * tanh_BKGTS, 1 - tanh_BKGTS**2
-    segments = told.q_segments_BT, told.k_segments_BS
-    q_segments_BT, k_segments_BS = (
-        None if x is None else _tile(x, at, tile, 1) for x, at in zip(segments, (t, s), strict=True)
-    )
-    rules = Scores(
-        q_index_BT=_tile(told.index_T, t, tile, 0)[None],
-        k_index_BS=s + jnp.arange(tile)[None],
-        q_segments_BT=q_segments_BT,
-        k_segments_BS=k_segments_BS,
-        window=told.window,
-        slopes_N=told.slopes_N,
-    )
-    bias = rules.bias()
-    if bias is not None:
-        scores_BKGTS += bias.reshape(-1, *scores_BKGTS.shape[1:])
-    return _Pair(scores_BKGTS, slope_BKGTS, rules.visible() & (counts == 1))
-
-
-def _tile(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-
-def _put(x: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis)
-
-
-def _sum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The einsum in float32, on a device."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
-_pairs.defvjp(_pairs_forward, _pairs_backward)
-
-
 def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
     """cuDNN's fused attention, for NVIDIA GPUs."""
     window, segments = scores.window, scores.q_segments_BT
@@ -507,9 +209,7 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
             local_window_size=None if window is None else (int(window) - 1, 0),
         )  # fmt: skip
 
-    return _on_shards(
-        kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT")
-    )
+    return on_shards(kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT"))
 
 
 def splash(
@@ -563,7 +263,7 @@ def splash(
         o_BKGTH = jax.vmap(over_heads)(q_BKGTH, k.swapaxes(1, 2), v.swapaxes(1, 2), ids)
         return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
-    return _on_shards(
+    return on_shards(
         kernel,
         (attend, attend_specs),
         (q_BTNH, "BTNH"),

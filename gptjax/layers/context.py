@@ -151,7 +151,7 @@ class Context(NamedTuple):
         tap: hears and edits named points; each layer's own.
         segments_BT: document of each token; None: all is one document.
         start_B: where a cache row takes the new keys; None without a cache.
-        window: keys that a query sees, see `attention.Scores`.
+        window: keys that a query sees, see `scores.Scores`.
         layer: which layer this is, from 0.
         first_value_BTKH: the first layer's values, for the value residual.
         cache: keys and values of earlier tokens; the new ones are written into it.

@@ -18,11 +18,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from gptjax import accounting, model, sharding, state
-from gptjax.config import Config, UserError
+from gptjax.config import Config
 from gptjax.plan.collectives import Collective, totals
 from gptjax.plan.compile import Compiled
 from gptjax.plan.hardware import Hardware
@@ -66,12 +65,7 @@ def mesh_of(config: Config, hardware: Hardware) -> dict[str, int]:
     Raises:
         ConfigError: on a mesh that the model, the batch or the hardware does not divide over.
     """
-    shape = sharding.mesh_shape(config.mesh, hardware.devices)
-    if (product := int(np.prod(list(shape.values())))) != hardware.devices:
-        raise UserError(
-            f"the mesh {sharding.in_words(shape)} wants {product} devices, {hardware.name} has "
-            f"{hardware.devices}: set the knobs of the section mesh to numbers whose product is that"
-        )
+    shape = sharding.whole_mesh(config.mesh, hardware.devices, hardware.name)
     sharding.check_divisible(config, model.abstract_params(config.model), shape)
     return shape
 
@@ -104,14 +98,13 @@ def _path(path: Sequence[Any]) -> str:
     return "/".join(str(name) for name in names)
 
 
-def memory(config: Config, mesh: Mapping[str, int], compiled: Compiled | None) -> dict[str, Figure]:
-    """Bytes of a device by purpose; the last is "total".
+def memory(counted: Mapping[str, int], compiled: Compiled | None) -> dict[str, Figure]:
+    """Bytes of a device by purpose, of those that `accounting.memory_bytes` counts; last "total".
 
     What a compiler tells is the sum of all that lives within a step. It is split by what is known
     besides: the gradients' size, and the estimate of the activations, which takes no more than is
     left; the rest are temporaries.
     """
-    counted = accounting.memory_bytes(config, mesh)
     parts = {name: Figure(counted[name], ANALYTIC) for name in ("parameters", "optimizer", "ema")}
     kept = counted["activations"] + counted["logits"]
     if compiled is None or compiled.exhausted is not None:
@@ -166,19 +159,23 @@ class Time(NamedTuple):
     network: float | None
 
 
-def step_time(
-    config: Config, mesh: Mapping[str, int], hardware: Hardware, rows: Sequence[Traffic]
-) -> Time:
-    """The range of a step's seconds: see this module's words."""
+def step_time(config: Config, hardware: Hardware, held: int, rows: Sequence[Traffic]) -> Time:
+    """The range of a step's seconds: see this module's words.
+
+    Args:
+        config: the whole config.
+        hardware: that takes the step.
+        held: bytes of a device in training.
+        rows: what is sent.
+    """
     tokens = config.data.batch_size * config.model.context
     needed = accounting.train_flops_per_token(config.model, causal=True)
     wasted = accounting.train_flops_per_token(config.model, causal=False)
     wasted *= 1 + AGAIN.get(config.model.remat, 1.0) / 3
     rate = hardware.devices * hardware.chip.peak
-    counted = accounting.memory_bytes(config, mesh)
     # Read and written once each at least: the state; written and read: gradients, activations.
     bandwidth = hardware.chip.bandwidth
-    moving = None if bandwidth is None else 2 * counted["total"] / bandwidth
+    moving = None if bandwidth is None else 2 * held / bandwidth
     sending = [row.seconds for row in rows if row.seconds is not None]
     network = sum(sending) if sending else None
     compute, known = tokens * needed / rate, [s for s in (moving, network) if s is not None]

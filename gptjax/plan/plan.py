@@ -41,11 +41,12 @@ def make(
     compiled, how = _compile(config, hardware)
     real = compiled is not None and compile.compiler_for(hardware) is not None
     told = compiled if real else None
-    memory = estimate.memory(config, mesh, told)
+    counted = accounting.memory_bytes(config, mesh)
+    memory = estimate.memory(counted, told)
     rows = []
     if compiled is not None and compiled.collectives is not None:
         rows = estimate.traffic(compiled.collectives, hardware)
-    time = estimate.step_time(config, mesh, hardware, rows)
+    time = estimate.step_time(config, hardware, counted["total"], rows)
     entries = [calibration] if calibration is not None else ledger.read(hardware.chip.kind)
     record = {
         "on": hardware.name,
