@@ -272,14 +272,16 @@ class Watch:
         self._end(*self._conclusion())
 
     def _who(self) -> str:
-        if self._lost:
-            return f"lost: {listed(self._lost)}"
+        lost = f"lost: {listed(self._lost)}" if self._lost else ""
         now = time.monotonic()
         length, end = self._pause
         recent = length if now - end < HEARTBEAT_SECONDS else 0.0
         pause = max(recent, now - (now if self._asleep is None else self._asleep))
         if pause > SILENT_SECONDS:
-            return f"this process stood still for {pause:.0f} s, and the others went on without it"
+            words = f"this process stood still for {pause:.0f} s, longer than others wait for it"
+            return "; ".join(filter(None, (words, lost)))
+        if lost:
+            return lost
         if self._index and self._zero is not None:
             return f"lost: the coordinator, {describe(0, self._zero)}"
         return "the processes have lost each other"

@@ -20,8 +20,8 @@ from gptjax import state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, UserError, flatten, recorded, to_dict
 from gptjax.progress import say
-from gptjax.records import read_environment
-from gptjax.storage import Place, expand
+from gptjax.records import by_place, meant, read_environment
+from gptjax.storage import Place, expand, whole
 
 LATEST = "latest"
 DIGITS = 16  # of the sha256
@@ -95,7 +95,7 @@ def of_run(text: str, workdir: Place) -> Config:
     run, step = _parse(text)
     for record in reversed(read_environment(workdir)):
         lineage = record.get("branch")
-        if lineage and lineage["folder"] == str(run) and step in (None, lineage["step"]):
+        if lineage and whole(lineage["folder"]) == whole(run) and step in (None, lineage["step"]):
             branch = Branch(run, lineage["step"], lineage["manifest_sha256"][:DIGITS])
             tree = lineage["config"]
             break
@@ -130,8 +130,8 @@ def begin(
                 f"its manifest's sha256 was {branch.sha256}, is {sha256[:DIGITS]}. Bring it back, "
                 "or begin another run in another --workdir"
             )
-        before = meta["fingerprints"]
-        differ = [k for k in before if fingerprints.get(k, before[k]) != before[k]]
+        before, current = by_place(meta["fingerprints"]), by_place(fingerprints)
+        differ = [k for k in before if current.get(k, before[k]) != before[k]]
         if differ:
             raise UserError(
                 f"{branch.run} was trained with another {differ[0]} than this run reads: a branch "
@@ -140,7 +140,7 @@ def begin(
         train_state = checkpoints.restore(branch.step, state.abstract(config))
     trunk: Config = recorded(meta["config"])
     knobs, knobs_of_trunk = (flatten(to_dict(c)) for c in (config, _with(trunk, branch)))
-    changed = [knob for knob in knobs if knobs[knob] != knobs_of_trunk[knob]]
+    changed = [k for k in knobs if meant(k, knobs[k]) != meant(k, knobs_of_trunk[k])]
     words = [f"{knob} {knobs_of_trunk[knob]!r} -> {knobs[knob]!r}" for knob in changed]
     say(
         f"branched from {branch.run} after step {branch.step}; changed: "
@@ -177,6 +177,9 @@ def _find(run: Place, step: int | None) -> tuple[Branch, dict[str, Any]]:
     """A checkpoint of a run, and the config that it was saved with."""
     with Checkpoints(run / CHECKPOINTS) as checkpoints:
         if step is None and (step := checkpoints.latest()) is None:
-            raise UserError(f"{run} holds no complete checkpoint to branch from")
+            raise UserError(
+                f"{run} holds no complete checkpoint to branch from: write RUN@STEP, or RUN alone "
+                "for its latest"
+            )
         tree = checkpoints.meta(step)["config"]
         return Branch(run, step, checkpoints.fingerprint(step)[:DIGITS]), tree

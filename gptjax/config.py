@@ -354,7 +354,7 @@ class Train:
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="
-            f"{self.checkpoint_every}, so that no such step is saved: make it one",
+            f"{self.checkpoint_every}, so that not all of these steps are saved: make it one",
         )
 
 

@@ -139,8 +139,13 @@ def as_recorded(workdir: Place) -> Config:
         raise UserError(
             f"{workdir} holds no run: it has no config.json; train one, or name another --workdir"
         )
+    return of_file(path, path.read_bytes())
+
+
+def of_file(path: Place, content: bytes) -> Config:
+    """The config in a config.json, of which its name is told where that holds none."""
     try:
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(content)
         if not isinstance(tree, dict):
             raise ValueError
         return recorded(tree)

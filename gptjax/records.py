@@ -47,6 +47,8 @@ import gptjax
 from gptjax.config import Config, ConfigError, UserError, flatten, from_dict, recorded, to_dict
 from gptjax.locks import scratch
 from gptjax.optim import make_schedule
+from gptjax.progress import from_process_0, say
+from gptjax.spike import SPIKES
 from gptjax.storage import (
     BucketPath,
     Place,
@@ -56,6 +58,7 @@ from gptjax.storage import (
     files,
     replace_file,
     replace_unchanged,
+    whole,
 )
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -84,6 +87,25 @@ MAY_CHANGE = (
 # These may change where that leaves every learning rate so far as it was, so that the run is what
 # it would be had it begun so.
 LENGTH = ("train.steps", "optim.schedule_steps")
+
+
+def meant(knob: str, value: Any) -> Any:
+    """What a knob says, however the places in it are spelt or linked to.
+
+    Of a branch the step and the digest: they tell the bytes, wherever the trunk lies by now.
+    """
+    if knob == "data.sources":
+        return [whole(source) for source in value]
+    if knob == "data.tokenizer":
+        return whole(value)
+    return value and value.rpartition("@")[2] if knob == "train.branch" else value
+
+
+def by_place(fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Fingerprints whose names, such as data.runs/store, do not rest on how a place is spelt."""
+    parts = ((name.partition("."), digest) for name, digest in fingerprints.items())
+    return {kind + dot + (dot and whole(place)): digest for (kind, dot, place), digest in parts}
+
 
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
@@ -223,7 +245,7 @@ def open_run(
 
     Raises:
         UserError: if the folder holds a run of another config (but for `MAY_CHANGE` and
-            `LENGTH`) or of other data, or cannot be written.
+            `LENGTH`) or of other data that has ever saved, or cannot be written.
     """
     folder, config = expand(workdir), json.loads(json.dumps(config))
     history, saved = read_environment(folder), saved or {}
@@ -233,9 +255,11 @@ def open_run(
                 f"{folder / ENVIRONMENT} does not say the {name} of the last start: restore it, or "
                 "use another --workdir"
             )
-    changed = _changed_knobs(folder, config, resume_step or 0, saved.get("config"))
+    # As process 0 sees it, which writes what all read here.
+    anew = from_process_0("anew" * (resume_step is None and not _has_saved(folder, history))) != ""
+    changed = _changed_knobs(folder, config, resume_step or 0, saved.get("config"), anew)
     before = history[-1]["fingerprints"] if history else saved.get("fingerprints", fingerprints)
-    _same_data(folder, before, fingerprints)
+    _same_data(folder, before, fingerprints, anew)
     if jax.process_index() == 0:
         if resume_step is not None and (software := _changed_software(history)):
             logger.warning(
@@ -289,10 +313,34 @@ def read_environment(workdir: str | Place) -> list[dict[str, Any]]:
     return history
 
 
+def _has_saved(folder: Place, history: list[dict[str, Any]]) -> bool:
+    """Whether a run without a checkpoint once had one: its log is not to be lost by a mistake."""
+    last = history[-1] if history else {}
+    if last.get("resume_step") is not None or (folder / SPIKES).exists():
+        return True
+    if not (folder / CONFIG).exists():
+        return False
+    was: Config = recorded(_read(folder / CONFIG, None, dict))
+    every = was.train.checkpoint_every
+    begun = last.get("branch", {}).get("step", 0)
+    logged = read_metrics(folder) if (folder / METRICS).exists() else []
+    return any(line["step"] // every > begun // every for line in logged)
+
+
+def _refuse(words: str, mend: str, anew: bool) -> None:
+    if not anew:
+        raise UserError(f"{words}. {mend}")
+    say(f"{words}. It had saved nothing, and begins anew")
+
+
 def _changed_knobs(
-    folder: Place, config: Mapping[str, Any], done: int, saved: Mapping[str, Any] | None = None
+    folder: Place,
+    config: Mapping[str, Any],
+    done: int,
+    saved: Mapping[str, Any] | None = None,
+    anew: bool = False,
 ) -> dict[str, list[Any]]:
-    """{knob: [before, now]} of the knobs that may change; others that did are an error."""
+    """{knob: [before, now]} of the knobs that may change; others are an error if not `anew`."""
     path = folder / CONFIG
     tree = _read(path, saved, dict)
     if tree is None:
@@ -303,13 +351,18 @@ def _changed_knobs(
         path = path if path.exists() else folder
         raise UserError(f"{path} is not of this version of gptjax: {error}") from error
     before, after = flatten(to_dict(was)), flatten(config)
-    changed = {knob: [before[knob], after[knob]] for knob in after if before[knob] != after[knob]}
+    changed = {
+        knob: [before[knob], after[knob]]
+        for knob in after
+        if meant(knob, before[knob]) != meant(knob, after[knob])
+    }
     refused = [knob for knob in changed if not _may_change(knob)]
     if refused and set(refused) <= set(LENGTH):
         _may_extend(folder, was, from_dict(config), done)
     elif refused:
         changes = "; ".join(f"{k} was {changed[k][0]!r}, is {changed[k][1]!r}" for k in refused)
-        raise UserError(f"{folder} holds a run of another config: {changes}. Use another --workdir")
+        words = f"{folder} holds a run of another config: {changes}"
+        _refuse(words, "Use another --workdir", anew)
     return changed
 
 
@@ -357,15 +410,19 @@ def _may_change(knob: str) -> bool:
     return any(knob == name or knob.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def _same_data(folder: Place, before: Mapping[str, str], fingerprints: Mapping[str, str]) -> None:
+def _same_data(
+    folder: Place, before: Mapping[str, str], fingerprints: Mapping[str, str], anew: bool
+) -> None:
+    before, fingerprints = by_place(before), by_place(fingerprints)
     differ = [
         name for name in {**before, **fingerprints} if before.get(name) != fingerprints.get(name)
     ]
     if differ:
-        raise UserError(
+        words = (
             f"{folder} holds a run on other data: the content of {', '.join(differ)} changed "
-            "since it started. Bring the old content back, or use another --workdir"
+            "since it started"
         )
+        _refuse(words, "Bring the old content back, or use another --workdir", anew)
 
 
 @functools.cache

@@ -27,16 +27,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from gptjax import branch
+from gptjax import branch, configure
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cluster import slurm
-from gptjax.cluster.job import whole
-from gptjax.config import Config, UserError, flatten, recorded, to_dict
+from gptjax.config import Config, UserError, flatten, to_dict
 from gptjax.locks import holder
 from gptjax.records import BEGUN, CONFIG, DIVERGED, ENVIRONMENT, FAILED, METRICS
 from gptjax.report.formats import Table
 from gptjax.report.terminal import MISSING, number
-from gptjax.storage import Place, Unreachable, changed, children
+from gptjax.storage import Place, Unreachable, changed, children, whole
 
 # In the order of a table.
 STATES = (
@@ -210,7 +209,7 @@ def _runs_of(folder: Place) -> list[Place]:
 def _config(run: Place) -> Config | None:
     """None where it is not written yet."""
     with contextlib.suppress(FileNotFoundError):
-        return recorded(json.loads((run / CONFIG).read_bytes()))
+        return configure.of_file(run / CONFIG, (run / CONFIG).read_bytes())
     return None
 
 

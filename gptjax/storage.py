@@ -280,10 +280,12 @@ def expand(path: str | Place) -> Place:
     """What a path or URL names; ~/x lies in the home directory, as a shell reads it.
 
     Raises:
-        UserError: on another kind of URL, or one without a bucket or with a single slash; where the
-            home directory is not known.
+        UserError: on another kind of URL, or one without a bucket or with a single slash; on "";
+            where the home directory is not known.
     """
     text = str(path)
+    if not text:  # as of a variable that is not set
+        raise UserError("a place is named by an empty text: write a path")
     match = re.fullmatch(r"([\w.+-]+)://([^/]*)/*(.*?)/*", text, re.DOTALL)
     mistyped = re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", text)  # which pathlib makes of a URL, too
     if match is None and not mistyped:
@@ -332,6 +334,13 @@ def local(path: str | Place) -> Path:
     )
 
 
+def whole(place: str | Place) -> str:
+    """A place as every process knows it: one text, however it is spelt or linked to."""
+    place = expand(place)
+    # Path.resolve raises on links that lead to each other.
+    return os.path.realpath(place) if isinstance(place, Path) else str(place)
+
+
 def children(folder: Place) -> list[Place]:
     """What lies in a folder, sorted; nothing where there is no such folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -367,7 +376,25 @@ def replace_file(path: Place, content: bytes) -> None:
     with aside.open("wb") as file:
         file.write(content)
         _to_disk(file)
-    os.replace(aside, path)
+    rename(aside, path)
+
+
+def rename(path: Path, to: Path) -> None:
+    """Gives a file or folder another name, over a file that has it; no loss of power undoes it."""
+    os.replace(path, to)
+    names_to_disk(to.parent)
+
+
+def names_to_disk(folder: Path) -> None:
+    """Returns once the disk has the names in a folder, as `_to_disk` does of a file's content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that knows no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _to_disk(file: IO[bytes]) -> None:
@@ -470,7 +497,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield aside
         if jax.process_index() == 0:
-            os.rename(aside, out)
+            rename(aside, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
     finally:

@@ -103,6 +103,23 @@ def test_a_stopped_process_ends_the_job(store: Path, tmp_path: Path, stopped: in
     assert re.search(r"stood still for \d+ s", last_line(pair[stopped]))
 
 
+@pytest.mark.slow
+def test_when_all_are_stopped_for_a_while_none_says_that_others_went_on(
+    store: Path, tmp_path: Path
+) -> None:
+    """As a host that sleeps, or a job that its cluster suspends."""
+    with pair_of(store, tmp_path, devices=1, **ENDLESS) as pair:
+        wait_for_lines(tmp_path, pair)
+        for number, seconds in ((signal.SIGSTOP, 2 * HEARTBEAT_SECONDS), (signal.SIGCONT, 0)):
+            for process in pair:
+                process.signal(number)
+            time.sleep(seconds)
+        finish(pair, (0, 1))
+    assert [p.returncode for p in pair] == [75, 75], [p.stderr for p in pair]
+    for process in pair:
+        assert re.search(r"stood still for \d+ s, longer than", last_line(process))
+
+
 # One process, by its index, does something else than to read the batch of step 13.
 FAULTY = """
     import os, re, sys, time

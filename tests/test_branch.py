@@ -208,6 +208,24 @@ def test_a_branch_recurs_and_so_does_a_branch_of_it(stable: Path, tmp_path: Path
         assert record["bitwise"] and record["numbers"] > 10, record
 
 
+@pytest.mark.parametrize("spelling", ["trunk", "./trunk/", "link", "gone"])
+def test_a_branch_goes_on_however_its_trunk_is_spelt(
+    spelling: str, stable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell's completion, or a whole path, has it; also once the trunk has gone."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stable, tmp_path / "trunk")
+    (tmp_path / "link").symlink_to("trunk")
+    whole = ["train", f"--branch={tmp_path}/trunk@8", "--workdir=branch", "--config.train.steps=9"]
+    assert main(whole) == 0
+    if spelling == "gone":
+        (tmp_path / "trunk").rename(tmp_path / "moved")
+    spelling = {"gone": "trunk"}.get(spelling, spelling)
+    assert main(["train", f"--branch={spelling}@8", *whole[2:]]) == 0
+    last = records.read_environment(tmp_path / "branch")[-1]
+    assert last["resume_step"] == 9 and last["changed_knobs"] == {}
+
+
 # ---- what is refused
 
 
@@ -357,6 +375,10 @@ def test_arms_start_from_a_shared_trunk(store: Path, stable: Path, tmp_path: Pat
     first = [read_metrics(o.folder)[0]["loss"] for o in (base, slow)]
     assert first[0] == first[1]  # the same state, the same batch
     assert base.metric != slow.metric
+    # The trunk spelt otherwise: the same cells.
+    (tmp_path / "link").symlink_to(trunk)
+    again = results.read(study(store, tmp_path / "link"), cells)
+    assert [o.status for o in again.outcomes] == ["finished", "finished"]
     # Another trunk in the same place: other cells, and the old ones in no table with them.
     shutil.rmtree(trunk)
     go(tiny.config(store, **PLAIN, train__steps=9, seed=9), trunk)

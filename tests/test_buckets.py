@@ -264,16 +264,16 @@ SAVER = """
         jax.distributed.initialize(sys.argv[1], count, index, initialization_timeout=60)
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from gptjax import checkpoint, storage
+    from gptjax import checkpoint, manifest, storage
 
-    entry, hashed = checkpoint._entry, []
+    entry, hashed = manifest.entry, []
 
     def counted(file):
         found = entry(file)
         hashed.append(found["bytes"])
         return found
 
-    checkpoint._entry = counted
+    manifest.entry = counted
     mesh = jax.make_mesh((4,), ("x",))
     make = jax.jit(lambda: jnp.arange(2**18, dtype=jnp.float32), out_shardings=NamedSharding(mesh, P("x")))
     state = {"x": make()}

@@ -29,9 +29,11 @@ import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import checkpoint, storage
-from gptjax.checkpoint import MANIFEST, META, Checkpoints
+from gptjax import checkpoint, manifest, parts, storage
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import UserError
+from gptjax.manifest import MANIFEST
+from gptjax.parts import META, PARTIAL
 from gptjax.sharding import make_mesh
 from gptjax.storage import BucketPath
 from tests import buckets, tiny
@@ -168,14 +170,14 @@ def test_a_save_that_is_not_whole_is_dropped_and_told(
 
 def test_an_array_without_one_of_its_chunks_is_not_whole(copied: Path, state: State) -> None:
     folder, arrays = copied / "00000002", list(checkpoint._by_path(state))
-    store = checkpoint._arrays(folder, storage.context())
-    assert checkpoint._lost(store, arrays) == []
-    assert checkpoint._lost(store, [*arrays, "params.other"]) == ["params.other"]
+    store = parts.open_arrays(folder, storage.context())
+    assert parts.lost(store, arrays) == []
+    assert parts.lost(store, [*arrays, "params.other"]) == ["params.other"]
     keys = [key.decode() for key in store.list().result()]
     kernel = "params.block.kernel"
     assert sum(key.startswith(f"{kernel}/") for key in keys) > 2, "of several chunks"
     store.delete_range(tensorstore.KvStore.KeyRange(f"{kernel}/1", f"{kernel}/1.0~")).result()
-    assert checkpoint._lost(store, arrays) == [kernel]
+    assert parts.lost(store, arrays) == [kernel]
 
 
 def test_meta_returns_as_saved(saved: Path) -> None:
@@ -322,7 +324,7 @@ def flips(path: Path, count: int) -> list[int]:
 def test_every_flipped_bit_is_refused(copied: Path, state: State, monkeypatch: Any) -> None:
     """In every file. Not one array may be read: tensorstore would not notice most of them."""
     checkpoints = Checkpoints(copied)
-    monkeypatch.setattr(checkpoint, "_read", lambda *_: pytest.fail("an array was read"))
+    monkeypatch.setattr(parts, "read_array", lambda *_: pytest.fail("an array was read"))
     files = [p for p in (copied / "00000002").rglob("*") if p.is_file()]
     assert {META, MANIFEST, "_METADATA"} < {p.name for p in files}
     for path in files:
@@ -478,6 +480,60 @@ def test_a_failed_save_frees_its_space(
         raise KeyboardInterrupt
 
 
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to("scratch")
+    for keep in (None, 1):
+        with pytest.raises(UserError, match="no folder, or a link to one that is not there"):
+            Checkpoints(tmp_path / "checkpoints", keep)
+    (tmp_path / "scratch").mkdir()
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        checkpoints.save(1, make_state(tiny.mesh()), DATA, wait=True)
+    assert Checkpoints(tmp_path / "scratch").steps() == [1]
+
+
+def test_a_step_that_its_run_removes_meanwhile_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads a run that trains, as `eval` and a branch do, may be slower than it saves."""
+    state, damage = make_state(tiny.mesh()), manifest.damage
+    with Checkpoints(tmp_path, 1) as writer:
+        writer.save(1, state, DATA, wait=True)
+
+        def overtaken(*arguments: Any) -> str:
+            writer.save(2, state, DATA, wait=True)
+            return damage(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="was removed while"):
+            patch.setattr(manifest, "damage", overtaken)
+            Checkpoints(tmp_path).restore(1, abstract(state))
+        assert_bitwise(Checkpoints(tmp_path).restore(2, abstract(state)), state)
+
+
+def test_names_are_on_the_disk_once_a_step_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is not flushed may lose a name with the power, though its file is there."""
+    flushed: dict[Path, set[str]] = {}
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            flushed[path] = {p.name for p in path.iterdir()}
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, make_state(tiny.mesh()), DATA, wait=True)
+    assert "00000001" in flushed[tmp_path]
+    (partial,) = {p for p in flushed if p.name.endswith(PARTIAL)}
+    step = tmp_path / "00000001"
+    folders = [p for p in (step, *step.rglob("*")) if p.is_dir()]
+    for folder in folders:
+        names = {p.name for p in folder.iterdir()}
+        assert names <= flushed.get(partial / folder.relative_to(step), set()), folder
+
+
 # Saves steps 1, 2, ... until it is killed; the content of a step is a function of the step.
 SAVER = """
     import os, signal, sys
@@ -494,7 +550,7 @@ SAVER = """
             return real(path, *args, **kwargs)
         return patched
 
-    os.rename = die_before("rename", os.rename)
+    os.rename, storage.rename = die_before("rename", os.rename), die_before("rename", storage.rename)
     storage.create, storage.remove = die_before("create", storage.create), die_before("remove", storage.remove)
     with checkpoint.Checkpoints(folder, keep=2) as checkpoints:
         for step in range(1, 10_000):
@@ -688,7 +744,7 @@ def test_no_file_of_a_large_array_is_more_than_a_bucket_takes(
     """On one device, so that orbax would make one chunk of each; small, the bound with it."""
     large = make_state(MESHES["one"], width=2**18)  # 8 and 4 MiB
     for folder in (far, tmp_path):
-        monkeypatch.setattr(checkpoint, "FILE_BYTES", 2**20)
+        monkeypatch.setattr(parts, "FILE_BYTES", 2**20)
         with Checkpoints(folder, keep=2) as checkpoints:
             checkpoints.save(3, large, DATA, wait=True)
             assert_bitwise(checkpoints.restore(3, abstract(large)), large)

@@ -176,8 +176,14 @@ def test_an_odd_record_is_named(tmp_path: Path, name: str, content: str) -> None
     assert (tmp_path / name).read_text() == content
 
 
+def saved(folder: Path, spelt: dict[str, Any] = CONFIG, prints: dict[str, str] = PRINTS) -> None:
+    """A run that has saved, by its log; its checkpoints were removed."""
+    with open_run(folder, spelt, prints, None) as run:
+        log(run, range(1, spelt["train"]["checkpoint_every"] + 1))
+
+
 def test_another_config_is_refused_by_its_knobs(tmp_path: Path) -> None:
-    open_run(tmp_path, CONFIG, PRINTS, None).close()
+    saved(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     other = having(seed=3, model__windows=[8, None], eval__prefix="none", mesh__fsdp=2)
     with pytest.raises(UserError) as caught:
@@ -187,6 +193,55 @@ def test_another_config_is_refused_by_its_knobs(tmp_path: Path) -> None:
         "is [8, None]; eval.prefix was 'eot', is 'none'. Use another --workdir"
     )
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_a_run_that_has_saved_nothing_begins_anew_under_another_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after an error for want of memory; what it logged is of the old config, and goes."""
+    with open_run(tmp_path, CONFIG, PRINTS, None) as run:
+        log(run, range(1, CONFIG["train"]["checkpoint_every"]))
+    smaller = having(data__batch_size=CONFIG["data"]["batch_size"] // 2)
+    open_run(tmp_path, smaller, PRINTS | {"tokenizer": "t2"}, None).close()
+    was = CONFIG["data"]["batch_size"]
+    assert (
+        f"holds a run of another config: data.batch_size was {was}, is {was // 2}. "
+        "It had saved nothing, and begins anew"
+    ) in (told := capsys.readouterr().err)
+    assert "the content of tokenizer changed since it started. It had saved nothing" in told
+    assert read_metrics(tmp_path) == [] and len(environment(tmp_path)) == 2
+    open_run(tmp_path, smaller, PRINTS | {"tokenizer": "t2"}, 5).close()  # from a checkpoint
+    for step in (5, None):  # it is there, or was removed
+        with pytest.raises(UserError, match=r"another config: data\.batch_size was"):
+            open_run(tmp_path, CONFIG, PRINTS, step)
+
+
+@pytest.mark.parametrize("place", ["./store", "store/", "WHOLE", "link", "other/../store"])
+def test_a_place_is_the_same_however_it_is_spelt(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("store", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("store")
+    place = place.replace("WHOLE", str(tmp_path / "store"))
+
+    def run(place: str, digest: str = "d1", **knobs: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        places = {"data__sources": [place], "data__tokenizer": place}
+        knobs = places | {"train__branch": f"{place}@10#0123456789abcdef"} | knobs
+        return having(**knobs), {f"data.{place}": digest, f"held_out.{place}": "h1"}
+
+    saved(tmp_path / "run", *run("store"))
+    open_run("run", *run(place), 100).close()
+    assert environment(tmp_path / "run")[-1]["changed_knobs"] == {}
+    with pytest.raises(UserError, match="on other data: the content of data"):
+        open_run("run", *run(place, "d2"), 100)
+    for knob, value in {
+        **{"data__sources": ["other"], "data__tokenizer": "other"},
+        **{"train__branch": f"{place}@9#0123456789abcdef"},
+    }.items():
+        with pytest.raises(UserError, match=f"another config: {knob.replace('__', '.')} was"):
+            open_run("run", *run(place, **{knob: value}), 100)
 
 
 def test_every_knob_that_may_change_exists(tmp_path: Path) -> None:

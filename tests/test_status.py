@@ -190,6 +190,8 @@ def test_a_damaged_run_is_a_row(damage: str, finished: Path, tmp_path: Path) -> 
     one, two, three = status.statuses(tmp_path)
     assert (one.run, one.state) == ("bad", "damaged")
     assert one.why and "\n" not in one.why and len(one.why) < 500
+    if damage.startswith("config"):
+        assert "bad/config.json" in one.why
     assert (two.run, two.state, three.run, three.state) == ("good", "finished", "foreign", "no run")
 
 

@@ -77,6 +77,12 @@ def test_other_urls_are_no_places(text: str) -> None:
         storage.expand(text)
 
 
+def test_an_empty_text_is_no_place() -> None:
+    """Of `--workdir=$RUN` where RUN is not set: not the folder that one happens to be in."""
+    with pytest.raises(UserError, match="an empty text: write a path"):
+        storage.expand("")
+
+
 def test_what_must_lie_on_this_machine_is_no_url() -> None:
     assert storage.local("a/b") == Path("a/b")
     with pytest.raises(UserError, match=r"s3://lab/x must be a path on this machine"):

@@ -10,14 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import yaml
 
 from gptjax.config import UserError
-from gptjax.storage import BucketPath, Place, expand, on_hub
+from gptjax.storage import BucketPath, expand, on_hub
 
 # What names folders of runs in the words of a command, and how many words follow it.
 FOLDERS = {"--workdir": 1, "--store": 1, "--branch": 1, "--config.train.branch": 1, "--compare": 2}
@@ -59,9 +58,10 @@ def in_bucket(job: Job, bucket: str) -> Job:
         UserError: if one leads out of it, or is all of it.
     """
 
-    def moved(folder: str) -> str:
+    def moved(folder: str, name: str) -> str:
         path = expand(folder)
-        if isinstance(path, BucketPath) or path.is_absolute() or on_hub(folder):
+        off = name == "--config.train.branch" and folder == "None"
+        if off or isinstance(path, BucketPath) or path.is_absolute() or on_hub(folder):
             return folder
         if not path.parts:
             raise UserError(f"{folder!r} would be all of the site's bucket {bucket}: name a folder")
@@ -70,24 +70,17 @@ def in_bucket(job: Job, bucket: str) -> Job:
         return str(expand(bucket) / path)
 
     words: list[str] = []
-    follow = 0
+    awaited: list[str] = []  # the name of each folder that follows as a word
     for word in job.words:
         name, equals, folder = word.partition("=")
-        if follow:
-            words.append(moved(word))
-            follow -= 1
-        elif name in FOLDERS and equals and word != "--config.train.branch=None":  # which is off
-            words.append(f"{name}={moved(folder)}")
+        if awaited:
+            words.append(moved(word, awaited.pop()))
+        elif name in FOLDERS and equals:
+            words.append(f"{name}={moved(folder, name)}")
         else:
             words.append(word)
-            follow = FOLDERS.get(name, 0)
-    return job._replace(words=tuple(words), folder=job.folder and moved(job.folder))
-
-
-def whole(folder: Place) -> str:
-    """A folder as every node knows it."""
-    # Path.resolve raises on links that lead to each other.
-    return os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+            awaited = [name] * FOLDERS.get(name, 0)
+    return job._replace(words=tuple(words), folder=job.folder and moved(job.folder, ""))
 
 
 def check_site(site: Any, **least: int) -> None:

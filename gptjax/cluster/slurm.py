@@ -17,10 +17,9 @@ from gptjax.cluster.job import (
     render,
     this_program,
     variables,
-    whole,
 )
 from gptjax.config import EXIT_STOPPED, UserError
-from gptjax.storage import expand
+from gptjax.storage import whole
 
 COMMENT = "gptjax "  # in the comment of a job, before the folder of its run
 SQUEUE_SECONDS = 10.0
@@ -117,7 +116,7 @@ def script(job: Job, site: Site) -> str:
     gpus = site.gpus_per_node // site.tasks_per_node  # of a task
     if job.together and gpus > 1:  # of which jax would take one a task
         environment |= {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(gpus)))}
-    comment = COMMENT + whole(expand(job.folder)) if job.folder else None
+    comment = COMMENT + whole(job.folder) if job.folder else None
     options = {
         "job-name": job.name,
         # By which `queued` knows it; a name in several lines is none of an option.

@@ -100,6 +100,16 @@ def model_of(arguments: argparse.Namespace, overrides: list[str]) -> Trained:
     return trained.find(arguments.workdir, arguments.config, overrides)
 
 
+def check_model(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuses a mistake in the words that `model_of` takes; the model may be elsewhere."""
+    from gptjax import configure
+
+    if arguments.config is None:
+        configure.check(overrides)
+    else:
+        configure.from_file(arguments.config, overrides)
+
+
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Refuses, before any work is done, a picture or page that could not be written."""
     for flag, suffixes in (("png", (".png", ".svg", ".pdf")), ("html", (".html",))):

@@ -10,11 +10,19 @@ from gptjax.commands.command import (
     OVERRIDES,
     Command,
     add_run,
+    check_model,
     model_of,
     no_more,
     prepare_jax,
 )
+from gptjax.config import check_seed
 from gptjax.storage import expand, local
+
+
+def _check_generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    if arguments.seed is not None:
+        check_seed(arguments.seed)
+    check_model(arguments, overrides)
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -128,6 +136,7 @@ top_p, repetition_penalty, max_new_tokens, batch_size and stop.
   generate --workdir=runs/mine --prompt="KING." --config.sample.temperature=0.7
 
 {OVERRIDES}""",
+        _check_generate,
     ),
     "ask": Command(
         ask,

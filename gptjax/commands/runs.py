@@ -19,6 +19,7 @@ from gptjax.commands.command import (
     Command,
     add_distributed,
     add_run,
+    check_model,
     check_outputs,
     model_of,
     no_more,
@@ -194,9 +195,8 @@ def _check_evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None
     if arguments.b_with and not arguments.compare:
         raise UserError("--b_with sets knobs of B: give two folders by --compare")
     texts.parse_sets(arguments.set)
-    configure.check([*overrides, *(f"--config.{knob}" for knob in arguments.b_with)])
-    if arguments.config is not None:
-        configure.from_file(arguments.config, overrides)
+    configure.check([f"--config.{knob}" for knob in arguments.b_with])
+    check_model(arguments, overrides)
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -280,7 +280,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_distributed(parser)
 
 
+def _check_tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from gptjax.evaluation.tasks import TASKS
+
+    if not arguments.harness and all(getattr(arguments, name) is None for name in TASKS):
+        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise UserError(f"--limit={arguments.limit} is no positive number")
+    check_model(arguments, overrides)
+
+
 def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    _check_tasks(arguments, overrides)
     prepare_jax(arguments.distributed)
     import jax
 
@@ -289,13 +300,8 @@ def tasks(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.evaluation.tasks import evaluate as evaluate_tasks
 
     model = model_of(arguments, overrides)
-
     files = {name: getattr(arguments, name) for name in TASKS}
     files = {name: file for name, file in files.items() if file is not None}
-    if not files and not arguments.harness:
-        raise UserError(f"tasks takes at least one of --{', --'.join(TASKS)}, --harness")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit={arguments.limit} is no positive number")
     lines = read_files(files, arguments.limit)
     if arguments.harness:
         from gptjax.evaluation import harness
@@ -514,6 +520,7 @@ describes local ones.
   tasks --workdir=runs/mine --harness arc_easy wikitext --limit=200
 
 {OVERRIDES}""",
+        _check_tasks,
     ),
     "status": Command(
         status,

@@ -28,6 +28,7 @@ from typing import Any
 
 from gptjax import branch, configure, setup
 from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
+from gptjax.records import meant
 from gptjax.study.equalise import EQUAL, equalise
 
 # Fields of metrics.jsonl that may decide, with their unit. Both are means over all held-out
@@ -153,8 +154,10 @@ class Cell:
 
 
 def address(config: Config) -> str:
-    """The name of a run's folder in the store of cells."""
-    return fingerprint(config)[:16]
+    """The name of a run's folder in the store of cells, wherever its trunk lies."""
+    trunk = meant("train.branch", config.train.branch)
+    train = dataclasses.replace(config.train, branch=trunk)
+    return fingerprint(dataclasses.replace(config, train=train))[:16]
 
 
 # (scale, arm) -> the values that tuning chose.
@@ -305,14 +308,19 @@ def check_names(study: Study) -> None:
 
 def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> None:
     """Refuses an arm whose metric is of other text, or in another unit, than the baseline's."""
-    same_tokenizer = config.data.tokenizer == base.data.tokenizer
+
+    def same(knob: str) -> bool:
+        mine, others = (getattr(c.data, knob) for c in (config, base))
+        return meant(f"data.{knob}", mine) == meant(f"data.{knob}", others)
+
+    same_tokenizer = same("tokenizer")
     if study.metric == "val_loss" and not same_tokenizer:
         raise ConfigError(
             f"arm {arm!r} has another tokenizer, so nats per token do not compare: "
             "set metric='val_bits_per_byte'"
         )
     # A prepared text lies elsewhere for each tokenizer.
-    other_sources = same_tokenizer and config.data.sources != base.data.sources
+    other_sources = same_tokenizer and not same("sources")
     if config.eval != base.eval or other_sources:
         raise ConfigError(
             f"arm {arm!r} is scored on other text than the baseline: set eval.* and "
@@ -322,12 +330,12 @@ def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> N
 
 def _check_apart(study: Study, arm: str, config: Config, other: str, other_config: Config) -> None:
     """Refuses two arms that are the same, or that would count the same runs twice."""
-    if other_config == config:
+    if address(other_config) == address(config):
         raise ConfigError(
             f"arm {arm!r} is the same as {other!r}: leave it out, or set what it differs by"
         )
     reseeded = dataclasses.replace(other_config, seed=config.seed)
-    if reseeded == config and abs(other_config.seed - config.seed) < study.seeds:
+    if address(reseeded) == address(config) and abs(other_config.seed - config.seed) < study.seeds:
         raise ConfigError(
             f"arm {arm!r} shares runs with {other!r}: set their seeds {study.seeds} apart"
         )
