@@ -113,7 +113,9 @@ def get_config() -> ConfigDict:
     d.sources = ("shakespeare",)  # token stores (folders), nanoGPT folders, or built-in texts
     d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
     d.tokenizer = "gpt2"  # bytes, any tiktoken encoding, or a folder with a tokenizer.json
-    d.packing = "stream"  # stream | masked (attention stays in its document) | document (one a row)
+    # stream | masked (attention stays in its document) | document (one a row) | whole (as many
+    # documents a row as fit, none cut: dialogues)
+    d.packing = "stream"
     d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
 
     c.mesh = ConfigDict()
@@ -127,7 +129,7 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 500
-    t.objective = "next_token"  # what is minimised
+    t.objective = "next_token"  # what is minimised; by the weights of the store, as of dialogues
     t.trainable = "all"  # all | unfrozen (all but train.frozen)
     t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
     # Micro-batches a step: memory falls, and the result changes by rounding alone, but with dropout,

@@ -26,7 +26,12 @@ BREAK = "\ufdd0"
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The ids that a model continues with its answer.
+    """The ids that a model continues with its answer: those of `render`, by `ids`."""
+    return ids(tokenizer, render(tokenizer, messages))
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], answer: bool = True) -> str:
+    """The text of a dialogue; in what a message says the names of special tokens are broken up.
 
     What a message says is plain text: "<|im_end|>" in it does not end the turn.
 
@@ -34,24 +39,15 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[
         tokenizer: one with a chat template.
         messages: [{"role": "user", "content": "What is the capital of France?"}, ...]; a value
             may be a list or dict of texts too.
+        answer: whether what begins an answer follows.
 
     Raises:
         UserError: if there is no template, or it refuses the dialogue, which may not be empty.
     """
-    if tokenizer.chat_template is None and tokenizer.template_choice:
-        raise UserError(
-            f"tokenizer {tokenizer.name!r} has no chat template to take: "
-            f"{tokenizer.template_choice}; rename one, or write it to chat_template.jinja"
-        )
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"tokenizer {tokenizer.name!r} has no chat template: this model was not taught to "
-            "hold a dialogue; let it continue a text instead"
-        )
+    template = template_of(tokenizer)
     if not messages:
         raise UserError("the dialogue is empty: give at least one message")
-    names = sorted(tokenizer.specials, key=len, reverse=True)
-    special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+    special = _special(tokenizer)
 
     def guarded(value: Any) -> Any:
         match value:
@@ -67,20 +63,49 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[
         {k: guarded(v) for k, v in message.items() if v is not None} for message in messages
     ]
     try:
-        text = _compiled(tokenizer.chat_template).render(
+        return _compiled(template).render(
             messages=guarded_messages,
             tools=None,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=answer,
             **tokenizer.template_names,
         )
     except Exception as error:  # a template may fail in any way that a program can
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"the chat template refuses this dialogue: {reason}") from error
-    ids: list[int] = []
-    for i, part in enumerate(special.split(text)):  # every second part is a special token
-        ids += [tokenizer.specials[part]] if i % 2 else tokenizer.encode(part.replace(BREAK, ""))
-    return ids
+
+
+def template_of(tokenizer: Tokenizer) -> str:
+    """The chat template.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if tokenizer.chat_template is None and tokenizer.template_choice:
+        raise UserError(
+            f"tokenizer {tokenizer.name!r} has no chat template to take: "
+            f"{tokenizer.template_choice}; rename one, or write it to chat_template.jinja"
+        )
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name!r} has no chat template: this model was not taught to "
+            "hold a dialogue; let it continue a text instead"
+        )
+    return tokenizer.chat_template
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of what `render` made."""
+    found: list[int] = []
+    for i, part in enumerate(_special(tokenizer).split(text)):  # every second one is special
+        found += [tokenizer.specials[part]] if i % 2 else tokenizer.encode(part.replace(BREAK, ""))
+    return found
+
+
+def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """A special token's name, one group."""
+    names = sorted(tokenizer.specials, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
 
 class _Generation(Extension):

@@ -29,7 +29,7 @@ from gptjax import accounting, alive, branch, heap, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import LESS_MEMORY, Config, Train, UserError, out_of_memory, to_dict
 from gptjax.data.batches import Batches
-from gptjax.perplexity import Evaluator, Score
+from gptjax.perplexity import Evaluator, RowEvaluator, Score
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
@@ -284,13 +284,15 @@ def compile_step(
     return compiled, cost
 
 
-def count(evaluators: Mapping[str, Evaluator]) -> int:
+def count(evaluators: Mapping[str, Evaluator | RowEvaluator]) -> int:
     """Tokens scored by all together."""
     return sum(e.tokens for e in evaluators.values())
 
 
 def score(
-    evaluators: Mapping[str, Evaluator], params: model.Params, advance: Callable[[int], None]
+    evaluators: Mapping[str, Evaluator | RowEvaluator],
+    params: model.Params,
+    advance: Callable[[int], None],
 ) -> dict[str, Score]:
     """The score of each text, and their sum as "all" where there are several."""
     scores = {name: e(params, advance) for name, e in evaluators.items()}

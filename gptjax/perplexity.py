@@ -65,7 +65,7 @@ class Score:
     """Sums over scored tokens, which add up over texts, and what is made of them."""
 
     nats: float  # negative log-likelihood
-    tokens: int  # scored, end-of-text included
+    tokens: float  # scored, end-of-text included; of weighted ones the sum of their weights
     bytes: int  # UTF-8 bytes of the scored tokens; end-of-text has none
 
     def __add__(self, other: Self) -> Self:
@@ -94,7 +94,7 @@ class Score:
     def __str__(self) -> str:
         return (
             f"{self.loss:.4f} nats/token, perplexity {self.perplexity:.2f}, "
-            f"{self.bits_per_byte:.4f} bits/byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
+            f"{self.bits_per_byte:.4f} bits/byte ({self.tokens:,.0f} tokens, {self.bytes:,} bytes)"
         )
 
 
@@ -244,6 +244,59 @@ class Evaluator:
             inputs[row, 1 : len(scored)] = scored[:-1]
         batch = Batch(inputs, targets, weights)
         return mark_documents(batch, self._tokenizer.eot) if self.convention.apart else batch
+
+
+class RowEvaluator:
+    """Scores one store in the rows that training would read, by what its tokens weigh.
+
+    Args:
+        config: the sections model, eval.batch_size, eval.max_tokens and data.packing decide.
+        store: the documents to score.
+        tokenizer: the store's.
+
+    Attributes:
+        rows: those.
+        tokens: places of the rows that are scored, `eval.max_tokens` or a few more.
+        fingerprint: the store's.
+
+    Raises:
+        UserError: as the packing.
+    """
+
+    def __init__(self, config: Config, store: Store, tokenizer: Tokenizer) -> None:
+        context, most = config.model.context, config.eval.max_tokens
+        pack = choose(PACKING, config.data.packing, "data.packing")
+        self.rows = pack(store, context, tokenizer.eot)
+        self._count = len(self.rows) if most is None else min(len(self.rows), -(-most // context))
+        self.tokens, self.fingerprint = self._count * context, store.fingerprint
+        self._model, self._chunk = config.model, config.optim.loss_vocab_chunk
+        self._tokenizer = tokenizer
+        self._at_once = sharding.round_up(min(config.eval.batch_size, self._count), "B")
+
+    def __call__(
+        self, params: model.Params, advance: Callable[[int], None] = lambda tokens: None
+    ) -> Score:
+        """The score of all rows; `advance` hears of every so many places scored."""
+        scores = []
+        for first in range(0, self._count, self._at_once):
+            nll_BT = np.asarray(batch_nll(self._model, self._chunk, params, self.batch(first)))
+            read = self._load(first, 0, self._at_once)
+            scored, weights = read.targets[read.weights > 0], read.weights.astype(np.float64)
+            size = int(self._tokenizer.bytes_per_token[scored].sum())
+            scores.append(Score(float((weights * nll_BT).sum()), float(weights.sum()), size))
+            advance(min(self._at_once, self._count - first) * read.tokens.shape[1])
+        return sum(scores[1:], start=scores[0])
+
+    def batch(self, first: int) -> Batch[jax.Array]:
+        """The rows from `first` on that are scored at once, on the current mesh."""
+        return sharding.place(functools.partial(self._load, first), self._at_once, "BT")
+
+    def _load(self, first: int, start_row: int, stop_row: int) -> Batch[np.ndarray]:
+        """Rows of the batch that begins with row `first`; those beyond the last weigh nothing."""
+        index = first + np.arange(start_row, stop_row)
+        batch = self.rows.rows(np.minimum(index, self._count - 1))
+        batch.weights[index >= self._count] = 0
+        return batch
 
 
 def _within_positions(context: int, config: Model) -> None:

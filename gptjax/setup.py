@@ -17,7 +17,7 @@ from gptjax.data.batches import PACKING, Batch, Batches
 from gptjax.data.sources import open_source
 from gptjax.layers import attention
 from gptjax.objectives import OBJECTIVE
-from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator
+from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator, RowEvaluator
 from gptjax.watch import STATISTICS
 
 
@@ -28,7 +28,7 @@ class Setup:
     config: Config  # with model.attention settled for the devices
     tokenizer: tokenizer.Tokenizer
     batches: Batches
-    evaluators: dict[str, Evaluator]  # by source
+    evaluators: dict[str, Evaluator | RowEvaluator]  # by source
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -98,10 +98,13 @@ def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
     return vocabulary
 
 
-def make_evaluators(config: Config, vocabulary: tokenizer.Tokenizer) -> dict[str, Evaluator]:
+def make_evaluators(
+    config: Config, vocabulary: tokenizer.Tokenizer
+) -> dict[str, Evaluator | RowEvaluator]:
     """One for the held-out split of each source."""
+    kind = RowEvaluator if PACKING[config.data.packing].whole else Evaluator
     return {
-        source: Evaluator(config, open_source(source, vocabulary, "val"), vocabulary)
+        source: kind(config, open_source(source, vocabulary, "val"), vocabulary)
         for source in config.data.sources
     }
 

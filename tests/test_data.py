@@ -193,6 +193,19 @@ def test_document(tmp_path):
     assert got.positions == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
 
 
+def test_whole(tmp_path, capsys):
+    got = epoch(batches(make(tmp_path / "s", "ab", "c", "defgh", "xyz"), packing="whole"))
+    assert got.tokens == [ids("abc."), ids("xyz.")]
+    assert got.targets == [ids("b..."), ids("yz..")]
+    assert got.weights == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert got.segments == [[0, 0, 1, -1], [0, 0, 0, -1]]
+    assert got.positions == [[0, 1, 0, 0], [0, 1, 2, 0]]
+    assert (
+        "1 of 4 documents are left out: they have more than model.context=4"
+        in capsys.readouterr().err
+    )
+
+
 documents = st.lists(st.text("abcdefg", min_size=1, max_size=12), min_size=1, max_size=8)
 
 
@@ -202,7 +215,12 @@ documents = st.lists(st.text("abcdefg", min_size=1, max_size=12), min_size=1, ma
 def test_an_epoch_scores_every_target_once(packing, texts, T, seed, tmp_path_factory):
     path = make(tmp_path_factory.mktemp("store") / "s", *texts)
     everything = ids("".join(text + "." for text in texts))
-    if packing != "document":
+    if packing == "whole":  # each begins as a prompt does, and none is cut
+        fit = [text for text in texts if len(text) <= T]
+        if not fit:
+            return
+        everything = ids("".join(text[1:] + "." for text in fit))
+    elif packing != "document":
         if len(everything) < T + 1:
             return
         everything = everything[1:]  # nothing stands before the first token
@@ -217,12 +235,12 @@ def test_an_epoch_scores_every_target_once(packing, texts, T, seed, tmp_path_fac
         assert Counter(scored) == Counter(everything)
 
 
-@pytest.mark.parametrize("packing", ["masked", "document"])
+@pytest.mark.parametrize("packing", ["masked", "document", "whole"])
 @given(texts=documents, T=st.integers(1, 9))
 @settings(max_examples=25, deadline=None)
 def test_no_segment_holds_two_documents(packing, texts, T, tmp_path_factory):
     path = make(tmp_path_factory.mktemp("store") / "s", *texts)
-    if sum(len(text) + 1 for text in texts) < T + 1:
+    if sum(len(text) + 1 for text in texts) < T + 1 or min(map(len, texts)) > T:
         return
     rows = batches(path, packing=packing, T=T).sources[0]
     got = rows.rows(np.arange(len(rows)))
@@ -244,7 +262,7 @@ def test_no_segment_holds_two_documents(packing, texts, T, tmp_path_factory):
 @pytest.mark.parametrize("packing", PACKING)
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
 def test_any_split_of_the_rows_gives_the_same_batch(tmp_path, packing, processes):
-    sources = make(tmp_path / "a", "abcdefgh", "ij", "k" * 30), make(tmp_path / "b", "x" * 50)
+    sources = make(tmp_path / "a", "abcdefgh", "ij", "k" * 30), make(tmp_path / "b", "x" * 50, "yz")
     step = 11  # beyond the first epoch of both
     whole = batches(*sources, packing=packing, rows=6).rows(step, 0, 6)
     share = 6 // processes
@@ -284,6 +302,7 @@ ORIGINS = {
     "stream": [(0, 1), (1, 1), (1, 2)],
     "masked": [(0, 1), (1, 1), (1, 2)],
     "document": [(0, 0), (1, 1), (1, 1), (2, 2)],
+    "whole": [(0, 0), (1, 1), (2, 2)],
 }
 
 

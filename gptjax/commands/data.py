@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from gptjax.commands.command import (
     DEFAULT_RECIPE,
@@ -25,6 +26,10 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
         arguments.val_fraction,
         arguments.text_key,
     )
+    _print_stores(summary)
+
+
+def _print_stores(summary: dict[str, Any]) -> None:
     for split, counts in summary.items():
         print(
             f"{counts['path']}: {counts['tokens']:,} tokens, {counts['documents']:,} documents, "
@@ -32,30 +37,54 @@ def data(arguments: argparse.Namespace, overrides: list[str]) -> None:
         )
 
 
-def _add_files(parser: argparse.ArgumentParser, out: str) -> None:
+def _add_files(parser: argparse.ArgumentParser, kinds: str, out: str) -> None:
     parser.add_argument(
         "files",
         type=local,
         nargs="+",
         metavar="FILE",
-        help=".txt .raw .jsonl .parquet, or hub:DATASET[@REVISION][,CONFIG],SPLIT",
+        help=f"{kinds}, or hub:DATASET[@REVISION][,CONFIG],SPLIT",
     )
     parser.add_argument("--out", type=local, required=True, help=out)
+
+
+def _add_texts(parser: argparse.ArgumentParser, out: str) -> None:
+    _add_files(parser, ".txt .raw .jsonl .parquet", out)
     parser.add_argument(
         "--text_key", default="text", help="jsonl key or parquet column (%(default)s)"
     )
 
 
+def _add_val_fraction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="held out at the end (%(default)s)"
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    _add_files(parser, "the store to make")
+    _add_texts(parser, "the store to make")
     parser.add_argument(
         "--tokenizer",
         default="gpt2",
         help="bytes, a tiktoken encoding, or a tokenizer folder (%(default)s)",
     )
+    _add_val_fraction(parser)
+
+
+def data_dialogues(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax.dialogues import prepare_dialogues
+
+    a = arguments
+    _print_stores(prepare_dialogues(a.files, a.out, a.tokenizer, a.val_fraction))
+
+
+def _add_dialogues(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, ".jsonl .parquet", "the store to make")
     parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="held out at the end (%(default)s)"
+        "--tokenizer", required=True, help="a model, by path or name, which has a chat template"
     )
+    _add_val_fraction(parser)
 
 
 def data_vocabulary(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -67,13 +96,15 @@ def data_vocabulary(arguments: argparse.Namespace, overrides: list[str]) -> None
 
 
 def _add_vocabulary(parser: argparse.ArgumentParser) -> None:
-    _add_files(parser, "the tokenizer folder to make")
+    _add_texts(parser, "the tokenizer folder to make")
     parser.add_argument(
         "--size", type=int, required=True, help="tokens: 256 bytes, merges and end-of-text"
     )
 
 
 def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from rich.console import Console
+
     from gptjax import configure, tokenizer
     from gptjax.data import Batches, describe
 
@@ -91,7 +122,10 @@ def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError(f"--step must lie in [0, 2^31), got {arguments.step}")
     if rows < 1:
         raise ConfigError(f"--rows must be above 0, got {rows}")
-    texts = describe(batches.rows(arguments.step, 0, rows), vocabulary)
+    styles = {}
+    if Console().is_terminal and not Console().no_color:  # else read text stands in brackets
+        styles = {"scored": "\x1b[32m{}\x1b[0m".format, "read": "\x1b[2m{}\x1b[0m".format}
+    texts = describe(batches.rows(arguments.step, 0, rows), vocabulary, **styles)
     origins = batches.origins(arguments.step)[:rows]
     for row, (text, origin) in enumerate(zip(texts, origins, strict=True)):
         print(f"--- step {arguments.step}, row {row} of {all_rows}: {origin}\n{text}")
@@ -134,14 +168,31 @@ files is used: leave out what is to be held out. Both knobs change with the voca
   train --config.data.tokenizer=vocabularies/books --config.model.vocab_size=2048 ...
 """,
     ),
+    "data dialogues": Command(
+        data_dialogues,
+        _add_dialogues,
+        "Make a token store of dialogues, in which the assistant's tokens are scored.",
+        """\
+A row has `messages`, each with a role (system, user, assistant, tool) and a content, or a `prompt`
+and a `completion`, texts or messages. The model's own chat template renders it. Scored are the
+assistant's tokens and the one that ends its turn (of a completion alone, where there is one). A row
+in which they cannot be told apart is refused; one without any is left out, and counted. Teach a
+model by them, and look at what is scored, with packing=whole:
+
+  data dialogues talks.jsonl --out=data/talks --tokenizer=models/smollm2
+  train --config=configs/sft.py --from=models/smollm2 --config.data.sources="('data/talks',)" ...
+  data show --config.data.sources="('data/talks',)" --config.data.tokenizer=models/smollm2 ...
+""",
+    ),
     "data show": Command(
         data_show,
         _add_show,
         "Print the exact text of a batch.",
         f"""\
 A batch is a pure function of (seed, step): step 100 of a run reads batch 99. Before each row stands
-where it comes from: the source, its row there, and its documents, counted from 0. In double
-brackets stands what is read but not scored; a double bar begins another document.
+where it comes from: the source, its row there, and its documents, counted from 0. What is scored is
+green and what is read alone is dim; without colours it stands in double brackets. A double bar
+begins another document.
 
   data show --config=configs/shakespeare.py --step=100 --rows=2
   data show --workdir=runs/mine --step=99

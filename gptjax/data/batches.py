@@ -8,7 +8,7 @@ draw falls in epoch k // rows and is place k % rows of that epoch's permutation
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from gptjax.config import Data, UserError, check_seed, choose
 from gptjax.data.order import key, mix_sources, permute
 from gptjax.data.sources import open_source
 from gptjax.data.store import Store
+from gptjax.progress import say
 from gptjax.tokenizer import Tokenizer
 
 PAD = -1  # the segment of positions that hold no token
@@ -47,13 +48,16 @@ class Batch(NamedTuple, Generic[A]):
 class Packing(Protocol):
     """How the documents of a store become rows of T tokens.
 
-    `len` is the rows of an epoch, in which every target is scored exactly once.
+    `len` is the rows of an epoch, in which every target is scored exactly once, but for those of
+    documents that are left out.
 
     Attributes:
         segmented: whether a row's segments and positions say more than that it is one text.
+        whole: whether a document is scored as it is read here alone, uncut, and is held out so too.
     """
 
     segmented: bool
+    whole: bool
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
@@ -74,7 +78,7 @@ class Stream:
     target, as nothing stands before it.
     """
 
-    segmented = False
+    segmented = whole = False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -144,7 +148,7 @@ class Document:
     rows are padded: token end-of-text, weight 0, segment -1, position 0.
     """
 
-    segmented = True
+    segmented, whole = True, False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -184,7 +188,69 @@ class Document:
         return np.stack([document, document], axis=1)
 
 
-PACKING: dict[str, type[Packing]] = {"stream": Stream, "masked": Masked, "document": Document}
+class Whole:
+    """As many whole documents a row as fit, in the store's order, each a segment; none is cut.
+
+    A document is read as a model reads a prompt: no end-of-text stands before it, so its first token
+    is no target. What is left of a row is padding, as in `Document`. A document of more than T
+    targets is left out, which a line tells.
+    """
+
+    segmented = whole = True
+
+    def __init__(self, store: Store, context: int, eot: int) -> None:
+        self.store, self.context, self.eot = store, context, eot
+        starts = np.append(0, store.document_ends[:-1])
+        lengths = store.document_ends - starts - 1  # targets
+        self.kept = np.flatnonzero(lengths <= context)
+        if not len(self.kept):
+            raise UserError(
+                f"each document of {store.path} has more than model.context={context} targets, the "
+                f"shortest {lengths.min()}: raise it"
+            )
+        if left_out := len(lengths) - len(self.kept):
+            say(
+                f"{store.path}: {left_out} of {len(lengths)} documents are left out: they have more "
+                f"than model.context={context} targets (the longest {lengths.max()})"
+            )
+        self.bounds = np.stack([starts, store.document_ends], axis=1)[self.kept]
+        ends = np.append(0, np.cumsum(lengths[self.kept]))
+        first = [0]  # of each row, and one past the last row's last
+        while first[-1] < len(self.kept):
+            first.append(int(np.searchsorted(ends, ends[first[-1]] + context, side="right")) - 1)
+        self.first = np.array(first)
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
+        shape = (len(index), self.context)
+        tokens, targets = np.full(shape, self.eot, np.int32), np.full(shape, self.eot, np.int32)
+        weights, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        segments = np.full(shape, PAD, np.int32)
+        for row, place in enumerate(index.tolist()):
+            at = 0
+            bounds = self.bounds[self.first[place] : self.first[place + 1]].tolist()
+            for segment, (start, stop) in enumerate(bounds):
+                here = slice(at, at + stop - start - 1)
+                text = self.store.tokens(start, stop)
+                tokens[row, here], targets[row, here] = text[:-1], text[1:]
+                weights[row, here] = self.store.weights(start + 1, stop)
+                segments[row, here] = segment
+                positions[row, here] = np.arange(stop - start - 1)
+                at = here.stop
+        return Batch(tokens, targets, weights, segments, positions)
+
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        return self.kept[np.stack([self.first[index], self.first[index + 1] - 1], axis=1)]
+
+
+PACKING: dict[str, type[Packing]] = {
+    "stream": Stream,
+    "masked": Masked,
+    "document": Document,
+    "whole": Whole,
+}
 
 
 class Origin(NamedTuple):
@@ -271,19 +337,27 @@ class Batches:
                 yield i, rows_of_source, permute(place, len(source), key(self.seed, i, epoch))
 
 
-def describe(batch: Batch[np.ndarray], tokenizer: Tokenizer) -> list[str]:
+def describe(
+    batch: Batch[np.ndarray],
+    tokenizer: Tokenizer,
+    scored: Callable[[str], str] = str,
+    read: Callable[[str], str] = "⟦{}⟧".format,
+) -> list[str]:
     """The exact text of each row: its first input, then every target.
 
     A document's end shows as <|endoftext|>, a change of segment as a double bar, and what is
     not scored stands in double brackets: ⟦first input⟧ targets ‖ next document ⟦padding x 7⟧.
+
+    Args:
+        scored, read: how a text is shown that is scored, and one that is read alone.
     """
     texts = []
     assert batch.segments is not None
     rows = zip(batch.tokens, batch.targets, batch.weights, batch.segments, strict=True)
     for tokens, targets, weights, segments in rows:
-        shown = [f"⟦{tokenizer.decode(tokens[:1])}⟧"]
-        scored = weights > 0
-        changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(scored) != 0)) + 1
+        counts = weights > 0
+        changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(counts) != 0)) + 1
+        shown = [read(tokenizer.decode(tokens[:1]))]
         for part in np.split(np.arange(len(tokens)), changes):
             first = part[0]
             text = tokenizer.decode(targets[part])
@@ -291,6 +365,6 @@ def describe(batch: Batch[np.ndarray], tokenizer: Tokenizer) -> list[str]:
                 text = f"padding x {len(part)}"
             elif first and segments[first] != segments[first - 1]:
                 shown.append("‖")
-            shown.append(text if scored[first] else f"⟦{text}⟧")
+            shown.append(scored(text) if counts[first] else read(text))
         texts.append("".join(shown))
     return texts

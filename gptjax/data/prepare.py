@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,52 @@ def prepare(
         UserError: on a missing, empty, non-UTF-8 or malformed file, naming the place; or if
             `out` holds anything else.
     """
+    check_given(files, val_fraction)
+    tokenizer = load(tokenizer_name)
+    parts = [open_parts(Path(file), text_key) for file in files]
+    total, text_sha256 = _survey(files, parts)
+
+    def fill(writer: StoreWriter, start: int, stop: int, advance: Callable[[int], None]) -> None:
+        tokenise(_clip((part for read in parts for part in read()), start, stop), writer, advance)
+        if not writer.tokens:
+            raise UserError(
+                f"a text of {total} characters leaves none for '{writer.folder.name}' with "
+                f"val_fraction={val_fraction}: give more text or another fraction"
+            )
+
+    recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
+    return build(Path(out), tokenizer, recipe, total, fill)
+
+
+def check_given(files: Sequence[Path], val_fraction: float) -> None:
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must lie in [0, 1), got {val_fraction}")
     if not files:
         raise UserError("no files to read: name at least one")
-    tokenizer, out = load(tokenizer_name), Path(out)
-    parts = [open_parts(Path(file), text_key) for file in files]
-    total, text_sha256 = _survey(files, parts)
-    recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
+
+
+def build(
+    out: Path,
+    tokenizer: Tokenizer,
+    recipe: dict[str, Any],
+    total: int,
+    fill: Callable[[StoreWriter, int, int, Callable[[int], None]], None],
+    weighted: bool = False,
+) -> dict[str, Any]:
+    """Makes OUT/train and OUT/val, together or not at all, or goes on making them.
+
+    Args:
+        recipe: what the store is made of, which its manifest has: a store of the same is left as it
+            is; `val_fraction` of it cuts.
+        total: what there is, in characters or whatever `fill` counts.
+        fill: (writer, start, stop, advance) -> None writes what lies in [start, stop), and lets
+            `advance` hear of its progress.
+        weighted: whether the stores hold weights.
+
+    Returns:
+        As `prepare`.
+    """
+    val_fraction = recipe["val_fraction"]
     if (out.is_dir() and any(out.iterdir())) or out.is_file():
         return _existing(out, tokenizer, recipe)
 
@@ -111,17 +149,11 @@ def prepare(
                 for split in SPLITS if val_fraction else SPLITS[:1]:
                     if (aside / split / MANIFEST).is_file():
                         continue  # an interrupted preparation has closed it
-                    writer = StoreWriter(aside / split, tokenizer)
+                    writer = StoreWriter(aside / split, tokenizer, weighted)
                     if writer.written:
                         where = f"{out}: going on after {writer.tokens:,} tokens of {split}"
                         progress.console.print(where, soft_wrap=True, markup=False)
-                    text = _clip((part for read in parts for part in read()), *bounds[split])
-                    tokenise(text, writer, lambda chars: progress.advance(task, chars))
-                    if not writer.tokens:
-                        raise UserError(
-                            f"a text of {total} characters leaves none for '{split}' with "
-                            f"val_fraction={val_fraction}: give more text or another fraction"
-                        )
+                    fill(writer, *bounds[split], lambda done: progress.advance(task, done))
                     writer.close(split=split, **recipe)
             try:
                 os.rename(aside, out)
@@ -248,7 +280,8 @@ def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) 
 
 def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
     if str(file).startswith(HUB):
-        return _kept(str(file), text_key)
+        rows = _kept(str(file), (text_key,), required=True)
+        return lambda: ((_text(row[text_key], place), True) for place, row in rows())
     read = choose(READERS, file.suffix, f"the file ending of {file}")
     if not file.is_file():
         raise UserError(f"{file} is no file: check the path")
@@ -262,26 +295,45 @@ def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:
     return parts
 
 
-def _kept(source: str, text_key: str) -> Callable[[], Parts]:
+# (place, row): where a row of data stands, in words, and its values by their keys.
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def open_rows(file: Path, keys: Sequence[str]) -> Callable[[], Rows]:
+    """Rows of a .jsonl or .parquet file or a data set of the hub, with those of `keys` they have."""
+    if str(file).startswith(HUB):
+        return _kept(str(file), keys, required=False)
+    read = choose(ROW_READERS, file.suffix, f"the file ending of {file}")
+    if not file.is_file():
+        raise UserError(f"{file} is no file: check the path")
+
+    def rows() -> Rows:
+        for place, row in read(file, keys):
+            yield place, {key: row[key] for key in keys if key in row}
+
+    return rows
+
+
+def _kept(source: str, keys: Sequence[str], required: bool) -> Callable[[], Rows]:
     """Reads a data set of the hub once, and after that what it said."""
     # Gone with the process, however it ends.
     kept = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (what is returned has it)
     whole = False
 
-    def parts() -> Parts:
+    def rows() -> Rows:
         nonlocal whole
         kept.seek(0)
         if whole:
-            yield from ((json.loads(line), True) for line in kept)
+            yield from ((f"{source} row {n}", json.loads(line)) for n, line in enumerate(kept))
             return
         kept.truncate()
-        for number, row in enumerate(hub_rows(source, (text_key,))):
-            text = _text(row[text_key], f"{source} row {number}")
-            kept.write(json.dumps(text) + "\n")
-            yield text, True
+        for number, row in enumerate(hub_rows(source, keys if required else ())):
+            row = {key: row[key] for key in keys if key in row}
+            kept.write(json.dumps(row) + "\n")
+            yield f"{source} row {number}", row
         whole = True
 
-    return parts
+    return rows
 
 
 def hub_rows(source: str, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -356,7 +408,7 @@ def _read_text(file: Path, text_key: str) -> Parts:
         buffer = buffer[upto:]
 
 
-def _read_jsonl(file: Path, text_key: str) -> Parts:
+def _jsonl_rows(file: Path, keys: Sequence[str]) -> Rows:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -364,39 +416,50 @@ def _read_jsonl(file: Path, text_key: str) -> Parts:
             if not line.strip():
                 continue
             try:
-                document = json.loads(line.decode())
+                row = json.loads(line.decode())
             except ValueError as error:
                 reason = str(error).replace("\n", " ")
                 raise UserError(f"{file} line {number} is not JSON in UTF-8: {reason}") from error
-            if not isinstance(document, dict) or text_key not in document:
-                keys = ", ".join(document) if isinstance(document, dict) else "none"
-                raise UserError(
-                    f"{file} line {number} has no key '{text_key}': set the text key to one of "
-                    f"its keys ({keys})"
-                )
-            yield _text(document[text_key], f"{file} line {number}"), True
+            yield f"{file} line {number}", row if isinstance(row, dict) else {}
 
 
-def _read_parquet(file: Path, text_key: str) -> Parts:
+def _read_jsonl(file: Path, text_key: str) -> Parts:
+    for place, row in _jsonl_rows(file, (text_key,)):
+        if text_key not in row:
+            raise UserError(
+                f"{place} has no key '{text_key}': set the text key to one of "
+                f"its keys ({', '.join(row) or 'none'})"
+            )
+        yield _text(row[text_key], place), True
+
+
+def _parquet_rows(file: Path, keys: Sequence[str]) -> Rows:
+    """With all columns where it has none of `keys`."""
     import pyarrow
     import pyarrow.parquet
 
-    row = 0
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
-            if text_key not in names:
-                raise UserError(
-                    f"{file} has no column '{text_key}': set the text key to one of its columns "
-                    f"({', '.join(names)})"
-                )
-            for batch in table.iter_batches(columns=[text_key], batch_size=1024):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield _text(value, f"{file} row {row}"), True
+            columns = [key for key in keys if key in names] or names
+            for batch in table.iter_batches(columns=columns, batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file} row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = f"{file} cannot be read as parquet beyond row {row}: {error}"
+        reason = f"{file} cannot be read as parquet beyond row {number}: {error}"
         raise UserError(reason.replace("\n", " ")) from error
+
+
+def _read_parquet(file: Path, text_key: str) -> Parts:
+    for place, row in _parquet_rows(file, (text_key,)):
+        if text_key not in row:
+            raise UserError(
+                f"{file} has no column '{text_key}': set the text key to one of its columns "
+                f"({', '.join(row)})"
+            )
+        yield _text(row[text_key], place), True
 
 
 def _text(value: Any, place: str) -> str:
@@ -409,6 +472,10 @@ def _text(value: Any, place: str) -> str:
     return value
 
 
+ROW_READERS: dict[str, Callable[[Path, Sequence[str]], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".parquet": _parquet_rows,
+}
 READERS: dict[str, Callable[[Path, str], Parts]] = {
     ".txt": _read_text,
     ".raw": _read_text,
