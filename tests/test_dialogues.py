@@ -465,6 +465,12 @@ def test_held_out_dialogues_are_scored_by_their_weights(store: Path, folder: str
         evaluator = RowEvaluator(c, Store.open(store / "val", tokenizer), tokenizer)
         advanced: list[int] = []
         score = evaluator(params, advanced.append)
+    with jax.set_mesh(tiny.mesh(data=8)):
+        spread = RowEvaluator(c, Store.open(store / "val", tokenizer), tokenizer)(params)
+    assert spread == dataclasses.replace(score, nats=pytest.approx(score.nats, rel=1e-6))
+    few = dataclasses.replace(c, eval=dataclasses.replace(c.eval, max_tokens=1))
+    with jax.set_mesh(tiny.mesh()):
+        assert RowEvaluator(few, Store.open(store / "val", tokenizer), tokenizer).tokens == 48
     batch = evaluator.rows.rows(np.arange(len(evaluator.rows)))
     loss, _ = gradient(dataclasses.replace(c, train=tiny.train(accumulation=1)), batch)
     assert score.tokens == batch.weights.sum() and sum(advanced) == evaluator.tokens
