@@ -17,11 +17,13 @@ from gptjax import chat, dialogues, model, state
 from gptjax.cli import main
 from gptjax.config import UserError
 from gptjax.data import Batches, Store, describe, prepare
-from gptjax.data.batches import PACKING, Batch
+from gptjax.data.batches import Batch
 from gptjax.objectives import OBJECTIVE
-from gptjax.perplexity import Evaluator, RowEvaluator
+from gptjax.perplexity import RowEvaluator
 from gptjax.tokenizer import Tokenizer, load
-from tests import tiny
+from tests import hub, tiny
+from tests.child import Child
+from tests.test_hub import COMMANDS
 from tests.test_interop_tokenizer import trained, write
 
 transformers = pytest.importorskip("transformers")
@@ -261,6 +263,29 @@ def test_parquet_has_the_same_store(folder: str, tmp_path: Path) -> None:
     assert made[0]["train"]["fingerprint"] == made[1]["train"]["fingerprint"]
 
 
+def test_a_data_set_of_the_hub_has_the_same_store(folder: str, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = tmp_path / "talks.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows(10)), table)
+    with hub.served(tmp_path / "hub") as running:
+        repo = running.repos.setdefault("datasets/lab/talks", hub.Repo())
+        repo.commit({"data/train-00000-of-00001.parquet": table.read_bytes()})
+        words = [
+            ["data", "dialogues", source, f"--out={tmp_path / name}", f"--tokenizer={folder}"]
+            for source, name in ((str(table), "a"), ("hub:lab/talks,train", "b"))
+        ]
+        child = Child(COMMANDS, json.dumps([[*w, "--val_fraction=0.3"] for w in words])).wait()
+    assert [line for line in child.stdout.splitlines() if line.isdigit()] == ["0", "0"], (
+        child.stderr
+    )
+    for split in ("train", "val"):
+        ours, theirs = (Store.open(tmp_path / name / split, load(folder)) for name in "ab")
+        assert ours.fingerprint == theirs.fingerprint
+
+
 def test_an_interrupted_store_goes_on(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,11 +504,6 @@ def test_held_out_dialogues_are_scored_by_their_weights(store: Path, folder: str
     # A turn's end is a special token, whose bytes are those of its name; so it is counted.
     ends = len(answers) * int(tokenizer.bytes_per_token[2])
     assert score.bytes == sum(len(answer.encode()) for answer in answers) + ends
-
-
-def test_which_held_out_text_is_read_in_rows() -> None:
-    assert {name for name, packing in PACKING.items() if packing.whole} == {"whole"}
-    assert Evaluator.__call__ is not RowEvaluator.__call__
 
 
 # ---- the commands
