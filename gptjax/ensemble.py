@@ -28,16 +28,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import loop, sharding, state
+from gptjax import ledger, loop, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, UserError, flatten, recorded, to_dict
 from gptjax.data.batches import Batch
 from gptjax.progress import Progress, say
-from gptjax.records import CONFIG, DIVERGED, open_run
+from gptjax.records import CONFIG, DIVERGED, ENSEMBLE, open_run
 from gptjax.setup import Setup, describe, read_rows, set_up
 from gptjax.storage import Place, disk, replace_file
-
-ENSEMBLE = "ensemble.json"
 
 # The knobs in which members may differ. Those of the first line enter the program as arguments;
 # the second acts on initial values alone.
@@ -169,6 +167,9 @@ def train_together(
         # That of the last member to leave, when none is left.
         with contextlib.suppress(loop.Diverged):
             _go_on(group, setups[0].config, start or 0, until)
+    if until is None:  # they took the same steps: one stands for all
+        for workdir in [w for w in workdirs if diverged(w) is None][:1]:
+            ledger.ended(workdir)
     return [diverged(workdir) for workdir in workdirs]
 
 

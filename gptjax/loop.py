@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, alive, branch, heap, model, spike, state
+from gptjax import accounting, alive, branch, heap, ledger, model, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import LESS_MEMORY, Config, Train, UserError, out_of_memory, to_dict
 from gptjax.data.batches import Batches
@@ -86,7 +86,7 @@ def train(
     """
     while True:
         try:
-            return _attempt(config, workdir, begin, until, profile)
+            params = _attempt(config, workdir, begin, until, profile)
         except spike.Spiked as spiked:
             _go_back(config, workdir, spiked)
         except Exception as error:
@@ -95,6 +95,10 @@ def train(
                 held = accounting.memory(settle(config), shape)
                 raise UserError(f"{words}. A device holds {held}: {LESS_MEMORY}") from error
             raise
+        else:
+            if params is not None and until is None:
+                ledger.ended(workdir)
+            return params
 
 
 def _go_back(config: Config, workdir: Place, spiked: spike.Spiked) -> None:

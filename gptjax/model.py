@@ -325,18 +325,14 @@ def hidden(
     if cache is not None:
         index_BT = index_BT + cache["length"][:, None]
     position_BT = index_BT if position_BT is None else position_BT
-    # Tokens of a row that is split stand in another order from here to the end of this function. Not
-    # so if somebody listens or edits, who is not to know of it: then devices wait for the last.
-    order_T = sharding.balanced(T)
-    if listen or edit:
-        order_T = None
-    if order_T is not None:
+    tap = Tap(listen, edit)
+    order_T = tap.order(T)
+    if order_T is not None:  # from here to the end of this function
         places: Any = (tokens_BT, index_BT, position_BT, segments_BT)
         places = jax.tree.map(
             lambda x: sharding.balance(x, "1T" if x.shape[0] == 1 else "BT"), places
         )
         tokens_BT, index_BT, position_BT, segments_BT = places
-    tap = Tap(listen, edit)
     context = Context(
         position_BT,
         index_BT,

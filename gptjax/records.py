@@ -10,6 +10,7 @@
 In a bucket nothing is appended to: there, both are put whole, every ten seconds at most and before
 a checkpoint, so that what a checkpoint stands for is there.
     WORKDIR/diverged.json       {"step", "reason"}, of a run that diverged, until it is started again
+    WORKDIR/ensemble.json       {"member", "members", "varied"}, of runs that were trained together
     WORKDIR/failed.json         {"reason"}, of a study's run that could not run
     WORKDIR/begun               of a study's run: a byte for each start that has not ended, while a
                                 process trains it, or where killed ones did and none has since
@@ -64,6 +65,7 @@ from gptjax.storage import (
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 DIVERGED, FAILED, BEGUN = "diverged.json", "failed.json", "begun"
+ENSEMBLE = "ensemble.json"
 
 # What a resumed run may set anew: sections or knobs, none of which changes the function being
 # trained or the order of its data. Those of the second line change the rounding of its sums, so
@@ -112,8 +114,8 @@ def by_place(fingerprints: Mapping[str, str]) -> dict[str, str]:
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "plan", "report", "sizes", "study"),
     *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
-    *("positions.py", "profile.py", "progress.py", "records.py", "replay.py", "signals.py"),
-    *("speak.py", "status.py", "trained.py"),
+    *("ledger.py", "positions.py", "profile.py", "progress.py", "records.py", "replay.py"),
+    *("signals.py", "speak.py", "status.py", "trained.py"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -217,7 +217,7 @@ def _read_config(workdir: Place, sha256: str) -> Config:
 
 def _read_group(workdir: Place, config: Config) -> tuple[list[Config] | None, int]:
     """The runs that were trained together with this one, and which of them it is."""
-    file = workdir / ensemble.ENSEMBLE
+    file = workdir / records.ENSEMBLE
     if not file.exists():
         return None, 0
     try:

@@ -366,13 +366,6 @@ TOKENS = np.random.default_rng(1).integers(32, size=(B, T)).astype(np.int32)
 def test_a_mesh_computes_what_one_device_does(sizes, factor):
     more = {"shared_experts": 1, "scan_layers": True, "balance_rate": 0.1}
     c = model(capacity_factor=factor, **more, **LOSSES)
-    if factor is not None and "sequence" in sizes:
-        with (
-            pytest.raises(ConfigError, match="counts the tokens of a whole row"),
-            jax.set_mesh(tiny.mesh(**sizes)),
-        ):
-            jax.eval_shape(functools.partial(objective, c), gpt.init(c, 0), TOKENS)
-        return
     p = random_params(c)
     step = jax.jit(jax.value_and_grad(functools.partial(objective, c), has_aux=True))
     (want, shown), slope = step(p, TOKENS)
@@ -389,6 +382,24 @@ def test_a_mesh_computes_what_one_device_does(sizes, factor):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(slope), strict=True):
         # Float32 sums of 64 tokens, in another order.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_what_is_dropped_of_a_split_row_is_the_same_whoever_listens():
+    """In order where somebody does, else balanced."""
+    c = model(capacity_factor=0.5)
+    p = random_params(c)
+    want = gpt.hidden(c, p, TOKENS)
+    assert (want.heard["metric/dropped_share"] > 0.2).all()
+    with jax.set_mesh(mesh := tiny.mesh(sequence=2, expert=2)):
+        tokens = jax.device_put(TOKENS, NamedSharding(mesh, sharding.spec("BT")))
+        for listen in ((), ("router",)):
+            run = jax.jit(functools.partial(gpt.hidden, c, listen=listen))
+            got = run(on_mesh(c, p, mesh), tokens)
+            # Float32 sums of 16 to 64 terms whose values reach some ten.
+            np.testing.assert_allclose(got.x_BTD, want.x_BTD, rtol=0, atol=1e-4)
+            name = "metric/dropped_share"
+            np.testing.assert_array_equal(got.heard[name], want.heard[name])
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -578,6 +589,20 @@ def test_flops_are_those_of_the_experts_that_a_token_meets(k, factor):
     plain = accounting.flops_by_part(other, causal=True)
     assert parts == {part: n for part, n in plain.items() if part != "feedforward"}
     assert accounting.train_flops_per_token(c, True) == sum(parts.values()) + rest
+
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_slots_that_stay_empty_on_a_mesh_are_not_counted(factor):
+    """Without a capacity a device has room for all tokens of all others, and computes its share."""
+    c = model(capacity_factor=factor, bias=False)
+    want = accounting.flops_by_part(c, causal=True)
+    run = dataclasses.replace(config(), model=c)
+    with jax.set_mesh(tiny.mesh(expert=4, fsdp=2)):
+        accounting._products.cache_clear()
+        assert accounting.flops_by_part(c, causal=True) == want
+        meter = loop.Meter(run, jax.devices(), None, None)  # type: ignore[arg-type]
+    assert (meter._flops, meter._routed) == (sum(want.values()), want["experts"])
 
 
 def test_active_parameters_by_hand():

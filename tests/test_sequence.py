@@ -260,6 +260,47 @@ def test_a_split_row_has_the_loss_and_the_gradients_of_a_whole_one(changes, axes
     close(loss_and_gradients(config, rows(), AXES[axes]), want, 1e-5)
 
 
+HALVES: list[tuple[dict[str, Any], str]] = [
+    ({"attention": "block"}, "4"),
+    ({"attention": "block", "windows": (5,), "attention_softcap": 2.0}, "8"),
+    ({"attention": "plain", "position": "alibi"}, "fsdp"),
+]
+
+
+@pytest.mark.parametrize("changes, axes", HALVES, ids=str)
+def test_in_bfloat16_a_split_row_is_as_near_to_float32_as_a_whole_one(changes, axes):
+    """Both round to 8 bits at the same places, in another order: their errors are of one size."""
+    config = dataclasses.replace(MODEL, **changes)
+    half = dataclasses.replace(config, dtype="bfloat16")
+    plain = {"attention": "plain"}
+    exact = loss_and_gradients(dataclasses.replace(config, **plain), rows())
+    whole = loss_and_gradients(dataclasses.replace(half, **plain), rows())
+    split_ = loss_and_gradients(half, rows(), AXES[axes])
+
+    def error(got: Any) -> np.ndarray:
+        """Of each array, root mean square over that of the exact one."""
+        norm = lambda x: np.linalg.norm(np.asarray(x, np.float64))  # noqa: E731
+        return np.asarray(
+            [
+                norm(np.subtract(a, b)) / norm(b)
+                for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(exact[1]), strict=True)
+                if norm(b)
+            ]
+        )
+
+    print(
+        error(split_) / error(whole),
+        error(split_).max(),
+        error(whole).max(),
+        np.linalg.norm(error(split_)) / np.linalg.norm(error(whole)),
+    )
+    assert 2**-9 < error(whole).max() < 2**-4
+    assert np.linalg.norm(error(split_)) < 1.5 * np.linalg.norm(error(whole))
+    (loss, _), _ = split_
+    # A loss is a float32 mean of 50 tokens, whose logits are rounded once: relative 2**-9 each.
+    assert float(loss) == pytest.approx(float(exact[0][0]), rel=2**-7)
+
+
 def test_a_fused_kernel_takes_its_part_of_a_row(monkeypatch):
     """Splash, interpreted: 128 tokens a device, of two pieces and two documents."""
     row = ATTENTION["splash"]._replace(kernel=functools.partial(splash, interpret=True))

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from gptjax import ensemble
+from gptjax.records import ENSEMBLE
 from gptjax.study import runner, spec
 from tests import tiny
 from tests.child import Child
@@ -99,7 +100,7 @@ def test_a_killed_group_goes_on_as_it_was_and_ends_the_same(
     child.kill()
     # Asked for alone now: what began as a group stays one.
     found = runner.run_study(spec.load(file), tmp_path, together=1)
-    begun = [c for c in cells if (tmp_path / c.address / ensemble.ENSEMBLE).is_file()]
+    begun = [c for c in cells if (tmp_path / c.address / ENSEMBLE).is_file()]
     assert len(begun) in (4, 6)
     same = {c.label: together[1][c.label] for c in begun}
     assert {label: metrics(found)[label] for label in same} == same

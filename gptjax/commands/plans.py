@@ -28,8 +28,8 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # The compilers that the extras bring are not for this process, which needs no device of theirs.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     prepare_jax(None)
-    from gptjax import configure
-    from gptjax.plan import hardware, ledger, summary
+    from gptjax import configure, ledger
+    from gptjax.plan import hardware, summary
     from gptjax.plan import plan as plans
     from gptjax.records import strict_json
     from gptjax.report.page import write
@@ -41,7 +41,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("--axis and --points are of a search: give --search or --budget")
     config = configure.from_file(arguments.config, overrides)
     calibration = None if arguments.calibrate is None else ledger.measure(arguments.calibrate)
-    if calibration is not None and not calibration.kind.startswith(target.chip.kind):
+    if calibration is not None and not target.chip.covers(calibration.kind):
         raise UserError(
             f"{arguments.calibrate} was trained on {calibration.kind}, which foretells nothing of "
             f"{target.name}: calibrate by a run on {target.chip.kind}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -63,7 +62,6 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
         speak,
         trained,
     )
-    from gptjax.plan import ledger
     from gptjax.sharding import make_mesh
 
     if arguments.verify:
@@ -92,10 +90,6 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> None:
             config = setup.settle(config)
             weights = decode.cast(config.model, params)
             speak.generate(config, weights, setup.load_tokenizer(config))
-            if jax.process_index() == 0:
-                # A run without a measured step foretells nothing.
-                with contextlib.suppress(UserError):
-                    ledger.append(ledger.measure(workdir))
 
 
 def _workdir(arguments: argparse.Namespace, recipe: str) -> Place:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ConfigError, choose
+from gptjax.sharding import balanced
 
 Cache = dict[str, jax.Array]  # "key" and "value", each (B, K, S, H), slot s holds index s
 # (value at the point, number of the layer) -> value of the same shape and dtype. The number is
@@ -93,6 +94,14 @@ class Tap:
             self.heard[name] = x if keep is None else keep(x)
         return x
 
+    def order(self, tokens: int) -> np.ndarray | None:
+        """Which index of a row of so many tokens stands at each place in the blocks; None: in order.
+
+        Those of a row that is split stand as `sharding.balanced` says. Not so if somebody listens or
+        edits, who is not to know of it: then devices wait for the last.
+        """
+        return None if self._listen or self._edit else balanced(tokens)
+
     def loss(self, name: str, value: jax.Array) -> None:
         """Adds `value`, a mean over the batch's tokens, to what training minimises.
 
@@ -156,7 +165,7 @@ class Context(NamedTuple):
         first_value_BTKH: the first layer's values, for the value residual.
         cache: keys and values of earlier tokens; the new ones are written into it.
         dropout_key: None is evaluation.
-        order_T: of `sharding.balanced`, where the tokens stand so; None: they stand in order.
+        order_T: of `Tap.order`.
     """
 
     position_BT: jax.Array

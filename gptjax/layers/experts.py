@@ -17,6 +17,8 @@ beyond passes by on the residual stream. Text is generated without a capacity.
 
 Over a mesh each device has its experts and its tokens. Two all-to-alls bring tokens to experts and
 back: with a capacity C slots for each row and expert, without one as many as could come at worst.
+Of a row that is split a device would fill few of C slots: there no token is left out before its
+experts, and what they make of one that is beyond the capacity is dropped after them.
 
 In names, k numbers the choices of a token, M any rows of tokens and C an expert's slots.
 """
@@ -29,10 +31,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from gptjax import parametrisation, sharding
-from gptjax.config import ConfigError, Model
+from gptjax.config import Model
 from gptjax.layers.context import Tap
 from gptjax.layers.linear import linear, on_grid, wide
 from gptjax.layers.parameter import Scaled, add_bias, parameter
@@ -73,16 +76,11 @@ def experts(
 
     weights, specs = _declare(module, c, F, gated)
     gate_BTk, id_BTk = _route(module, c, x_BTD, tap)
-    slot_BTk, capacity = None, 0
+    slot_BTk, capacity, split = None, 0, sharding.ways("T") > 1
     if c.capacity_factor is not None and not sharding.decoding():
-        if sharding.ways("T") > 1:
-            raise ConfigError(
-                f"model.capacity_factor={c.capacity_factor} counts the tokens of a whole row, which the "
-                f"mesh splits: set it to None, or mesh.{sharding.axis_of('T')} to 1"
-            )
         _, T, k = id_BTk.shape
         capacity = min(math.ceil(c.capacity_factor * T * k / c.experts), T)
-        slot_BTk = _rank(id_BTk, c.experts)
+        slot_BTk = _slots(id_BTk, c.experts, tap.order(T))
         tap.metric("dropped_share", (slot_BTk >= capacity).mean())
 
     def routed(
@@ -94,10 +92,12 @@ def experts(
     ) -> jax.Array:
         """Of the tokens, the experts and the part of F of one device."""
         x_BTkD = jnp.broadcast_to(x_BTD[:, :, None], (*id_BTk.shape, x_BTD.shape[2]))
-        if slot_BTk is None:
+        if slot_BTk is None or split:
             y_BTkD = _dropless(x_BTkD, id_BTk, weights, layer)
         else:
             y_BTkD = _with_capacity(x_BTkD, id_BTk, slot_BTk, capacity, weights, layer)
+        if slot_BTk is not None and split:
+            y_BTkD = jnp.where(slot_BTk[..., None] < capacity, y_BTkD, 0)
         # One sum in one order, so that no scatter adds in another.
         return (y_BTkD.astype(jnp.float32) * gate_BTk[..., None]).sum(2).astype(x_BTD.dtype)
 
@@ -186,6 +186,15 @@ def _route(module: nn.Module, c: Model, x_BTD: jax.Array, tap: Tap) -> tuple[jax
         z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
         tap.loss("router_z", c.router_z_loss * jnp.square(z_BT).mean())
     return gate_BTk, id_BTk
+
+
+def _slots(id_BTk: jax.Array, kinds: int, order_T: np.ndarray | None) -> jax.Array:
+    """`_rank` of choices whose row the mesh may split; they stand as `Tap.order` says."""
+    if sharding.ways("T") == 1:
+        return _rank(id_BTk, kinds)
+    moved = order_T is not None
+    slot_BTk = _rank(sharding.gather_sequence(id_BTk, "BT1", moved), kinds)
+    return sharding.balance(slot_BTk, "BT1") if moved else sharding.shard(slot_BTk, "BT1")
 
 
 def _rank(id_BTk: jax.Array, kinds: int) -> jax.Array:

@@ -64,6 +64,11 @@ class Chip(NamedTuple):
     cores: int
     sizes: dict[int, str]
 
+    def covers(self, device_kind: str) -> bool:
+        """Whether a device of this kind is such a chip, and no other row's: "TPU v5 lite" is no v5p."""
+        others = [c.kind for c in CHIPS.values() if len(c.kind) > len(self.kind)]
+        return device_kind.startswith(self.kind) and not device_kind.startswith(tuple(others))
+
     @property
     def peak(self) -> float:
         """Dense bf16 FLOP/s of a device, by `gptjax.accounting`; of a CPU float32, measured now."""

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gptjax import accounting
+from gptjax import accounting, ledger
 from gptjax.config import Config, to_dict
 from gptjax.layers import attention
-from gptjax.plan import compile, estimate, ledger
+from gptjax.plan import compile, estimate
 from gptjax.plan.compile import Compiled
 from gptjax.plan.estimate import ANALYTIC, COMPILER, DAY, ESTIMATE, Figure
 from gptjax.plan.hardware import DATE, MOST_VIRTUAL, Hardware
@@ -47,7 +47,7 @@ def make(
     if compiled is not None and compiled.collectives is not None:
         rows = estimate.traffic(compiled.collectives, hardware)
     time = estimate.step_time(config, hardware, counted["total"], rows)
-    entries = [calibration] if calibration is not None else ledger.read(hardware.chip.kind)
+    entries = [calibration] if calibration is not None else ledger.read(hardware.chip.covers)
     record = {
         "on": hardware.name,
         "chip": {

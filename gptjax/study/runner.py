@@ -15,7 +15,7 @@ from gptjax.checkpoint import Busy
 from gptjax.config import LESS_MEMORY, Config, UserError, out_of_memory
 from gptjax.locks import Held, Lock
 from gptjax.progress import say
-from gptjax.records import BEGUN, CONFIG, DIVERGED, FAILED, read_environment
+from gptjax.records import BEGUN, CONFIG, DIVERGED, ENSEMBLE, FAILED, read_environment
 from gptjax.sharding import make_mesh
 from gptjax.signals import undone
 from gptjax.storage import Place, disk, patient, replace_file
@@ -154,7 +154,7 @@ def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[di
         if o.folder in begun:
             continue
         if (o.folder / CONFIG).is_file():
-            alone = not (o.folder / ensemble.ENSEMBLE).is_file()
+            alone = not (o.folder / ENSEMBLE).is_file()
             group = [config] if alone else ensemble.group_of(o.folder)[0]
             by_folder = {o.folder if c == config else place(c, store, now=True): c for c in group}
             begun.update(by_folder)

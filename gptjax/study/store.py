@@ -29,7 +29,7 @@ from gptjax import branch, ensemble, setup, state
 from gptjax.config import Config, ConfigError, UserError, recorded
 from gptjax.data.batches import Batch
 from gptjax.perplexity import batch_nll
-from gptjax.records import CONFIG, code_fingerprint, environment, read_environment
+from gptjax.records import CONFIG, ENSEMBLE, code_fingerprint, environment, read_environment
 from gptjax.sharding import make_mesh, section
 from gptjax.storage import Place, changed, children, disk, replace_file
 from gptjax.study.spec import address
@@ -142,7 +142,7 @@ def differences(folder: Place, config: Config) -> list[str]:
             f"{len(devices)} of {jax.default_backend()}: whether it computes the same cannot be "
             "told. Go on with its code, or there; or use another --store"
         )
-    alone = not (folder / ensemble.ENSEMBLE).is_file()
+    alone = not (folder / ENSEMBLE).is_file()
     group, member = ([config], 0) if alone else ensemble.group_of(folder)
     current_facts = facts(group, member, make_mesh(section(computes["mesh"]), devices[:size]))
     recorded_facts = computes["facts"]

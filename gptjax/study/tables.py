@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.ensemble import ENSEMBLE
+from gptjax.records import ENSEMBLE
 from gptjax.report.formats import Table, below, csv_of, terminal
 from gptjax.report.interval import Interval
 from gptjax.report.terminal import MISSING, new_console, number

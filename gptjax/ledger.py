@@ -1,26 +1,29 @@
 """What finished runs took beside what was planned for them, so that later plans forecast.
 
-`train` appends a line for each run that it ends: the seconds of a step if all devices had computed
-at their peak, and what a step took, the median of the run. Their ratio, 1 / MFU, is what no plan
-can know. The ratios of one kind of device make an interval that holds a further run in 95 of 100
+A line is appended for each run that ends, and one for those that were trained together: the seconds
+of a step if all devices had computed at their peak, and what a step took, the median of the run.
+Their ratio, 1 / MFU, is what no plan can know. The ratios of one kind of device make an interval that holds a further run in 95 of 100
 cases if they are drawn alike from a log-normal distribution. One run makes a number alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import scipy.stats
 
 from gptjax import configure
 from gptjax.config import UserError
 from gptjax.locks import alone
 from gptjax.places import cache
-from gptjax.records import CONFIG, read_environment, read_metrics
+from gptjax.records import CONFIG, ENSEMBLE, read_environment, read_metrics
 from gptjax.report.interval import CONFIDENCE, Interval
 from gptjax.storage import Place
 
@@ -50,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def measure(run: Place) -> Entry:
-    """What a run took.
+    """What a run took; of one that was trained with others, what all of them took.
 
     Raises:
         UserError: if it is none, or has measured no step against a known peak.
@@ -70,7 +73,18 @@ def measure(run: Place) -> Entry:
     tokens = config.data.batch_size * config.model.context
     measured = tokens / statistics.median(line["tokens_per_second"] for line in lines)
     planned = measured * statistics.median(line["mfu"] for line in lines)
-    return Entry(kind, devices, planned, measured, str(run))
+    if (run / ENSEMBLE).is_file():
+        planned *= json.loads((run / ENSEMBLE).read_bytes())["members"]
+    folder = run.absolute() if isinstance(run, Path) else run
+    return Entry(kind, devices, planned, measured, str(folder))
+
+
+def ended(run: Place) -> None:
+    """Appends what a run took that is done; one without a measured step foretells nothing."""
+    if jax.process_index() == 0:
+        # A bucket that is away, or a cache that cannot be written, spoils no run that is done.
+        with contextlib.suppress(UserError, OSError):
+            append(measure(run))
 
 
 def append(entry: Entry) -> None:
@@ -80,15 +94,16 @@ def append(entry: Entry) -> None:
         stream.write(json.dumps(entry._asdict()) + "\n")
 
 
-def read(kind: str) -> list[Entry]:
-    """The runs on devices whose kind begins so; of one folder the latest."""
+def read(of: Callable[[str], bool]) -> list[Entry]:
+    """The runs on devices of a kind for which `of` is true; of one folder the latest."""
     ledger = cache() / LEDGER
     lines = ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else []
     entries: dict[str, Entry] = {}
     for line in lines:
-        record: dict[str, Any] = json.loads(line)
-        entries[record["run"]] = Entry(**record)
-    return [entry for entry in entries.values() if entry.kind.startswith(kind)]
+        with contextlib.suppress(ValueError, TypeError):  # a line that a full disk cut off
+            entry = Entry(**json.loads(line))
+            entries[entry.run] = entry
+    return [entry for entry in entries.values() if of(entry.kind)]
 
 
 class Forecast(NamedTuple):
