@@ -36,8 +36,7 @@ def get_config(size: str = "125m") -> ConfigDict:
     m.context = 2048
     m.windows = (None, 256)
     m.dtype = "bfloat16"
-    # Unrolled: the fused kernels want each layer's window known when it is compiled.
-    m.scan_layers = False
+    m.scan_layers = True
     m.remat = "dots"
 
     c.data.batch_size = round(batch_tokens / m.context / 64) * 64  # divisible by 64 devices

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -397,6 +397,43 @@ def _apply(module: nn.Module, params: Params, name: str, *inputs: Any) -> Any:
     return module.apply({"params": params.get(name, {})}, *inputs)
 
 
+def _turn(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The windows of the least number of layers after which all repeat."""
+    L = len(windows)
+    n = next(n for n in range(1, L + 1) if L % n == 0 and windows == windows[:n] * (L // n))
+    return windows[:n]
+
+
+def _scan(
+    steps: Sequence[Callable[[Any, Any], tuple[Any, Any]]], carry: Any, stacked: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Scans over layers, as many a turn as there are `steps`, so that each has its own window.
+
+    Returns:
+        The last carry, and what was heard with a leading dim L.
+    """
+    n = len(steps)
+
+    def turn(carry: Any, layers: Any) -> tuple[Any, Any]:
+        each = []
+        for i, step in enumerate(steps):
+            carry, (_, heard) = step(carry, jax.tree.map(lambda x, i=i: x[i], layers))
+            each.append(heard)
+        return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+
+    def shaped(x: jax.Array, lead: tuple[int, ...], drop: int) -> jax.Array:
+        to = sharding.like(x)
+        to = to if to is None else jax.P(*(None for _ in lead), *to[drop:])
+        return jnp.reshape(x, (*lead, *x.shape[drop:]), out_sharding=to)
+
+    if n == 1:
+        carry, (_, heard) = jax.lax.scan(steps[0], carry, stacked)
+        return carry, heard
+    turns = jax.tree.map(lambda x: shaped(x, (x.shape[0] // n, n), 1), stacked)
+    carry, heard = jax.lax.scan(turn, carry, turns)
+    return carry, jax.tree.map(lambda x: shaped(x, (x.shape[0] * n,), 2), heard)
+
+
 def _blocks(
     config: Model,
     params: Params,
@@ -411,10 +448,9 @@ def _blocks(
     With a cache always unrolled: a scan would copy the whole cache for every token.
     """
     windows = config.layer_windows
-    uniform = len(set(windows)) == 1
     met: set[str] = set()
 
-    def body(carry: Any, layer: Any, window: int | jax.Array | None) -> tuple[Any, Any]:
+    def body(carry: Any, layer: Any, window: int | None) -> tuple[Any, Any]:
         x_BTD, first_value = carry
         index, block_params, layer_cache = layer
         key = shared.dropout_key
@@ -442,7 +478,7 @@ def _blocks(
 
     scanned = config.scan_layers and caches is None
 
-    def step(window: int | jax.Array | None) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def step(window: int | None) -> Callable[[Any, Any], tuple[Any, Any]]:
         run = functools.partial(body, window=window)
         # Beside its forward pass XLA would find a layer that is computed again to be the same, and
         # keep it; a scan has them apart.
@@ -451,19 +487,14 @@ def _blocks(
         )
 
     new: Any = None
+    # One function for each window, so that remat traces layers alike once.
+    steps, each = {window: step(window) for window in set(windows)}, []
     if scanned:
-        window_L = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
         stacked = (jnp.arange(config.layers), params["blocks"], None)
-        if uniform:
-            carry, (_, heard) = jax.lax.scan(step(windows[0]), carry, stacked)
-        else:
-            body_of = lambda carry, layer: step(layer[1])(carry, layer[0])  # noqa: E731
-            carry, (_, heard) = jax.lax.scan(body_of, carry, (stacked, window_L))
+        carry, heard = _scan([steps[window] for window in _turn(windows)], carry, stacked)
     else:
         if not isinstance(params["blocks"], tuple):
             params = split_layers(config, params)
-        # One function for each window, so that remat traces layers alike once.
-        steps, each = {window: step(window) for window in set(windows)}, []
         for i, window in enumerate(windows):
             layer = (i, params["blocks"][i], None if caches is None else caches[i])
             carry, layer_outputs = steps[window](carry, layer)

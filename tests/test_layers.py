@@ -239,12 +239,10 @@ def test_grouped_heads_are_repeated_heads(name, small_blocks):
 # Which kernel, and what it refuses.
 
 AUTO = model(attention="auto", dtype="bfloat16", head_dim=16)
-MIXED = {"windows": (64, None), "scan_layers": True}
 REFUSED = {
     "cudnn": [
         ({"attention_softcap": 1.0}, 128, "softcapped scores"),
         ({"position": "alibi"}, 128, "ALiBi"),
-        (MIXED, 128, "layers of different windows under model.scan_layers"),
         ({"dtype": "float32"}, 128, "model.dtype='float32'"),
         ({}, 127, "127 tokens, no multiple of 2"),
         ({"head_dim": 12}, 128, "heads of width 12"),
@@ -252,7 +250,6 @@ REFUSED = {
     ],
     "splash": [
         ({"position": "alibi"}, 128, "ALiBi"),
-        (MIXED, 128, "layers of different windows under model.scan_layers"),
         ({}, 100, "100 tokens, no multiple of 128"),
         ({}, 1, "1 tokens, no multiple of 128"),
     ],
@@ -313,7 +310,7 @@ def test_what_is_advised_is_not_refused_nor_what_was_asked(changes, platform, le
         ({"dtype": "float32"}, 128, "block", "plain", "splash"),
         ({"windows": (64,), "scan_layers": True}, 128, "block", "cudnn", "splash"),
         ({"windows": (64, None)}, 128, "block", "cudnn", "splash"),
-        (MIXED, 128, "block", "plain", "plain"),
+        ({"windows": (64, None), "scan_layers": True}, 128, "block", "cudnn", "splash"),
         ({"position": "alibi"}, 128, "block", "plain", "plain"),
         ({"attention_softcap": 50.0}, 128, "block", "plain", "splash"),
         ({}, 100, "block", "cudnn", "plain"),

@@ -486,6 +486,28 @@ def test_dropout_differs_at_each_place_of_each_layer_and_between_keys(monkeypatc
         assert 0.3 < (a != b).mean() < 0.7  # independent coins: 1/2 +- 0.025
 
 
+@pytest.mark.parametrize(
+    "layers, windows, turns",
+    [(4, (3,), 4), (4, (None, 3), 2), (6, (2, None, 3), 2), (4, (2, None, 3), 1)],
+    ids=str,
+)
+def test_scanned_layers_of_several_windows_take_turns(layers, windows, turns):
+    """Each with its own window, known while tracing, as the fused kernels want it."""
+    scanned = model(layers=layers, windows=windows, value_residual=True, scan_layers=True)
+    apart = dataclasses.replace(scanned, scan_layers=False)
+    params = random_params(scanned)
+
+    def run(config: Model, params: Any) -> Any:
+        found = gpt.hidden(config, params, TOKENS, listen=("stream",))
+        return found.x_BTD, found.heard["stream"]
+
+    jaxpr = str(jax.make_jaxpr(functools.partial(run, scanned))(params))
+    assert f"length={turns}\n" in jaxpr and len(set(scanned.layer_windows)) == len(windows)
+    want, got = (jax.vjp(jax.jit(functools.partial(run, c)), params) for c in (apart, scanned))
+    weights = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), want[0])
+    close((got[0], got[1](weights)), (want[0], want[1](weights)))
+
+
 def test_dropout_is_one_function_scanned_and_sharded_and_off_without_a_key():
     config = model(dropout=0.3, remat="full")
     params = random_params(config)

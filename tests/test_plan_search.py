@@ -144,6 +144,10 @@ def test_the_command_lists_what_fits_and_goes_on_where_it_was_stopped(
     [
         (["--budget=100"], "--budget wants a law of scale: --points=FILE"),
         (["--budget=-1", "--points=x.csv"], "--budget=-1.0 must be above 0"),
+        (["--budget=0", "--points=x.csv"], "--budget=0.0 must be above 0"),
+        (["--dollars=0"], "--dollars=0.0 must be above 0"),
+        (["--dollars=nan"], "--dollars=nan must be above 0"),
+        (["--search", "--jobs=0"], "--jobs=0 must be above 0"),
         (["--budget=1", "--points=x.csv", "--on=tpu7x-8"], "no price of tpu7x-8 is on file"),
         (["--axis=model.width=1,2"], "--axis and --points are of a search"),
         (["--search", "--html=plan.html"], "--calibrate and --html are of one plan"),

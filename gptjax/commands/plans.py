@@ -35,6 +35,10 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from gptjax.report.page import write
 
     target = hardware.parse(arguments.hardware)
+    for name in ("dollars", "budget", "jobs"):
+        number = getattr(arguments, name)
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise UserError(f"--{name}={number} must be above 0")
     if arguments.search or arguments.budget is not None:
         return _search(arguments, overrides, target)
     if arguments.axis or arguments.points is not None:
@@ -103,8 +107,6 @@ def _law(arguments: argparse.Namespace, target: Hardware) -> tuple[Any, Any, Any
         raise UserError(
             "--budget wants a law of scale: --points=FILE, the table that `scaling` fits"
         )
-    if not (math.isfinite(arguments.budget) and arguments.budget > 0):
-        raise UserError(f"--budget={arguments.budget} must be above 0")
     if arguments.dollars is None and target.chip.dollars is None:
         raise UserError(
             f"no price of {target.name} is on file: give --dollars, of an hour of a device"

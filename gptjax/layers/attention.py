@@ -78,7 +78,7 @@ def block(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     if ways("T") > 1:
         return pairs(q_BTNH, k_BSKH, v_BSKH, scores)
     (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    window = scores.window if isinstance(scores.window, int) else None
+    window = scores.window
     parts = _parts(T, window)
     if len(parts) == 1 or scores.softcap is not None or scores.slopes_N is not None:
         outputs = [
@@ -206,7 +206,7 @@ def cudnn(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
         )
         return jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=True, implementation="cudnn",
-            local_window_size=None if window is None else (int(window) - 1, 0),
+            local_window_size=None if window is None else (window - 1, 0),
         )  # fmt: skip
 
     return on_shards(kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT"))
@@ -230,9 +230,7 @@ def splash(
     window, (_, T, N, H) = scores.window, q_BTNH.shape
     G = N // k_BSKH.shape[2]
     one: Any = (
-        masks.CausalMask((T, T))
-        if window is None
-        else masks.LocalMask((T, T), (int(window) - 1, 0), 0)
+        masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
     )
     if scores.order_T is not None:
         one.q_sequence = scores.order_T
@@ -305,11 +303,6 @@ def _deterministic(c: Model) -> dict[str, bool]:
     return {f"XLA_FLAGS=--{name}=true": f"--{name}=true" in flags for name in names}
 
 
-def _mixed_windows(c: Model) -> dict[str, bool]:
-    mixed = c.scan_layers and len(set(c.layer_windows)) > 1
-    return {"layers of different windows under model.scan_layers": mixed}
-
-
 ATTENTION: dict[str, Row] = {
     "plain": Row(plain),
     "block": Row(block, auto="cpu"),
@@ -320,7 +313,6 @@ ATTENTION: dict[str, Row] = {
         multiple=2,
         lacks=lambda c: {
             **_alibi(c),
-            **_mixed_windows(c),
             **_deterministic(c),
             # It has no mask that begins within the keys, and its log-sum-exp has no gradient, by
             # which parts could be merged.
@@ -335,7 +327,7 @@ ATTENTION: dict[str, Row] = {
         auto="tpu",
         elsewhere=False,
         multiple=128,
-        lacks=lambda c: {**_alibi(c), **_mixed_windows(c)},
+        lacks=_alibi,
     ),
 }
 

@@ -173,7 +173,7 @@ class Context(NamedTuple):
     tap: Tap
     segments_BT: jax.Array | None = None
     start_B: jax.Array | None = None
-    window: int | jax.Array | None = None
+    window: int | None = None
     layer: int | jax.Array = 0
     first_value_BTKH: jax.Array | None = None
     cache: Cache | None = None

@@ -29,8 +29,7 @@ class Scores:
         k_index_BS: each key's index, int32; B may be 1.
         q_segments_BT: the document of each query; None: all is one document.
         k_segments_BS: the document of each key.
-        window: keys seen, the query's own included; None sees all. An int32 scalar where
-            layers of different windows share one compiled body.
+        window: keys seen, the query's own included; None sees all.
         slopes_N: ALiBi slopes; None adds no bias.
         softcap: c turns scores z into c tanh(z / c); None leaves them.
         cached: keys come from a cache, so query t does not stand at key t.
@@ -42,7 +41,7 @@ class Scores:
     k_index_BS: jax.Array
     q_segments_BT: jax.Array | None = None
     k_segments_BS: jax.Array | None = None
-    window: int | jax.Array | None = None
+    window: int | None = None
     slopes_N: np.ndarray | jax.Array | None = None
     softcap: float | None = None
     cached: bool = False

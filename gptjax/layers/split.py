@@ -23,7 +23,7 @@ def visits(order_T: np.ndarray, shards: int, window: int | None) -> tuple[int, l
 
     Args:
         order_T: each query's index. A shard has two pieces of consecutive ones.
-        window: as of `Scores`; None also where it is not known while tracing.
+        window: as of `Scores`.
 
     Returns:
         The size of a tile, and for each shard int32 (pairs, 2): at which of its queries a tile
@@ -50,7 +50,7 @@ def pairs(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     """
     T, H, window = q_BTNH.shape[1], q_BTNH.shape[3], scores.window
     order_T = np.arange(T, dtype=np.int32) if scores.order_T is None else scores.order_T
-    tile, lists = visits(order_T, ways("T"), window if isinstance(window, int) else None)
+    tile, lists = visits(order_T, ways("T"), window)
     most = max(map(len, lists))
     # Of each shard and step: where the two tiles begin, and whether there is anything to do.
     steps = np.zeros((len(lists), most, 3), np.int32)
@@ -60,7 +60,7 @@ def pairs(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     def kernel(q: jax.Array, k: jax.Array, v: jax.Array, *told: Any) -> jax.Array:
         q_BKGTH = (q * H**-0.5).reshape(*q.shape[:2], k.shape[2], -1, H).transpose(0, 2, 3, 1, 4)
         kv = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        o_BKGTH = _pairs(tile, scores.softcap, q_BKGTH, *kv, _Told(*told))
+        o_BKGTH = _pairs(tile, scores.softcap, window, q_BKGTH, *kv, _Told(*told))
         return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
     slopes_N = scores.slopes_N
@@ -74,7 +74,6 @@ def pairs(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
         (scores.q_segments_BT, "BT"),
         (scores.k_segments_BS, "BS"),
         (None if slopes_N is None else jnp.asarray(slopes_N), "N"),
-        (None if window is None else jnp.asarray(window, jnp.int32), ""),
     )
 
 
@@ -86,7 +85,6 @@ class _Told(NamedTuple):
     q_segments_BT: jax.Array | None
     k_segments_BS: jax.Array | None
     slopes_N: jax.Array | None
-    window: jax.Array | None
 
 
 class _Pair(NamedTuple):
@@ -100,22 +98,24 @@ class _Pair(NamedTuple):
 _PairResiduals = tuple[jax.Array, jax.Array, jax.Array, _Told, jax.Array, jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _pairs(
     tile: int,
     softcap: float | None,
+    window: int | None,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     told: _Told,
 ) -> jax.Array:
     """o_BKGTH of a device's queries, which are scaled."""
-    return _pairs_forward(tile, softcap, q_BKGTH, k_BKSH, v_BKSH, told)[0]
+    return _pairs_forward(tile, softcap, window, q_BKGTH, k_BKSH, v_BKSH, told)[0]
 
 
 def _pairs_forward(
     tile: int,
     softcap: float | None,
+    window: int | None,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
@@ -125,7 +125,7 @@ def _pairs_forward(
 
     def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
         t, s, _ = where
-        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
+        pair = _pair(tile, softcap, window, q_BKGTH, k_BKSH, told, where)
         o_BKGTH, top_BKGT, total_BKGT = (_tile(x, t, tile, 3) for x in carry)
         scores_BKGTS = jnp.where(pair.mask_BTS[:, None, None], pair.scores_BKGTS, lowest)
         new_top_BKGT = jnp.maximum(top_BKGT, scores_BKGTS.max(-1))
@@ -151,7 +151,11 @@ def _pairs_forward(
 
 
 def _pairs_backward(
-    tile: int, softcap: float | None, residuals: _PairResiduals, do_BKGTH: jax.Array
+    tile: int,
+    softcap: float | None,
+    window: int | None,
+    residuals: _PairResiduals,
+    do_BKGTH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BKGTH, k_BKSH, v_BKSH, told, o_BKGTH, log_total_BKGT = residuals
     mean_BKGT = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
@@ -159,7 +163,7 @@ def _pairs_backward(
     def step(carry: Any, where: jax.Array) -> tuple[Any, None]:
         dq_BKGTH, dk_BKSH, dv_BKSH = carry
         t, s, _ = where
-        pair = _pair(tile, softcap, q_BKGTH, k_BKSH, told, where)
+        pair = _pair(tile, softcap, window, q_BKGTH, k_BKSH, told, where)
         q, do, log_total, mean = (
             _tile(x, t, tile, 3) for x in (q_BKGTH, do_BKGTH, log_total_BKGT, mean_BKGT)
         )
@@ -189,6 +193,7 @@ def _pairs_backward(
 def _pair(
     tile: int,
     softcap: float | None,
+    window: int | None,
     q_BKGTH: jax.Array,
     k_BKSH: jax.Array,
     told: _Told,
@@ -210,7 +215,7 @@ def _pair(
         k_index_BS=s + jnp.arange(tile)[None],
         q_segments_BT=q_segments_BT,
         k_segments_BS=k_segments_BS,
-        window=told.window,
+        window=window,
         slopes_N=told.slopes_N,
     )
     bias = rules.bias()
