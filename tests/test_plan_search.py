@@ -101,6 +101,11 @@ def test_a_budget_buys_what_dollars_divided_by_the_price_of_a_token_are() -> Non
         [Found("a", a_plan(1.0, forecast=forecast), "")], 100.0, points, law, same
     )
     assert row["tokens"] == pytest.approx([few / 4, few / 2, few])
+    # Of one run alone, which was slower than the high end: that is the end then.
+    slow = {"middle": {"step": 4}}
+    (row,) = budget.spend([Found("a", a_plan(1.0, forecast=slow), "")], 100.0, points, law, same)
+    assert row["tokens"] == pytest.approx([few / 4, few / 4, 2 * few])
+    assert row["interval"][0] <= row["loss"] <= row["interval"][1]
 
 
 def small(batch_size: int = 8) -> list[str]:

@@ -50,6 +50,8 @@ def _token_prices(plan: dict[str, Any]) -> tuple[float, float, float]:
     forecast = plan["forecast"] or {}
     low, high = (forecast.get(name, plan["range"][name])["step"] for name in ("low", "high"))
     middle = forecast["middle"]["step"] if forecast else math.sqrt(low * high)
+    # One run has no interval of its own, and may well lie beyond the range.
+    low, high = min(low, middle), max(high, middle)
     an_hour = plan["dollars_an_hour"]
     dear, usual, cheap = (step / 3600 * an_hour / tokens for step in (high, middle, low))
     return dear, usual, cheap
