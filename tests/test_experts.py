@@ -557,6 +557,24 @@ def test_a_text_is_what_the_whole_context_predicts(changes):
     assert np.asarray(logits[0, 2:-1].argmax(-1)).tolist() == text.ids
 
 
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("sizes", [{"expert": 2, "sequence": 2}, {"fsdp": 2, "expert": 4}], ids=str)
+def test_texts_are_the_same_on_a_mesh(sizes):
+    """As many devices as there are no texts for: three rows are filled up."""
+    c = model(context=16, shared_experts=1, capacity_factor=0.5)
+    p = random_params(c)
+    sample = tiny.sample(temperature=0.0, max_new_tokens=8)
+
+    def write(p: Any) -> list[list[int]]:
+        prompts = [[1, 2, 3], [4], [5, 6]]
+        texts = generate(c, p, prompts, sample, seed=0, vocab_size=32, end_of_text=31)
+        return [list(text.ids) for text in texts]
+
+    want = write(p)
+    with jax.set_mesh(mesh := tiny.mesh(**sizes)):
+        assert write(on_mesh(c, p, mesh)) == want
+
+
 def test_kept_weights_of_eight_bits_compute_what_the_model_does():
     c = model(context=16, products="int8", bias=False)
     p = random_params(c)
