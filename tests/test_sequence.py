@@ -269,36 +269,29 @@ HALVES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("changes, axes", HALVES, ids=str)
 def test_in_bfloat16_a_split_row_is_as_near_to_float32_as_a_whole_one(changes, axes):
-    """Both round to 8 bits at the same places, in another order: their errors are of one size."""
+    """Each rounding to 8 bits adds an error of one size; the kernel of split rows rounds at twice as
+    many places at most, in another order: the root of 2 as far, and 2 leaves room for chance."""
     config = dataclasses.replace(MODEL, **changes)
     half = dataclasses.replace(config, dtype="bfloat16")
-    plain = {"attention": "plain"}
-    exact = loss_and_gradients(dataclasses.replace(config, **plain), rows())
-    whole = loss_and_gradients(dataclasses.replace(half, **plain), rows())
-    split_ = loss_and_gradients(half, rows(), AXES[axes])
+    exact, whole = (
+        loss_and_gradients(dataclasses.replace(c, attention="plain"), rows())
+        for c in (config, half)
+    )
+    in_parts = loss_and_gradients(half, rows(), AXES[axes])
 
-    def error(got: Any) -> np.ndarray:
-        """Of each array, root mean square over that of the exact one."""
-        norm = lambda x: np.linalg.norm(np.asarray(x, np.float64))  # noqa: E731
-        return np.asarray(
-            [
-                norm(np.subtract(a, b)) / norm(b)
-                for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(exact[1]), strict=True)
-                if norm(b)
-            ]
+    def flat(found: Any) -> np.ndarray:
+        return np.concatenate(
+            [np.ravel(np.asarray(g, np.float64)) for g in jax.tree.leaves(found[1])]
         )
 
-    print(
-        error(split_) / error(whole),
-        error(split_).max(),
-        error(whole).max(),
-        np.linalg.norm(error(split_)) / np.linalg.norm(error(whole)),
-    )
-    assert 2**-9 < error(whole).max() < 2**-4
-    assert np.linalg.norm(error(split_)) < 1.5 * np.linalg.norm(error(whole))
-    (loss, _), _ = split_
-    # A loss is a float32 mean of 50 tokens, whose logits are rounded once: relative 2**-9 each.
-    assert float(loss) == pytest.approx(float(exact[0][0]), rel=2**-7)
+    def error(found: Any) -> float:
+        return float(np.linalg.norm(flat(found) - flat(exact)) / np.linalg.norm(flat(exact)))
+
+    assert 2**-9 < error(whole) < 2**-5  # a rounding, and what a few dozen of them add up to
+    assert error(in_parts) < 2 * error(whole)
+    (loss, _), (expected, _) = in_parts[0], exact[0]
+    # A mean of logits that are rounded once, in which errors of 2**-9 do not all have one sign.
+    assert float(loss) == pytest.approx(float(expected), rel=2**-8)
 
 
 def test_a_fused_kernel_takes_its_part_of_a_row(monkeypatch):
