@@ -312,8 +312,8 @@ def test_a_node_disappears_and_the_job_goes_on_once_it_is_back(
         program=[sys.executable, str(tmp_path / "slow.py")],
         environment=[f"JAX_COORDINATOR_ADDRESS=127.0.0.1:{free_port()}", f"XLA_FLAGS={flags}"],
     )
-    job = submitted(capfd, "train", *words, "--workdir=queued", "--processes=2", particulars)
     assert main(["train", *words, "--workdir=through", "--on=local", "--processes=2"]) == 0
+    job = submitted(capfd, "train", *words, "--workdir=queued", "--processes=2", particulars)
 
     def trained() -> bool:
         return Checkpoints(Path("queued") / CHECKPOINTS).latest() is not None
