@@ -155,9 +155,10 @@ class Cell:
 
 def address(config: Config) -> str:
     """The name of a run's folder in the store of cells, wherever its trunk lies."""
-    trunk = meant("train.branch", config.train.branch)
-    train = dataclasses.replace(config.train, branch=trunk)
-    return fingerprint(dataclasses.replace(config, train=train))[:16]
+    if (trunk := config.train.branch) is not None:
+        train = dataclasses.replace(config.train, branch=meant("train.branch", trunk))
+        config = dataclasses.replace(config, train=train)
+    return fingerprint(config)[:16]
 
 
 # (scale, arm) -> the values that tuning chose.
