@@ -130,8 +130,16 @@ def get_config() -> ConfigDict:
     c.train = t = ConfigDict()
     t.steps = 500
     t.objective = "next_token"  # what is minimised; by the weights of the store, as of dialogues
-    t.trainable = "all"  # all | unfrozen (all but train.frozen)
+    # all | unfrozen (all but train.frozen) | lora (adapters of the blocks' matrices) |
+    # last_n_layers (train.last_layers blocks, nothing else) | heads_only (the output projection)
+    t.trainable = "all"
     t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
+    t.last_layers = 1  # how many last_n_layers trains
+    # LoRA adds lora_alpha / lora_rank * A B to a matrix; A is D x lora_rank, B begins at 0.
+    t.lora_rank = 8
+    t.lora_alpha = 16.0
+    t.lora_matrices = ()  # patterns: ("attention/query", "feedforward/*"); (): all of the blocks
+    t.lora_dropout = 0.0  # on what A reads
     # Micro-batches a step: memory falls, and the result changes by rounding alone, but with dropout,
     # which each micro-batch draws anew.
     t.accumulation = 1

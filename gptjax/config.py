@@ -335,6 +335,11 @@ class Train:
     objective: str = field(metadata=off("next_token"))
     trainable: str = field(metadata=off("all"))
     frozen: tuple[str, ...] = field(metadata=off(()))
+    last_layers: int = field(metadata=off(1))
+    lora_rank: int = field(metadata=off(8))
+    lora_alpha: float = field(metadata=off(16.0))
+    lora_matrices: tuple[str, ...] = field(metadata=off(()))
+    lora_dropout: float = field(metadata=off(0.0))
     accumulation: int
     log_every: int
     watch: tuple[str, ...] = field(metadata=off(()))
@@ -351,6 +356,8 @@ class Train:
         _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
         _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike", "hang_seconds")
+        _positive(self, "last_layers", "lora_rank", "lora_alpha")
+        _fraction(self, "lora_dropout")
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="

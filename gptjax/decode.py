@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
-from gptjax.layers.linear import keep
-from gptjax.layers.parameter import Scaled, Spec
+from gptjax.layers.linear import is_adapted, keep
+from gptjax.layers.parameter import Adapted, Scaled, Spec
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -142,12 +142,14 @@ class Weights(NamedTuple):
 def cast(config: Model, params: Params) -> Weights:
     """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
 
-    def store(parameter: jax.Array, spec: Spec) -> jax.Array | Scaled:
+    def store(parameter: jax.Array | Adapted, spec: Spec) -> jax.Array | Scaled | Adapted:
         dtype = jnp.float32 if spec.exact else config.dtype
-        return keep(config.products, spec, parameter.astype(dtype))
+        parameter = jax.tree.map(lambda x: x.astype(dtype), parameter)
+        return keep(config.products, spec, parameter)
 
     specs = gpt.abstract_params(config)
-    return Weights(gpt.split_layers(config, jax.tree.map(store, params, specs)))
+    kept = jax.tree.map(store, params, specs, is_leaf=is_adapted)
+    return Weights(gpt.split_layers(config, kept))
 
 
 @dataclasses.dataclass

@@ -7,7 +7,7 @@ Shape alphabet, used in names (`x_BTD`), einsums and sharding rules:
     S  key position         K  key-value heads                 P  learned positions
     A  accumulation step    G  query heads a key-value head    C  vocabulary chunk
     H  head width           F  feed-forward width              E  experts
-    1  one row that stands for all
+    R  rank of an adapter   1  one row that stands for all
 
 Parameters are one plain nested dict of float32 arrays. Those of the blocks are stacked
 along L whether the layers are scanned or unrolled, so both run the same checkpoint.
@@ -39,7 +39,7 @@ from gptjax.layers.context import (
     check_points,
 )
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
-from gptjax.layers.linear import linear, look_up, on_grid
+from gptjax.layers.linear import drop_inputs, linear, look_up, on_grid
 from gptjax.layers.norm import NORM, Norm
 from gptjax.layers.parameter import INIT, Declared, Scaled, draw, parameter
 from gptjax.layers.position import POSITION
@@ -261,10 +261,13 @@ def split_layers(config: Model, params: Params) -> Params:
 
     `hidden` takes either. Sliced once, they are not sliced again for every token.
     """
-    blocks = params["blocks"]
+    return params | {"blocks": layers_of(params["blocks"], config.layers)}
+
+
+def layers_of(blocks: Params, count: int) -> tuple[Params, ...]:
+    """Each layer's parameters, of stacks of so many."""
     with jax.named_scope("parameters"):
-        layers = tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(config.layers))
-    return params | {"blocks": layers}
+        return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(count))
 
 
 class Hidden(NamedTuple):
@@ -300,7 +303,8 @@ def hidden(
 
     Args:
         config: the architecture.
-        params: the tree of `init`, or with a cache also that of `split_layers`.
+        params: the tree of `init`, or that of `split_layers`, whose layers are not scanned; a
+            matrix of either may be `Adapted`.
         tokens_BT: int32 ids in [0, V); an id outside is not noticed here but in the data.
         position_BT: int32 positions below `config.context`; None counts from the row's start.
         segments_BT: int32 document of each token; attention stays inside; None: one document.
@@ -454,12 +458,15 @@ def _blocks(
         x_BTD, first_value = carry
         index, block_params, layer_cache = layer
         key = shared.dropout_key
+        if key is not None:
+            key = jax.random.fold_in(key, index)
+            block_params = drop_inputs(block_params, key, shared.order_T is not None)
         context = shared._replace(
             window=window,
             layer=index,
             first_value_BTKH=first_value,
             cache=layer_cache,
-            dropout_key=None if key is None else jax.random.fold_in(key, index),
+            dropout_key=key,
             tap=Tap(listen, edit, index),
         )
         block: Any = Block(config)
@@ -476,7 +483,7 @@ def _blocks(
         first_value = sharding.shard(zeros, "BTKH")
     carry, policy = (x_BTD, first_value), choose(REMAT, config.remat, "model.remat")
 
-    scanned = config.scan_layers and caches is None
+    scanned = config.scan_layers and caches is None and isinstance(params["blocks"], dict)
 
     def step(window: int | None) -> Callable[[Any, Any], tuple[Any, Any]]:
         run = functools.partial(body, window=window)

@@ -37,7 +37,7 @@ Tree = Any  # nested dict like the parameters
 # Which parameters decay.
 DECAY_MASKS: dict[str, Callable[[Spec], bool]] = {
     "matrices": lambda spec: spec.kind != "vector",  # tables and the unembedding too
-    "no_embedding": lambda spec: spec.kind in ("matrix", "router"),
+    "no_embedding": lambda spec: spec.kind in ("matrix", "router", "adapter_out"),
     "all": lambda spec: True,
 }
 
@@ -202,16 +202,16 @@ def muon(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTransformati
     beta m / (1 - beta^(t+1)) + (1 - beta) g / (1 - beta^t). At beta = 0.95 and with independent
     gradients the update is 5% from his at t = 6, 1% at 20 and 0.3% at 40.
     """
-    skip = optax.MaskedNode()
+    skip, orthogonal_kinds = optax.MaskedNode(), ("matrix", "adapter_out")
 
     def fans(spec: Spec) -> Any:
-        if spec.kind != "matrix":
+        if spec.kind not in orthogonal_kinds:
             return skip
         places = (tuple(map(spec.dims.index, fan)) for fan in (spec.fan_in, spec.fan_out))
         return optax.contrib.MuonDimensionNumbers(*places)
 
     numbers = jax.tree.map(fans, specs)
-    labels = jax.tree.map(lambda spec: "muon" if spec.kind == "matrix" else "adam", specs)
+    labels = jax.tree.map(lambda s: "muon" if s.kind in orthogonal_kinds else "adam", specs)
 
     def match_rms(updates: Tree, params: Tree) -> Tree:
         def scaled(spec: Spec, u: Any) -> Any:

@@ -51,6 +51,7 @@ STANDARD = Rules(
         "router": Powers(std=0, rate=0),
         "unembedding": Powers(std=0, rate=0),
         "vector": Powers(std=0, rate=0),
+        "adapter_out": Powers(std=0, rate=0),  # from a rank, which does not grow with the width
     },
     logits=0,
     scores=0,

@@ -84,8 +84,8 @@ def decoding() -> bool:
 
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
 # H head width, F feed-forward, E experts, V vocabulary, C vocabulary chunk, L layers,
-# P positions, 1 a single row that stands for all, which nothing splits.
-LETTERS = frozenset("ABTSDNKGHFEVCLP1")
+# P positions, R an adapter's rank, 1 a single row that stands for all, which nothing splits.
+LETTERS = frozenset("ABTSDNKGHFEVCLPR1")
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -100,7 +100,7 @@ def evaluation_params(config: Config, state: TrainState) -> model.Params:
     trained = state.ema
     if trained is None:
         trained = optim.evaluation_params(state.opt_state, state.params)
-    return trainable(config).realise(trained, state.frozen)
+    return trainable(config).whole(trained, state.frozen)
 
 
 def _updates(opt_state: optax.OptState) -> jax.Array:
@@ -118,7 +118,12 @@ def make_train_step(
     Runs in one process that differ in no number of the program share it: without dropout, those
     of all seeds.
     """
-    return _jitted_update(config if config.model.dropout else dataclasses.replace(config, seed=0))
+    return _jitted_update(config if _drops(config) else dataclasses.replace(config, seed=0))
+
+
+def _drops(config: Config) -> bool:
+    """Whether a step of training depends on the seed."""
+    return config.model.dropout > 0 or trainable(config).dropout
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,14 +148,14 @@ def update(
     optimizer = make_optimizer(config)
     schedule = optim.make_schedule(config.optim, config.train.steps)
     objective = choose(OBJECTIVE, config.train.objective, "train.objective")
-    realise = trainable(config).realise
+    realise, drops = trainable(config).realise, _drops(config)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     def totals(
         params: model.Params, micro: Batch[jax.Array], key: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, Totals]:
         all_params = realise(params, state.frozen)
-        sums = objective.totals(config, all_params, micro, key if config.model.dropout else None)
+        sums = objective.totals(config, all_params, micro, key if drops else None)
         return sums.objective * scale, sums
 
     scale = 1 / jnp.maximum(objective.weight(batch), 1)

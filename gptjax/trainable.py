@@ -6,14 +6,19 @@ carried beside it, and neither differentiated nor averaged.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gptjax import model
-from gptjax.config import Config, ConfigError, choose
+from gptjax import model, sharding
+from gptjax.config import Config, ConfigError, Model, choose
+from gptjax.layers.linear import is_adapted
+from gptjax.layers.parameter import Adapted, Spec, draw
 from gptjax.model import Params
 
 
@@ -23,12 +28,16 @@ class Trainable(NamedTuple):
     Attributes:
         specs: the trained tree, with a `Spec` at each leaf.
         split: the model's tree -> the trained tree and the frozen one, None where it is empty.
-        realise: (trained, frozen) -> the model's tree.
+        realise: (trained, frozen) -> the parameters that `model.hidden` takes.
+        whole: (trained, frozen) -> the same as the model's tree, whose matrices may be `Adapted`.
+        dropout: whether what is trained drops anything out, besides the model.
     """
 
     specs: Params
     split: Callable[[Params], tuple[Params, Params | None]]
     realise: Callable[[Params, Params | None], Params]
+    whole: Callable[[Params, Params | None], Params]
+    dropout: bool = False
 
 
 def everything(config: Config) -> Trainable:
@@ -43,7 +52,7 @@ def everything(config: Config) -> Trainable:
 
 def unfrozen(config: Config) -> Trainable:
     """All but the parameters whose path matches a pattern of `train.frozen`, "embed/*"."""
-    specs = flatten_dict(model.abstract_params(config.model), sep="/")
+    specs = _specs(config)
     patterns = config.train.frozen
     frozen = {path for path in specs if any(fnmatch.fnmatchcase(path, p) for p in patterns)}
     idle = [p for p in patterns if not fnmatch.filter(specs, p)]
@@ -53,13 +62,167 @@ def unfrozen(config: Config) -> Trainable:
     return _without(config, frozen)
 
 
+def heads_only(config: Config) -> Trainable:
+    """The output projection alone: a linear classifier of tokens on the frozen stream."""
+    if config.model.tied:
+        raise ConfigError(
+            "train.trainable='heads_only' trains the output projection, which is the token table "
+            "where model.tied is True: set it to False, or name another row"
+        )
+    return _without(config, {path for path in _specs(config) if not path.startswith("unembed/")})
+
+
+def last_n_layers(config: Config) -> Trainable:
+    """The last `train.last_layers` blocks, without the norm and the projection behind them."""
+    n, L = config.train.last_layers, config.model.layers
+    if n > L:
+        raise ConfigError(f"train.last_layers={n} exceeds model.layers={L}: lower it")
+    specs, first = _specs(config), L - n
+    trained = {
+        path: dataclasses.replace(spec, shape=(n, *spec.shape[1:]))
+        for path, spec in specs.items()
+        if path.startswith("blocks/") and spec.role != "moved"
+    }
+
+    def split(params: Params) -> tuple[Params, Params | None]:
+        leaves, last = flatten_dict(params, sep="/"), {}
+        for path in trained:
+            leaf = leaves.pop(path)
+            last[path] = leaf[first:]
+            if first:
+                leaves[path] = leaf[:first]
+        return unflatten_dict(last, sep="/"), unflatten_dict(leaves, sep="/") or None
+
+    def realise(last: Params, kept: Params | None) -> Params:
+        """Layers apart, so that no gradient is made of those that are not trained."""
+        ours, theirs = flatten_dict(last, sep="/"), flatten_dict(kept or {}, sep="/")
+
+        def leaf(path: str, i: int) -> jax.Array:
+            return ours[path][i - first] if path in ours and i >= first else theirs[path][i]
+
+        blocks = [path for path in specs if path.startswith("blocks/")]
+        with jax.named_scope("parameters"):
+            layers = ({path: leaf(path, i) for path in blocks} for i in range(L))
+            apart = tuple(unflatten_dict(layer, sep="/")["blocks"] for layer in layers)
+        return (kept or {}) | {"blocks": apart}
+
+    def whole(last: Params, kept: Params | None) -> Params:
+        leaves = flatten_dict(kept or {}, sep="/")
+        for path, leaf in flatten_dict(last, sep="/").items():
+            leaves[path] = jnp.concatenate([leaves[path], leaf]) if path in leaves else leaf
+        return unflatten_dict(leaves, sep="/")
+
+    return Trainable(unflatten_dict(trained, sep="/"), split, realise, whole)
+
+
+def lora(config: Config) -> Trainable:
+    """Adapters of the blocks' matrices that `train.lora_matrices` names (Hu et al. 2022,
+    arXiv:2106.09685), which begin as peft's do: B is 0, so that the model is the base."""
+    t, specs = config.train, _specs(config)
+    names = {
+        path.removeprefix("blocks/"): path
+        for path, spec in specs.items()
+        if path.startswith("blocks/") and spec.kind == "matrix"
+    }
+    patterns = t.lora_matrices or ("*",)
+    if idle := [p for p in patterns if not fnmatch.filter(names, p)]:
+        raise ConfigError(
+            f"train.lora_matrices: {idle[0]!r} matches none of the matrices of the blocks, which "
+            f"alone have adapters: {', '.join(names)}. A table that is tied would have one for the "
+            "rows looked up and another for the logits"
+        )
+    adapted = [
+        path for n, path in names.items() if any(fnmatch.fnmatchcase(n, p) for p in patterns)
+    ]
+    routed = [path for path in adapted if "E" in specs[path].stacks]
+    if routed and t.lora_dropout:
+        raise ConfigError(
+            f"train.lora_dropout={t.lora_dropout} does not go with adapters of experts "
+            f"({routed[0]}): set it to 0, or name other train.lora_matrices"
+        )
+    factors = {
+        f"{path}/{name}": spec
+        for path in adapted
+        for name, spec in zip("ab", adapter_specs(specs[path], t.lora_rank), strict=True)
+    }
+    scale = t.lora_alpha / t.lora_rank
+
+    def split(params: Params) -> tuple[Params, Params | None]:
+        leaves = flatten_dict(params, sep="/")
+        given = {path: leaf for path, leaf in leaves.items() if is_adapted(leaf)}
+        if given:
+            trained = {f"{p}/{n}": getattr(x, n) for p, x in given.items() for n in "ab"}
+            leaves |= {path: leaf.base for path, leaf in given.items()}
+        else:
+            key = jax.random.key(config.seed)
+            trained = jax.jit(lambda key: {p: draw(s, p, key) for p, s in factors.items()})(key)
+        return unflatten_dict(trained, sep="/"), unflatten_dict(leaves, sep="/")
+
+    def realise(trained: Params, kept: Params | None) -> Params:
+        leaves, ours = flatten_dict(kept or {}, sep="/"), flatten_dict(trained, sep="/")
+        for path in adapted:
+            a, b = (ours[f"{path}/{name}"] for name in "ab")
+            leaves[path] = Adapted(leaves[path], a, b, scale=scale, dropout=t.lora_dropout)
+        return unflatten_dict(leaves, sep="/")
+
+    tree = unflatten_dict(factors, sep="/")
+    return Trainable(tree, split, realise, realise, dropout=t.lora_dropout > 0)
+
+
+def adapter_specs(spec: Spec, rank: int) -> tuple[Spec, Spec]:
+    """What the adapter of a matrix declares: A, uniform within 1 / sqrt(fan-in), and B, 0.
+
+    The bound is that of `kaiming_uniform_(a=sqrt(5))` in PyTorch, sqrt(6 / (1 + 5)) / sqrt(fan-in).
+    """
+    sizes = dict(zip(spec.dims, spec.shape, strict=True)) | {"R": rank}
+
+    def factor(dims: str, std: float, role: str, fan_in: str) -> Spec:
+        shape = tuple(sizes[dim] for dim in dims)
+        return Spec(shape, dims, 0.0, std, role, fan_in, spec.stacks)
+
+    a_dims, b_dims = spec.adapter
+    std = (3 * spec.size(spec.fan_in)) ** -0.5
+    return factor(a_dims, std, "adapter_in", spec.fan_in), factor(b_dims, 0.0, "adapter_out", "R")
+
+
+def has_adapters(params: Params) -> bool:
+    return any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted)))
+
+
+def without_adapters(params: Params) -> Params:
+    """The base of a model with adapters, such as the reference of one that is taught."""
+    off = lambda leaf: leaf.base if is_adapted(leaf) else leaf  # noqa: E731
+    return jax.tree.map(off, params, is_leaf=is_adapted)
+
+
+def merged(config: Model, params: Params) -> Params:
+    """The model's tree with each adapter added to its matrix, in float32."""
+
+    def one(leaf: jax.Array | Adapted, spec: Spec) -> jax.Array:
+        if not isinstance(leaf, Adapted):
+            return leaf
+        a_dims, b_dims = spec.adapter
+        where = None if sharding.out("") is None else sharding.parameter_spec(spec.dims)
+        exact = jax.lax.Precision.HIGHEST
+        equation = f"{a_dims},{b_dims}->{spec.dims}"
+        delta = jnp.einsum(equation, leaf.a, leaf.b, precision=exact, out_sharding=where)
+        base: Any = leaf.base
+        return base + leaf.scale * delta
+
+    return jax.tree.map(one, params, model.abstract_params(config), is_leaf=is_adapted)
+
+
+def _specs(config: Config) -> dict[str, Spec]:
+    return flatten_dict(model.abstract_params(config.model), sep="/")
+
+
 def _without(config: Config, frozen: set[str]) -> Trainable:
     """All but the parameters at `frozen`, and those that move without a gradient."""
-    specs = flatten_dict(model.abstract_params(config.model), sep="/")
+    specs = _specs(config)
     frozen = frozen | {path for path, spec in specs.items() if spec.role == "moved"}
     if not frozen:
-        whole = model.abstract_params(config.model)
-        return Trainable(whole, lambda params: (params, None), lambda trained, frozen: trained)
+        every = lambda trained, frozen: trained  # noqa: E731
+        return Trainable(unflatten_dict(specs, sep="/"), lambda p: (p, None), every, every)
 
     def split(params: Params) -> tuple[Params, Params | None]:
         leaves = flatten_dict(params, sep="/")
@@ -72,10 +235,16 @@ def _without(config: Config, frozen: set[str]) -> Trainable:
         return unflatten_dict(leaves, sep="/")
 
     trained = {path: spec for path, spec in specs.items() if path not in frozen}
-    return Trainable(unflatten_dict(trained, sep="/"), split, realise)
+    return Trainable(unflatten_dict(trained, sep="/"), split, realise, realise)
 
 
-TRAINABLE: dict[str, Callable[[Config], Trainable]] = {"all": everything, "unfrozen": unfrozen}
+TRAINABLE: dict[str, Callable[[Config], Trainable]] = {
+    "all": everything,
+    "unfrozen": unfrozen,
+    "lora": lora,
+    "last_n_layers": last_n_layers,
+    "heads_only": heads_only,
+}
 
 
 def trainable(config: Config) -> Trainable:

@@ -19,7 +19,8 @@ from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import pretrained
 from gptjax.model import Params, abstract_params
 from gptjax.sharding import make_mesh
-from gptjax.storage import Place
+from gptjax.records import read_environment
+from gptjax.storage import Place, expand, on_hub
 from gptjax.tokenizer import Tokenizer
 
 # A pretrained model has no settings of ours for evaluation and sampling: these are taken.
@@ -158,7 +159,15 @@ def start_from(
     """
     source = _source(folder)
     config = configure.override(pretrained.adopt(config, source), overrides)
-    _check_fits(config.model, pretrained.adopt(config, source).model, source.name)
+    adopted = pretrained.adopt(config, source)
+    _check_fits(config.model, adopted.model, source.name)
+    if source.adapter is not None and (kept := adopted.train) != config.train:
+        raise UserError(
+            f"{source.name} is an adapter, with which training goes on at train.trainable="
+            f"{kept.trainable!r}, train.lora_rank={kept.lora_rank}, train.lora_alpha="
+            f"{kept.lora_alpha} and train.lora_matrices={kept.lora_matrices}: leave these as they "
+            "are, or `export` it first, which merges it"
+        )
     return config, _start(source)
 
 
@@ -169,6 +178,26 @@ def start_of(folder: Place) -> setup.Start:
         UserError: if `folder` is no pretrained model.
     """
     return _start(_source(folder))
+
+
+def base_of(model: Trained) -> str:
+    """The name of the pretrained model that a model's adapters adapt.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if model.source is not None:
+        adapter = model.source.adapter
+        base = None if adapter is None else str(adapter.base.name)
+    else:
+        begun = [r["initial"] for r in read_environment(model.folder) if "initial" in r]
+        base = begun[0].get("base", begun[0]["model"]) if begun else None
+    if base is None:
+        raise UserError(
+            f"{model.folder} has no pretrained model as its base, whose name an adapter bears: "
+            "export it whole"
+        )
+    return base if on_hub(base) else str(expand(base).absolute())
 
 
 def _source(folder: Place) -> pretrained.Folder:
@@ -186,4 +215,6 @@ def _start(source: pretrained.Folder) -> setup.Start:
     for file in pretrained.weight_files(source):
         digest.update(bytes.fromhex(files[file.name]))
     record = {"model": str(source.name), "files": files}
+    if source.adapter is not None:
+        record["base"] = str(source.adapter.base.name)
     return setup.Start(lambda: pretrained.load(source).params, digest.hexdigest(), record)

@@ -583,7 +583,7 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "_write_safetensors", full)
+    monkeypatch.setattr(hf, "write_safetensors", full)
     assert "No space left on device" in refusal(folder("llama"), tmp_path / "out")
 
 

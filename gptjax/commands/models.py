@@ -109,12 +109,22 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
     prepare_jax(None)
     trained_model = model_of(arguments, overrides)
     from gptjax import trained
-    from gptjax.interop import hf
+    from gptjax.interop import hf, peft
+    from gptjax.trainable import has_adapters
 
+    how = f"as {arguments.dtype}"
     with trained.opened(trained_model) as model:
-        name = model.tokenizer.name
-        hf.export(arguments.out, model.config.model, model.params, name, arguments.dtype)
-    print(f"{arguments.out}: step {model.step} of {arguments.workdir}, as {arguments.dtype}")
+        config, params, name = model.config, model.params, model.tokenizer.name
+        if arguments.adapter:
+            base, dropout = trained.base_of(trained_model), config.train.lora_dropout
+            peft.export(arguments.out, config.model, params, base, dropout, arguments.dtype)
+            how += f", adapters of {base}"
+        else:
+            if has_adapters(params):
+                params, moved = peft.merge(config.model, params)
+                how += f", adapters merged, which moves logits by {moved:.1e} of the largest"
+            hf.export(arguments.out, config.model, params, name, arguments.dtype)
+    print(f"{arguments.out}: step {model.step} of {arguments.workdir}, {how}")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +135,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         default="float32",
         choices=["float32", "bfloat16", "float16"],
         help="of the tensors (%(default)s, which keeps every bit)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="only the adapters, as peft opens them, of a run with train.trainable=lora",
     )
 
 
@@ -189,6 +204,9 @@ these commands takes the name itself as well. hf:ORG/NAME@REVISION is a branch, 
         "Write a model as a Hugging Face folder, which `transformers` loads.",
         f"""\
   export --workdir=runs/mine --out=models/mine
+  export --workdir=runs/tuned --out=adapters/tuned --adapter
+
+Adapters that were trained are merged into their matrices, unless --adapter writes them alone.
 
 {OVERRIDES}""",
     ),

@@ -80,7 +80,7 @@ def export(
     Raises:
         UserError: if `out` exists, no family can say `config`, or the disk is full.
     """
-    tensors = _tensors(to_theirs(config)[0], config, params)
+    tensors = make_tensors(*rows_of(to_theirs(config)[0], config), params)
     _write_folder(Path(out), config, tensors, tokenizer_name, dtype)
 
 
@@ -92,7 +92,7 @@ def copy(
     Raises:
         UserError: if its tensors are not exactly those of the model; as `export`.
     """
-    shapes = _check_tensors(source, config, *_rows(family, config))
+    shapes = _check_tensors(source, config, *rows_of(family, config))
     tensors: Tensors = {
         name: (shape, functools.partial(source.read, name, (slice(None),) * len(shape)))
         for name, shape in shapes.items()
@@ -118,7 +118,7 @@ def _write_folder(
             (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
             if tokenizer_name is not None:
                 write_tokenizer(tokenizer_name, folder)
-        _write_safetensors(folder / "model.safetensors", tensors, dtype)
+        write_safetensors(folder / WEIGHTS, tensors, dtype)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {out}")  # now every process sees it
 
@@ -275,13 +275,18 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
     """The parameters of a source, whose tensors must be exactly those of the model."""
-    specs, rows = _rows(family, config)
+    specs, rows = rows_of(family, config)
     _check_tensors(source, config, specs, rows)
+    return read_arrays(source, specs, rows)
+
+
+def read_arrays(source: Source, specs: dict[str, Spec], rows: dict[str, Row]) -> gpt.Params:
+    """What the rows say, a tree by the paths of `specs`; the shapes were checked."""
     arrays = {path: _read(source, rows[path], spec) for path, spec in specs.items()}
     return unflatten_dict(arrays, sep="/")
 
 
-def _rows(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, Row]]:
+def rows_of(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, Row]]:
     """The model's parameter at each path, and the family's row for it."""
     specs: dict[str, Spec] = flatten_dict(gpt.abstract_params(config), sep="/")
     return specs, {row.ours: row for row in family.rows if row.ours in specs}
@@ -291,18 +296,7 @@ def _check_tensors(
     source: Source, config: Model, specs: dict[str, Spec], rows: dict[str, Row]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of the model; refuses a source that has any other set."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, row in rows.items():
-        for _, name in _copies(row, specs[path]):
-            expected[name] = _their_shape(row, specs[path])
-    lacking = [name for name in expected if name not in source.shapes]
-    if lacking:
-        raise UserError(f"{len(lacking)} tensors are missing, the first of them {lacking[0]}")
-    for name, shape in expected.items():
-        if source.shapes[name] != shape:
-            have = list(source.shapes[name])
-            raise UserError(f"{name} is of shape {have}, where the config asks for {list(shape)}")
-    surplus = [name for name in source.shapes if name not in expected]
+    expected, surplus = check_shapes(source, specs, rows)
     if config.tied and "lm_head.weight" in surplus:
         surplus.remove("lm_head.weight")
         every = (slice(None), slice(None))
@@ -314,11 +308,33 @@ def _check_tensors(
                 "lm_head.weight differs from the token table, but tie_word_embeddings is true: "
                 "set it to false in config.json"
             )
-    if surplus:
-        raise UserError(
-            f"{len(surplus)} tensors are no part of the model, the first of them {surplus[0]}"
-        )
+    refuse_surplus(surplus)
     return expected
+
+
+def check_shapes(
+    source: Source, specs: dict[str, Spec], rows: dict[str, Row]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Name and shape of each tensor that the rows ask for, and the names of the others."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, row in rows.items():
+        for _, name in _copies(row, specs[path]):
+            expected[name] = _their_shape(row, specs[path])
+    lacking = [name for name in expected if name not in source.shapes]
+    if lacking:
+        raise UserError(f"{len(lacking)} tensors are missing, the first of them {lacking[0]}")
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            have = list(source.shapes[name])
+            raise UserError(f"{name} is of shape {have}, where the config asks for {list(shape)}")
+    return expected, [name for name in source.shapes if name not in expected]
+
+
+def refuse_surplus(names: list[str]) -> None:
+    if names:
+        raise UserError(
+            f"{len(names)} tensors are no part of the model, the first of them {names[0]}"
+        )
 
 
 def _copies(row: Row, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -425,9 +441,8 @@ def _shard(source: Source, name: str, row: Row, spec: Spec, index: Index | None)
 # --- writing --------------------------------------------------------------------------------
 
 
-def _tensors(family: Family, config: Model, params: gpt.Params) -> Tensors:
-    """Every tensor, in the order of the layers."""
-    specs, rows = _rows(family, config)
+def make_tensors(specs: dict[str, Spec], rows: dict[str, Row], params: gpt.Params) -> Tensors:
+    """Every tensor of the rows, in the order of the layers."""
     arrays = flatten_dict(params, sep="/")
     names: dict[str, tuple[tuple[int, ...], list[Row]]] = {}
     copies = [(*copy, row) for row in rows.values() for copy in _copies(row, specs[row.ours])]
@@ -456,11 +471,7 @@ def _theirs(array: jax.Array, row: Row, spec: Spec, index: tuple[int, ...]) -> n
     return values.reshape([math.prod(sizes[letter] for letter in group) for group in groups])
 
 
-def _write_safetensors(
-    path: Path,
-    tensors: Tensors,
-    dtype: str,
-) -> None:
+def write_safetensors(path: Path, tensors: Tensors, dtype: str) -> None:
     """One file, a tensor at a time (safetensors' own writer wants all of them in memory)."""
     kind = next(code for code, name in DTYPES.items() if name == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -14,10 +14,10 @@ from typing import NamedTuple
 from gptjax import hub
 from gptjax import model as gpt
 from gptjax.config import Config, Model, UserError
-from gptjax.interop import gguf, hf
+from gptjax.interop import gguf, hf, peft
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
-from gptjax.storage import Place, expand, local, on_hub, sha256
+from gptjax.storage import Place, children, expand, local, on_hub, sha256
 from gptjax.tokenizer import FILES, TOKENIZER_FILE
 
 
@@ -29,6 +29,7 @@ class Folder(NamedTuple):
         path: where it is on this machine; its weights may be lacking there until `weight_files`.
         model: its architecture; the fields of `RUN_FIELDS` have plain values.
         tokenizer: its name as `data.tokenizer`; None where the folder holds none.
+        adapter: of a folder of peft's, to which all else but the name is that of its base.
     """
 
     name: Place
@@ -36,6 +37,23 @@ class Folder(NamedTuple):
     family: Family
     model: Model
     tokenizer: str | None
+    adapter: Adapter | None = None
+
+
+class Adapter(NamedTuple):
+    """What changes a pretrained model.
+
+    Attributes:
+        path: of its folder on this machine.
+        keys: what its config says.
+        base: the pretrained model.
+        matrices: those that it adapts, as `train.lora_matrices` names them.
+    """
+
+    path: Path
+    keys: peft.Adapter
+    base: Folder
+    matrices: tuple[str, ...]
 
 
 class Pretrained(NamedTuple):
@@ -43,7 +61,8 @@ class Pretrained(NamedTuple):
 
     Attributes:
         model: as in `Folder`, and so is `tokenizer`.
-        params: the tree of `model.init`, float32, sharded where a mesh is set.
+        params: the tree of `model.init`, float32, sharded where a mesh is set; with an adapter some
+            of its matrices are `layers.parameter.Adapted`.
         dtype: of the stored tensors: "float32", "bfloat16" or "float16".
     """
 
@@ -60,6 +79,8 @@ def find(path: Place) -> Folder | None:
         UserError: as `read`; if config.json is damaged.
     """
     name, folder = _described(path)
+    if peft.describes(_names(name, folder)):
+        return _adapted(name, folder)
     if not (folder / hf.CONFIG).is_file():
         return None
     keys = hf.read_config(folder)
@@ -73,15 +94,40 @@ def read(path: str | Place) -> Folder:
         UserError: if it is no such folder, or of an architecture that is not ours; as `hub.pinned`.
     """
     name, folder = _described(expand(path))
+    if peft.describes(_names(name, folder)):
+        return _adapted(name, folder)
     return _folder(name, folder, hf.read_config(folder))
 
 
 def _described(path: Place) -> tuple[Place, Place]:
     """The name of a folder, and where it is with all that describes the model."""
     name = hub.pinned(path)
-    if on_hub(name) and hf.CONFIG not in hub.files(name):
+    if on_hub(name) and not hub.files(name) & {hf.CONFIG, peft.CONFIG}:
         raise UserError(f"{name} holds no {hf.CONFIG}: name a model in the format of transformers")
-    return name, hub.fetched(name, (hf.CONFIG, hf.INDEX, *FILES))
+    return name, hub.fetched(name, (hf.CONFIG, hf.INDEX, peft.CONFIG, *FILES))
+
+
+def _names(name: Place, folder: Place) -> set[str]:
+    """Of the files of a place, fetched or not."""
+    return hub.files(name) if on_hub(name) else {file.name for file in children(folder)}
+
+
+def _adapted(name: Place, folder: Place) -> Folder:
+    """The base of an adapter, and the adapter."""
+    if on_hub(name):
+        folder = hub.fetched(name, peft.FILES)
+    here = near(folder)
+    with hf.about(name):
+        keys = peft.read_config(here)
+    base = find(expand(keys.base))
+    if base is None or base.adapter is not None:
+        raise UserError(
+            f"{name} adapts {keys.base}, which is no pretrained model here: write where it is into "
+            f"its {peft.CONFIG} as base_model_name_or_path"
+        )
+    with hf.about(name):
+        matrices = peft.matrices(here, base.family, base.model)
+    return base._replace(name=name, adapter=Adapter(here, keys, base, matrices))
 
 
 def _folder(name: Place, folder: Place, keys: Keys) -> Folder:
@@ -97,6 +143,8 @@ def weight_files(folder: Folder) -> list[Path]:
     Raises:
         UserError: as `hf.weight_names`, `hub.fetched`.
     """
+    if folder.adapter is not None:
+        return [*weight_files(folder.adapter.base), folder.adapter.path / peft.WEIGHTS]
     remote = on_hub(folder.name)
     there = hub.files(folder.name) if remote else hf.names_in(folder.path)
     with hf.about(folder.name):
@@ -108,6 +156,8 @@ def weight_files(folder: Folder) -> list[Path]:
 def files(folder: Folder) -> dict[str, str]:
     """The sha256 of each file that the model is read from, by its name."""
     described = [folder.path / name for name in (hf.CONFIG, *FILES)]
+    if folder.adapter is not None:
+        described.append(folder.adapter.path / peft.CONFIG)
     return {
         file.name: sha256(file) for file in [*described, *weight_files(folder)] if file.is_file()
     }
@@ -120,6 +170,12 @@ def load(folder: Folder) -> Pretrained:
         UserError: if a tensor is missing, truncated, misshapen or left over; or if the weights
             are pickles.
     """
+    if folder.adapter is not None:
+        path, keys, base, _ = folder.adapter
+        whole = load(base)
+        with hf.about(folder.name):
+            params = peft.adapt(path, keys, base.family, base.model, whole.params)
+        return whole._replace(params=params)
     weights = weight_files(folder)
     with hf.about(folder.name):
         source = hf.Safetensors(weights, folder.family)
@@ -131,15 +187,24 @@ def adopt(config: Config, folder: Folder) -> Config:
     """`config` for training on from the model in `folder`: its architecture and tokenizer.
 
     `RUN_FIELDS` stay the run's; so does a shorter context, but for learned positions, whose
-    number is that of the table.
+    number is that of the table. Of an adapter, that is what is trained.
     """
     kept = {name: getattr(config.model, name) for name in RUN_FIELDS}
     if folder.model.position != "learned":
         kept["context"] = min(folder.model.context, config.model.context)
-    data = config.data
+    data, train = config.data, config.train
     if folder.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=folder.tokenizer)
-    return dataclasses.replace(config, model=dataclasses.replace(folder.model, **kept), data=data)
+    if folder.adapter is not None:
+        train = dataclasses.replace(
+            train,
+            trainable="lora",
+            lora_rank=folder.adapter.keys.rank,
+            lora_alpha=folder.adapter.keys.alpha,
+            lora_matrices=folder.adapter.matrices,
+        )
+    model = dataclasses.replace(folder.model, **kept)
+    return dataclasses.replace(config, model=model, data=data, train=train)
 
 
 def import_(source: str | Place, out: str | Path) -> Model:
@@ -158,6 +223,11 @@ def import_(source: str | Place, out: str | Path) -> Model:
     if place.suffix == ".gguf":
         return gguf.import_(near(place), out)
     folder = read(source)
+    if folder.adapter is not None:
+        raise UserError(
+            f"{folder.name} is an adapter of {folder.adapter.base.name}: `export` merges the two, and "
+            "other commands take it as it is"
+        )
     weights = weight_files(folder)
     with hf.about(folder.name):
         tensors = hf.Safetensors(weights, folder.family)

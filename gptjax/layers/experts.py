@@ -25,6 +25,7 @@ In names, k numbers the choices of a token, M any rows of tokens and C an expert
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,12 +39,12 @@ from gptjax import parametrisation, sharding
 from gptjax.config import Model
 from gptjax.layers.context import Tap
 from gptjax.layers.linear import linear, on_grid, wide
-from gptjax.layers.parameter import Scaled, add_bias, parameter
+from gptjax.layers.parameter import Adapted, Scaled, add_bias, parameter
 
 Activation = Callable[[jax.Array], jax.Array]
 # (x, name of a weight) -> their product, and the bias of that name where there is one.
 Product = Callable[[jax.Array, str], jax.Array]
-Weights = dict[str, jax.Array]
+Weights = dict[str, Any]  # arrays, or `Adapted`
 
 
 def experts(
@@ -123,13 +124,21 @@ def _declare(module: nn.Module, c: Model, F: int, gated: bool) -> tuple[Weights,
     weights: Weights = {}
     specs: dict[str, Any] = {}
 
+    def rounded(w: Any, role: str) -> jax.Array:  # not what they meet
+        if isinstance(w, Scaled):
+            return wide(w, c.dtype)
+        return on_grid(c.products, w, role, summed=1, stacks=1)
+
     def add(name: str, dims: str, shape: tuple[int, ...], role: str, fan_in: str = "") -> None:
         w: Any = parameter(module, c, name, dims, shape, role, fan_in=fan_in, stacks="E")
-        if isinstance(w, Scaled):
-            w = wide(w, c.dtype)
-        elif fan_in:  # only the weights are rounded, not what they meet
-            w = on_grid(c.products, w, role, summed=1, stacks=1)
-        weights[name], specs[name] = w, sharding.stacked_spec(dims, "E")
+        specs[name] = sharding.stacked_spec(dims, "E")
+        if isinstance(w, Adapted):
+            placed = [sharding.stacked_spec(d, "E") for d in (f"E{dims[1]}R", f"ER{dims[2]}")]
+            specs[name] = w.replace(base=specs[name], a=placed[0], b=placed[1])
+            w = w.replace(base=rounded(jax.lax.stop_gradient(w.base), role))
+        elif fan_in:
+            w = rounded(w, role)
+        weights[name] = w
 
     for name in ("gate", "up") if gated else ("up",):
         add(name, "EDF", (E, D, F), "matrix", fan_in="D")
@@ -212,7 +221,7 @@ def _dropless(
     layer: Callable[[jax.Array, Product], jax.Array],
 ) -> jax.Array:
     """Each token through each of its experts, wherever these are."""
-    (B, T, k, D), E = x_BTkD.shape, len(weights["down"])
+    (B, T, k, D), E = x_BTkD.shape, _experts(weights)
     ways = _devices("E")
     # Tokens are spread over slots: so many of a device's could all be meant for another.
     room = B * T * min(k, E)
@@ -229,7 +238,7 @@ def _dropless(
     sizes_E = (id_M[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
 
     def product(x_MD: jax.Array, name: str) -> jax.Array:
-        y_MF = jax.lax.ragged_dot(x_MD, weights[name], sizes_E)
+        y_MF = _with_adapter(x_MD, weights[name], lambda x, w: jax.lax.ragged_dot(x, w, sizes_E))
         return _finish(y_MF, name, weights, lambda bias_EF: bias_EF[sorted_M])
 
     y_MD = layer(x_MD.at[order_M].get(**ONCE), product)
@@ -248,7 +257,7 @@ def _with_capacity(
     layer: Callable[[jax.Array, Product], jax.Array],
 ) -> jax.Array:
     """Each token through those of its experts that have a slot for it, zeros for the others."""
-    (B, T, k, D), E = x_BTkD.shape, len(weights["down"])
+    (B, T, k, D), E = x_BTkD.shape, _experts(weights)
     ways = _devices("E")
     slots = ways * E * C
     nowhere = slots + jnp.arange(T * k).reshape(T, k)  # beyond the slots, each place once
@@ -260,13 +269,29 @@ def _with_capacity(
     x_BECD = _exchange(x, ways).reshape(ways * B, E, C, D)
 
     def product(x_BECD: jax.Array, name: str) -> jax.Array:
-        y_BECF = jnp.einsum("BECD,EDF->BECF", x_BECD, weights[name])
+        multiply = functools.partial(jnp.einsum, "BECD,EDF->BECF")
+        y_BECF = _with_adapter(x_BECD, weights[name], multiply)
         return _finish(y_BECF, name, weights, lambda bias_EF: bias_EF[:, None])
 
     y = _exchange(layer(x_BECD, product).reshape(ways, B, E, C, D), ways)
     y_BMD = y.swapaxes(0, 1).reshape(B, slots, D)
     take = lambda y_MD, at_M: y_MD.at[at_M].get(fill_value=0, **OR_NOWHERE)  # noqa: E731
     return jax.vmap(take)(y_BMD, at_BM).reshape(x_BTkD.shape)
+
+
+def _with_adapter(
+    x: jax.Array, w: jax.Array | Adapted, multiply: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """The product of x and the weights of its experts, and of their adapter where there is one."""
+    if not isinstance(w, Adapted):
+        return multiply(x, w)
+    base: Any = w.base
+    return multiply(x, base) + w.scale * multiply(multiply(x, w.a), w.b)
+
+
+def _experts(weights: Weights) -> int:
+    """How many are on this device."""
+    return len(jax.tree.leaves(weights["down"])[0])
 
 
 # Places of which none is named twice, so that no order of adding up decides a gradient.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import choose
-from gptjax.layers.parameter import Scaled, Spec
+from gptjax.layers.parameter import Adapted, Scaled, Spec
 from gptjax.sharding import like, out
 
 
@@ -46,14 +47,22 @@ PRODUCTS: dict[str, Row] = {
 }
 
 
-def keep(products: str, spec: Spec, parameter: jax.Array) -> jax.Array | Scaled:
+def keep(products: str, spec: Spec, parameter: jax.Array | Adapted) -> jax.Array | Scaled | Adapted:
     """A parameter as it is kept where it is only read: rounded once, if products round it.
 
     Args:
         products: a row of `PRODUCTS`.
         spec: what was declared of it.
-        parameter: its value, of that shape, in the model's dtype.
+        parameter: its value, of that shape, in the model's dtype; of one with an adapter the base
+            alone is rounded.
     """
+    if isinstance(parameter, Adapted):
+        a_dims, b_dims = spec.adapter
+        return parameter.replace(
+            base=keep(products, spec, parameter.base),  # type: ignore[arg-type]
+            a=sharding.store(parameter.a, a_dims),
+            b=sharding.store(parameter.b, b_dims),
+        )
     row = choose(PRODUCTS, products, "model.products")
     if spec.role not in row.roles:
         return sharding.store(parameter, spec.dims)
@@ -119,34 +128,83 @@ def on_grid(products: str, x: jax.Array, role: str, summed: int = -1, stacks: in
     return jax.lax.stop_gradient(rounded) + (x - jax.lax.stop_gradient(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def linear(
     equation: str,
     x: jax.Array,
-    kernel: jax.Array | Scaled,
+    kernel: jax.Array | Scaled | Adapted,
     products: str = "dtype",
     dtype: Any = None,
 ) -> jax.Array:
     """The einsum `equation`, "BTD,DF->BTF", of activations and a parameter ready for use.
 
-    The gradients are the usual ones, of what is multiplied. jax's own rule writes that of the
-    kernel as (g^T x)^T, here it is x^T g: of products that share an input, XLA then transposes
-    that input once and not each g, which is up to four times as wide.
-
     Args:
-        kernel: one of `keep` has no gradient.
-        products: a row of `PRODUCTS`.
+        kernel: one of `keep` has no gradient, nor has the base of one with an adapter.
+        products: a row of `PRODUCTS`; an adapter is multiplied as it is.
         dtype: of the result; None is that of x.
 
     Raises:
         ConfigError: on a name that is no row.
     """
+    if not isinstance(kernel, Adapted):
+        return _linear(equation, x, kernel, products, dtype)
+    base = kernel.base if isinstance(kernel.base, Scaled) else Scaled(kernel.base, None)
+    y = _linear(equation, x, base, products, dtype)
+    x_dims, kernel_dims, y_dims = _dims(equation)
+    read = "".join(dim for dim in kernel_dims if dim not in y_dims)
+    written = "".join(dim for dim in kernel_dims if dim in y_dims)
+    between = "".join(dim for dim in x_dims if dim not in read) + "R"
+    x = _dropped(x, x_dims, kernel)
+    x = _linear(f"{x_dims},{read}R->{between}", x, kernel.a, "dtype", None)
+    return y + kernel.scale * _linear(
+        f"{between},R{written}->{y_dims}", x, kernel.b, "dtype", dtype
+    )
+
+
+def _dropped(x: jax.Array, dims: str, kernel: Adapted) -> jax.Array:
+    if kernel.key is None:
+        return x
+    kept = jax.random.bernoulli(kernel.key, 1 - kernel.dropout, x.shape, out_sharding=out(dims))
+    if kernel.balanced:
+        kept = sharding.balance(kept, dims)
+    return jnp.where(kept, x / (1 - kernel.dropout), 0).astype(x.dtype)
+
+
+def drop_inputs(params: Any, key: jax.Array, balanced: bool) -> Any:
+    """Parameters of a layer whose adapters drop out inputs, each with a key of its own."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, Adapted) or not leaf.dropout:
+            return leaf
+        number = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return leaf.replace(key=jax.random.fold_in(key, number), balanced=balanced)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_adapted)
+
+
+def is_adapted(leaf: Any) -> bool:
+    return isinstance(leaf, Adapted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _linear(
+    equation: str, x: jax.Array, kernel: jax.Array | Scaled, products: str, dtype: Any
+) -> jax.Array:
+    """`linear` without an adapter.
+
+    The gradients are the usual ones, of what is multiplied. jax's own rule writes that of the
+    kernel as (g^T x)^T, here it is x^T g: of products that share an input, XLA then transposes
+    that input once and not each g, which is up to four times as wide.
+    """
     return _forward(equation, x, kernel, products, dtype)[0]
+
+
+# Empty where the kernel has a gradient.
+Residuals = tuple[Scaled, Scaled, tuple[()] | None]
 
 
 def _forward(
     equation: str, x: jax.Array, kernel: jax.Array | Scaled, products: str, dtype: Any
-) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
+) -> tuple[jax.Array, Residuals]:
     row = choose(PRODUCTS, products, "model.products")
     x_dims, kernel_dims, y_dims = _dims(equation)
 
@@ -157,22 +215,26 @@ def _forward(
         return _round(array, row.operand, summed if row.apart else None)
 
     a = rounded(x, x_dims)
-    b = kernel if isinstance(kernel, Scaled) else rounded(kernel, kernel_dims)
-    return _multiply(equation, a, b, dtype or x.dtype, out(y_dims)), (a, b)
+    held = kernel if isinstance(kernel, Scaled) else Scaled(kernel, None)
+    b = rounded(held.values, kernel_dims) if held.scale is None else held
+    y = _multiply(equation, a, b, dtype or x.dtype, out(y_dims))
+    return y, (a, b, None if isinstance(kernel, Scaled) else ())
 
 
 def _backward(
-    equation: str, products: str, dtype: Any, residuals: tuple[Scaled, Scaled], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    (x, kernel), (x_dims, kernel_dims, y_dims) = residuals, _dims(equation)
+    equation: str, products: str, dtype: Any, residuals: Residuals, g: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    (x, kernel, trained), (x_dims, kernel_dims, y_dims) = residuals, _dims(equation)
     gradient = PRODUCTS[products].gradient
     if gradient is None:  # scales that differ along a sum cannot be multiplied after it
-        x, kernel = (Scaled(wide(operand, g.dtype), None) for operand in residuals)
+        x, kernel = (Scaled(wide(operand, g.dtype), None) for operand in (x, kernel))
     g_scaled = Scaled(g, None) if gradient is None else _round(g, gradient, None)
     to_x, to_kernel = f"{y_dims},{kernel_dims}->{x_dims}", f"{x_dims},{y_dims}->{kernel_dims}"
     # Hopper may add products of 8 bits in less than float32, which gradients do not bear.
     exact = None if gradient is None else jax.lax.Precision.HIGHEST
     dx = _multiply(to_x, g_scaled, kernel, g.dtype, like(x.values), exact)
+    if trained is None:
+        return dx, None
     dkernel = _multiply(to_kernel, x, g_scaled, g.dtype, like(kernel.values), exact)
     return dx, dkernel
 
@@ -238,4 +300,4 @@ def _dims(equation: str) -> list[str]:
     return equation.replace("->", ",").split(",")
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)

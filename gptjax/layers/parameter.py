@@ -31,8 +31,8 @@ from gptjax.config import Model, choose
 
 # Role -> kind: what a parameter is to muP (`gptjax.parametrisation`), weight decay and Muon. An
 # embedding is a table whose rows are looked up, a matrix maps between two sizes that grow with
-# the width, a router from one that does to one that does not, as the unembedding does, and a vector
-# is all that multiplies or adds entry by entry.
+# the width, a router from one that does to one that does not, as the unembedding does, adapter_out
+# from one that does not to one that does, and a vector is all that multiplies or adds entry by entry.
 KIND: dict[str, str] = {
     "embedding": "embedding",
     "position": "embedding",
@@ -43,6 +43,9 @@ KIND: dict[str, str] = {
     "gain": "vector",
     "bias": "vector",
     "moved": "vector",  # not by its gradient, but by what `Tap.move` says
+    # Of a matrix's adapter: from what it reads to a small rank, and from there to what it writes.
+    "adapter_in": "matrix",
+    "adapter_out": "adapter_out",
 }
 
 # Scheme -> role -> standard deviation from (fan-in, layers), those of the base shape where
@@ -116,6 +119,11 @@ class Spec:
         """The letters that number the outputs."""
         return "".join(letter for letter in self.dims if letter not in self.stacks + self.fan_in)
 
+    @property
+    def adapter(self) -> tuple[str, str]:
+        """The dims of both factors of a matrix's adapter, "LDR" and "LRNH"."""
+        return f"{self.stacks}{self.fan_in}R", f"{self.stacks}R{self.fan_out}"
+
     def size(self, letters: str) -> int:
         """The product of the sizes of some of its dims."""
         return math.prod(self.shape[self.dims.index(letter)] for letter in letters)
@@ -138,6 +146,29 @@ class Scaled(NamedTuple):
 
     values: jax.Array
     scale: jax.Array | None
+
+
+class Adapted(struct.PyTreeNode):
+    """A matrix and the adapter beside it, W + scale * A B (LoRA, Hu et al. 2022, arXiv:2106.09685,
+    eq. 3), whose product `layers.linear` makes without making the sum.
+
+    Attributes:
+        base: W, which gets no gradient.
+        a: A, of `Spec.adapter`'s first dims.
+        b: B, of its second.
+        key: drops out inputs of the adapter with this key; None: none.
+        scale: alpha / rank in the paper, section 4.1.
+        dropout: share of the inputs of the adapter that is dropped in training.
+        balanced: whether tokens stand in the order of `sharding.balanced`.
+    """
+
+    base: jax.Array | Scaled
+    a: jax.Array
+    b: jax.Array
+    key: jax.Array | None = None
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    dropout: float = struct.field(pytree_node=False, default=0.0)
+    balanced: bool = struct.field(pytree_node=False, default=False)
 
 
 class Declared(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
@@ -173,7 +204,8 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
-    One that `layers.linear.keep` has rounded comes as it was kept, `Scaled`, to what can take it.
+    One that `layers.linear.keep` has rounded comes as it was kept, `Scaled`, to what can take it,
+    and one with an adapter as `Adapted`.
 
     Args:
         module: the Linen module that owns it.
@@ -205,9 +237,17 @@ def parameter(
         spec = dataclasses.replace(spec, std=std * config.init_scale)
     # Linen unboxes it: what comes back is the bare value.
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
-    if isinstance(value, Scaled):
-        return value  # type: ignore[return-value]
-    return sharding.gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
+
+    def use(value: Any, dims: str) -> Any:
+        if isinstance(value, Scaled):
+            return value
+        return sharding.gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
+
+    if isinstance(value, Adapted):
+        a_dims, b_dims = spec.adapter
+        base, a, b = use(value.base, dims), use(value.a, a_dims), use(value.b, b_dims)
+        return value.replace(base=base, a=a, b=b)  # type: ignore[return-value]
+    return use(value, dims)
 
 
 def add_bias(module: nn.Module, config: Model, name: str, dims: str, y: jax.Array) -> jax.Array:
@@ -220,13 +260,16 @@ def add_bias(module: nn.Module, config: Model, name: str, dims: str, y: jax.Arra
 
 
 @functools.cache
-def _normal_quantiles() -> np.ndarray:
-    """The standard normal's 65,536 equally likely values, float32, at most 4.3 from 0.
+def _quantiles(role: str) -> np.ndarray:
+    """65,536 equally likely values of mean 0 and variance 1, float32.
 
-    Drawing is integer bits, a look-up and one product, each exact; `jax.random.normal`
+    Normal, at most 4.3 from 0, but uniform of the role that reads into an adapter: Kaiming's, as
+    Hu et al.'s code and peft have it. Drawing is integer bits, a look-up and one product, each exact; `jax.random.normal`
     evaluates a polynomial, whose last bit changes with the shape of a device's shard.
     """
-    return ndtri((np.arange(2**16) + 0.5) / 2**16).astype(np.float32)
+    share = (np.arange(2**16) + 0.5) / 2**16
+    values = 3**0.5 * (2 * share - 1) if role == "adapter_in" else ndtri(share)
+    return values.astype(np.float32)
 
 
 def draw(spec: Spec, path: str, seed: jax.Array) -> jax.Array:
@@ -248,8 +291,8 @@ def draw(spec: Spec, path: str, seed: jax.Array) -> jax.Array:
             constant = jnp.full(shape, spec.mean, jnp.float32)
             return constant if where is None else jax.reshard(constant, where)
         bits = jax.random.bits(key, shape, jnp.uint16, out_sharding=where)
-        normal = jnp.asarray(_normal_quantiles()).at[bits.astype(jnp.int32)]
-        return spec.std * normal.get(out_sharding=where)
+        unit = jnp.asarray(_quantiles(spec.role)).at[bits.astype(jnp.int32)]
+        return spec.std * unit.get(out_sharding=where)
 
     if not stacked:
         return one(key)
