@@ -1,7 +1,8 @@
 """Parameters, FLOPs and memory of a config: what its layers declare and what they multiply.
 
 Nothing here knows an architecture. Parameters are those of `model.abstract_params`, FLOPs are
-those of the matrix products in the jaxpr of the forward pass, and memory is that of the abstract
+those of the matrix products in the jaxpr of the forward pass, or of forward and backward pass where a
+part is trained, and memory is that of the abstract
 state of training, with its shardings. So a new row of any table is counted as it is; the tests
 compare with closed forms of the rows that there are.
 
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from gptjax import model as gpt
@@ -71,7 +74,7 @@ def _part(path: list[str], spec: Spec) -> str:
     return "norm" if "norm" in module else module
 
 
-def train_flops_per_token(model: Model, causal: bool) -> float:
+def train_flops_per_token(of: Config | Model, causal: bool) -> float:
     """FLOPs of a forward and backward pass for each token of a full context.
 
     Every token passes through each of the experts that are chosen for it: with a capacity this is
@@ -79,39 +82,45 @@ def train_flops_per_token(model: Model, causal: bool) -> float:
     counted.
 
     Two for each multiply-add, times one forward and two backward products (6 N: Kaplan et al.
-    2020, section 2.1; PaLM, Chowdhery et al. 2022, appendix B). Not counted: whatever is no
+    2020, section 2.1; PaLM, Chowdhery et al. 2022, appendix B). Of what is frozen there is no
+    gradient to count, nor of what lies below all that is trained. Not counted: whatever is no
     matrix product (norms, softmax, activations) and what is computed again (remat, a chunked
     loss), as is usual for model FLOPs.
 
     Args:
-        model: the architecture.
+        of: a run, of which `train.trainable` says what is trained; or a model, which is then all.
         causal: attention's products are counted over the mean number of keys that a query may
             see, (T + 1) / 2 without a window, which is the work that is needed; else over T or
             the window, PaLM's convention, which is the work of a kernel that masks but does not
             skip.
     """
-    return sum(flops_by_part(model, causal).values())
+    return sum(flops_by_part(of, causal).values())
 
 
-def flops_by_part(model: Model, causal: bool) -> dict[str, float]:
+def flops_by_part(of: Config | Model, causal: bool) -> dict[str, float]:
     """`train_flops_per_token` by the module that multiplies; "scores" are those of the kernel.
 
     Raises:
         Uncountable: on a primitive of a row whose products cannot be counted.
     """
+    model = of.model if isinstance(of, Config) else of
     T, pairs = model.context, 0
     for window in model.layer_windows:
         w = min(window or T, T)
         # Queries 1..w see as many keys as their index, the other T - w see w.
         pairs += w * (w + 1) // 2 + (T - w) * w if causal else T * w
     parts: Counter[str] = Counter()
-    for product in _products(_same_products(model), _rows(model), 1, ()):
-        parts[product.part] += product.flops
+    if isinstance(of, Config) and of.train.trainable != "all":
+        whole = dataclasses.replace(of, model=_same_products(model, model.scan_layers))
+        products, times = _trained_products(whole, (*_rows(model), trainable(of))), 1
+    else:
+        products, times = _products(_same_products(model), _rows(model), 1, ()), 3
+    for product in products:
+        parts[product.part] += times * product.flops
     # Whole numbers until the one division. Every layer was traced with all its pairs.
     every = model.layers * T * T
     return {
-        part: 3 * n * pairs / (every * T) if part == "scores" else 3 * n / T
-        for part, n in parts.items()
+        part: n * pairs / (every * T) if part == "scores" else n / T for part, n in parts.items()
     }
 
 
@@ -133,14 +142,14 @@ class Product(NamedTuple):
     bytes: int
 
 
-def _same_products(model: Model) -> Model:
+def _same_products(model: Model, scan_layers: bool = True) -> Model:
     """The config that stands for all that multiply alike: every layer traced once, every pair, and
     every token through each of its experts."""
     return dataclasses.replace(
         model,
         attention="plain",
         windows=(None,),
-        scan_layers=True,
+        scan_layers=scan_layers,
         remat="none",
         dropout=0.0,
         capacity_factor=None,
@@ -167,6 +176,27 @@ def _products(
         tokens_BT = placed((batch, model.context), jnp.int32, sharding.spec("BT"))
         jaxpr = jax.make_jaxpr(functools.partial(gpt.apply, model))(params, tokens_BT)
     return list(_walk(jaxpr.jaxpr, "", 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _trained_products(config: Config, rows: tuple[Any, ...]) -> list[Product]:
+    """The products of a forward and a backward pass of one full row, of what is trained."""
+    del rows  # a part of the key alone
+    model, row = config.model, trainable(config)
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), gpt.abstract_params(model)
+    )
+    trained, frozen = jax.eval_shape(row.split, params)
+
+    def logits(trained: gpt.Params, frozen: gpt.Params | None, tokens_BT: jax.Array) -> jax.Array:
+        return gpt.apply(model, row.realise(trained, frozen), tokens_BT).sum()
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        tokens_BT = jax.ShapeDtypeStruct((1, model.context), jnp.int32)
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(logits))(trained, frozen, tokens_BT).jaxpr
+    # XLA drops what nobody reads as well: gradients of what is frozen.
+    read, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return list(_walk(read, "", 1))
 
 
 # Of these it is not known what they multiply, or how often.
@@ -250,7 +280,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
 
     Parameters, gradients, optimiser state and weight average are exact, those of the abstract
     state of training, sharded as it is; what is frozen has parameters alone. "activations" and
-    "logits" are rough: what the backward pass needs of a device's micro-batch, where model.remat is
+    "logits" are rough: what the backward pass needs of a device's micro-batch where all is trained,
+    and model.remat is
 
         none          twice what the products of the blocks yield, as they are and after what
                       follows them (norm, rotation, activation, softmax); a kernel of attention
@@ -270,6 +301,8 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     """
     m, mesh = config.model, tuple(mesh_shape.items())
     every, trained = gpt.abstract_params(m), trainable(config).specs
+    added = flatten_dict(trained, sep="/")  # adapters are beside the model's own
+    added = {path: s for path, s in added.items() if path not in flatten_dict(every, sep="/")}
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), trained)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         optimizer = jax.eval_shape(state.make_optimizer(config).init, params)
@@ -308,7 +341,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     logits = sum(p.bytes for p in products if p.part == "unembedding")
     columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)
     parts = {
-        "parameters": float32(every),
+        "parameters": float32(every) + float32(added),
         "gradients": float32(trained),
         "optimizer": total(optimizer, state_specs(optimizer, trained)),
         "ema": 0 if config.optim.ema_decay is None else float32(trained),
@@ -323,9 +356,12 @@ def costs(config: Config, mesh_shape: Mapping[str, int]) -> list[str]:
     counts = parameters(config.model)
     if (active := active_parameters(config.model)) != counts["total"]:
         counts["active"] = active
+    trained = sum(math.prod(s.shape) for s in jax.tree.leaves(trainable(config).specs))
+    if config.train.trainable != "all":
+        counts["trained"] = trained
     lines = [f"parameters: {', '.join(f'{part} {n:,}' for part, n in counts.items())}"]
     try:
-        flops = flops_by_part(config.model, causal=True)
+        flops = flops_by_part(config, causal=True)
     except Uncountable as error:
         lines.append(f"FLOPs are not counted: {error}")
     else:

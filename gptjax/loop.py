@@ -423,7 +423,7 @@ class Meter:
         peak, source = accounting.peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
         try:
-            parts = accounting.flops_by_part(config.model, causal=True)
+            parts = accounting.flops_by_part(config, causal=True)
             self._flops, self._routed = sum(parts.values()), parts.get("experts", 0.0)
         except accounting.Uncountable as error:
             self._peak = None

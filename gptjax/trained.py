@@ -18,8 +18,8 @@ from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import pretrained
 from gptjax.model import Params, abstract_params
-from gptjax.sharding import make_mesh
 from gptjax.records import read_environment
+from gptjax.sharding import make_mesh
 from gptjax.storage import Place, expand, on_hub
 from gptjax.tokenizer import Tokenizer
 

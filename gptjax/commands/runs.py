@@ -368,7 +368,7 @@ def config(arguments: argparse.Namespace, overrides: list[str]) -> None:
         print(f"{knob} = {value!r}")
     tokens = run_config.train.steps * run_config.data.batch_size * run_config.model.context
     try:
-        flops = accounting.train_flops_per_token(run_config.model, causal=True)
+        flops = accounting.train_flops_per_token(run_config, causal=True)
         costs = f" of {flops:.4g} FLOPs (causal), {tokens * flops:.4g} in all"
     except accounting.Uncountable:
         costs = ""

@@ -74,14 +74,14 @@ def arrays(config: Config, mesh: Mapping[str, int]) -> list[Array]:
     """Every array of the state, as `state.create` lays it on such a mesh."""
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(mesh)):
         leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: state.create(config)))
-    specs = {_path(path): spec for path, spec in _declared(config)}
+    specs = [(_path(path), spec) for path, spec in _declared(config)]
     rows = []
     for path, leaf in leaves:
         where = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
         held = accounting.held_bytes(leaf)
         name = _path(path)
-        spec = next((s for p, s in specs.items() if name.endswith(p)), None)
-        letters = spec.dims if spec is not None and spec.shape == leaf.shape else ""
+        alike = (s for path, s in specs if name.endswith(path) and s.shape == leaf.shape)
+        letters = next((spec.dims for spec in alike), "")
         whole = held == leaf.size * leaf.dtype.itemsize
         flagged = whole and held >= LARGE and max(mesh.values()) > 1
         axes = ", ".join("·".join(jax.tree.leaves(entry)) or "–" for entry in where)
@@ -90,7 +90,9 @@ def arrays(config: Config, mesh: Mapping[str, int]) -> list[Array]:
 
 
 def _declared(config: Config) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(trainable(config).specs)
+    """What is trained, and the model, of which the rest is frozen."""
+    trees = trainable(config).specs, model.abstract_params(config.model)
+    return [pair for tree in trees for pair in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _path(path: Sequence[Any]) -> str:
@@ -169,8 +171,8 @@ def step_time(config: Config, hardware: Hardware, held: int, rows: Sequence[Traf
         rows: what is sent.
     """
     tokens = config.data.batch_size * config.model.context
-    needed = accounting.train_flops_per_token(config.model, causal=True)
-    wasted = accounting.train_flops_per_token(config.model, causal=False)
+    needed = accounting.train_flops_per_token(config, causal=True)
+    wasted = accounting.train_flops_per_token(config, causal=False)
     wasted *= 1 + AGAIN.get(config.model.remat, 1.0) / 3
     rate = hardware.devices * hardware.chip.peak
     # Read and written once each at least: the state; written and read: gradients, activations.

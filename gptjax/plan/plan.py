@@ -110,7 +110,7 @@ def _time(
     dollars: float | None,
     forecast: ledger.Forecast | None,
 ) -> dict[str, Any]:
-    flops = accounting.train_flops_per_token(config.model, causal=True)
+    flops = accounting.train_flops_per_token(config, causal=True)
     tokens = config.data.batch_size * config.model.context
     price = hardware.chip.dollars if dollars is None else dollars
     an_hour = None if price is None else price * hardware.devices

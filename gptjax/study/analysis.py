@@ -335,7 +335,7 @@ def _cost(config: Config, outcomes: Sequence[Outcome]) -> Cost:
         return float(np.median(values)) if values else math.nan
 
     try:
-        flops_per_token = accounting.train_flops_per_token(config.model, causal=True)
+        flops_per_token = accounting.train_flops_per_token(config, causal=True)
         flops = equalise.flops(config)
     except accounting.Uncountable:
         flops_per_token = flops = math.nan

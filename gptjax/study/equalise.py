@@ -23,7 +23,7 @@ def tokens(config: Config) -> float:
 
 def flops(config: Config) -> float:
     """FLOPs of a run, causal, by `accounting.train_flops_per_token`."""
-    return tokens(config) * accounting.train_flops_per_token(config.model, causal=True)
+    return tokens(config) * accounting.train_flops_per_token(config, causal=True)
 
 
 def parameters(config: Config) -> float:
