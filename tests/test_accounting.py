@@ -278,6 +278,48 @@ def test_causal_flops_count_the_visible_pairs():
     assert full == matrices + 12 * model.width * (7 + 3 + 7)
 
 
+def training(row: str, model: Model, **knobs) -> Config:
+    return dataclasses.replace(whole(model), train=tiny.train(trainable=row, **knobs))
+
+
+def test_what_is_frozen_has_no_gradient_to_count():
+    """Closed forms of each row, of 3 layers: 2 FLOPs a parameter forward, to the input, to itself."""
+    model = small(tied=False)
+    D, F, V, T = 32, 48, 64, 16
+    head, attention, feed = V * D, 4 * D * D, 2 * D * F
+    layer, scores = attention + feed, 4 * T * D  # forward, of each layer
+    forward = 2 * (3 * layer + head) + 3 * scores
+
+    def flops(row: str, causal: bool = False, **knobs) -> float:
+        scanned = dataclasses.replace(model, scan_layers=knobs.pop("scan", True))
+        return train_flops_per_token(training(row, scanned, **knobs), causal)
+
+    assert train_flops_per_token(model, False) == flops("all") == 3 * forward
+    assert flops("unfrozen", frozen=("blocks/attention/*",)) == 3 * forward - 2 * 3 * attention
+    rank = 5
+    adapters = 3 * rank * (4 * 2 * D + 2 * (D + F))
+    lora = 3 * forward - 2 * (3 * layer + head) + 6 * adapters
+    assert flops("lora", lora_rank=rank) == lora
+    # Below the first layer nothing is trained: unrolled, its inputs need no gradient of the base, nor
+    # of what reads into the adapters.
+    spared = 2 * 3 * (D * D + rank * D)
+    assert flops("lora", lora_rank=rank, scan=False) == lora - spared
+    one = 4 * layer - 2 * 3 * D * D + 2 * scores + 2 * head  # no gradient of the inputs of q, k, v
+    assert flops("last_n_layers") == flops("last_n_layers", scan=False) == forward + one
+    assert flops("heads_only") == forward + 2 * head
+    # Of scores the visible pairs count, (T + 1) / 2 of T.
+    unseen = 1 - (T + 1) / (2 * T)
+    assert flops("lora", True, lora_rank=rank) == pytest.approx(lora - 9 * scores * unseen)
+
+
+@pytest.mark.parametrize("feedforward", FEEDFORWARD)
+def test_training_all_counts_alike_forward_and_back(feedforward):
+    """What the gradient's jaxpr multiplies is three times the forward pass, for any feed-forward."""
+    model = small(feedforward=feedforward, experts=4, qk_norm=True, scan_layers=True)
+    none = training("unfrozen", model, frozen=("embed/positions",))
+    assert train_flops_per_token(none, True) == pytest.approx(train_flops_per_token(model, True))
+
+
 def test_the_block_kernel_lies_between_causal_and_full():
     model = small(attention="block", context=4 * BLOCK)
     steps = 1 + 2 + 3 + 4
@@ -333,6 +375,13 @@ def test_what_is_frozen_has_neither_gradient_nor_state(optimizer):
     train = dataclasses.replace(config.train, trainable="unfrozen", frozen=("embed/*", "blocks/*"))
     config = dataclasses.replace(config, train=train)
     check_memory(config, tiny.CUBE)
+
+
+@pytest.mark.parametrize("row", ["lora", "last_n_layers", "heads_only"])
+def test_memory_of_what_is_trained_is_that_of_the_sharded_state(row):
+    model = small(width=64, head_dim=32, ff_dim=256, vocab_size=256, tied=False)
+    check_memory(training(row, model), tiny.CUBE)
+    assert "trained " in costs(training(row, model), dict.fromkeys(AXES, 1))[0]
     got = memory_bytes(config, dict.fromkeys(AXES, 1))
     assert got["gradients"] == 4 * 2 * 32  # the final norm's gain and offset
     assert got["parameters"] == 4 * parameters(config.model)["total"]

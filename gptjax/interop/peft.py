@@ -103,7 +103,7 @@ def read_config(folder: Path) -> Adapter:
         if ranks.keys() != {"c_attn"} or alphas.keys() != {"c_attn"}:
             raise UserError("an adapter with ranks or alphas of each module is not supported")
         fused = int(ranks["c_attn"]), float(alphas["c_attn"])
-    if not Path(base).exists():
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists():
         base = f"hf:{base}" + (f"@{revision}" if revision else "")
     return Adapter(base, rank, alpha, fused)
 
