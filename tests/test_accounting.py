@@ -375,6 +375,9 @@ def test_what_is_frozen_has_neither_gradient_nor_state(optimizer):
     train = dataclasses.replace(config.train, trainable="unfrozen", frozen=("embed/*", "blocks/*"))
     config = dataclasses.replace(config, train=train)
     check_memory(config, tiny.CUBE)
+    got = memory_bytes(config, dict.fromkeys(AXES, 1))
+    assert got["gradients"] == 4 * 2 * 32  # the final norm's gain and offset
+    assert got["parameters"] == 4 * parameters(config.model)["total"]
 
 
 @pytest.mark.parametrize("row", ["lora", "last_n_layers", "heads_only"])
@@ -382,9 +385,6 @@ def test_memory_of_what_is_trained_is_that_of_the_sharded_state(row):
     model = small(width=64, head_dim=32, ff_dim=256, vocab_size=256, tied=False)
     check_memory(training(row, model), tiny.CUBE)
     assert "trained " in costs(training(row, model), dict.fromkeys(AXES, 1))[0]
-    got = memory_bytes(config, dict.fromkeys(AXES, 1))
-    assert got["gradients"] == 4 * 2 * 32  # the final norm's gain and offset
-    assert got["parameters"] == 4 * parameters(config.model)["total"]
 
 
 def test_activations_by_hand():
