@@ -130,9 +130,9 @@ def get_config() -> ConfigDict:
     c.train = t = ConfigDict()
     t.steps = 500
     t.objective = "next_token"  # what is minimised; by the weights of the store, as of dialogues
-    # all | unfrozen (all but train.frozen) | lora (adapters of the blocks' matrices) |
-    # last_n_layers (train.last_layers blocks, nothing else) | heads_only (the output projection)
-    t.trainable = "all"
+    # What is not trained stays as it begins. lora: adapters of the blocks' matrices; last_n_layers:
+    # train.last_layers blocks and nothing else; heads_only: the output projection.
+    t.trainable = "all"  # all | unfrozen (all but train.frozen) | lora | last_n_layers | heads_only
     t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
     t.last_layers = 1  # how many last_n_layers trains
     # LoRA adds lora_alpha / lora_rank * A B to a matrix; A is D x lora_rank, B begins at 0.

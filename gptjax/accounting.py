@@ -36,7 +36,7 @@ from gptjax.layers.parameter import Spec
 from gptjax.layers.position import POSITION
 from gptjax.optim import state_specs
 from gptjax.sharding import parameter_spec
-from gptjax.trainable import trainable
+from gptjax.trainable import TRAINABLE, trainable
 
 
 def _rows(model: Model) -> tuple[Any, ...]:
@@ -112,7 +112,8 @@ def flops_by_part(of: Config | Model, causal: bool) -> dict[str, float]:
     parts: Counter[str] = Counter()
     if isinstance(of, Config) and of.train.trainable != "all":
         whole = dataclasses.replace(of, model=_same_products(model, model.scan_layers))
-        products, times = _trained_products(whole, (*_rows(model), trainable(of))), 1
+        products = _trained_products(whole, (*_rows(model), TRAINABLE.get(of.train.trainable)))
+        times = 1
     else:
         products, times = _products(_same_products(model), _rows(model), 1, ()), 3
     for product in products:
