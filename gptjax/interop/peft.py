@@ -71,11 +71,6 @@ class Adapter(NamedTuple):
     fused: tuple[int, float] | None
 
 
-def describes(names: set[str]) -> bool:
-    """Whether a folder of such files is an adapter; with weights beside it, it is none of ours."""
-    return CONFIG in names and not names & {hf.WEIGHTS, hf.INDEX}
-
-
 def read_config(folder: Path) -> Adapter:
     """
     Raises:
@@ -115,7 +110,7 @@ def matrices(folder: Path, family: Family, config: Model) -> tuple[str, ...]:
     return tuple(
         path.removeprefix("blocks/")
         for path, row in rows.items()
-        if f"{_module(row)}.lora_A.weight".replace("*", "0") in there
+        if path.startswith("blocks/") and f"{_module(row)}.lora_A.weight".replace("*", "0") in there
     )
 
 
@@ -174,7 +169,7 @@ def export(
             popped = [tensors.pop(part.replace("*", str(layer))) for part in parts]
             tensors[name.replace("*", str(layer))] = _joined(name, popped)
     name, _, revision = base.removeprefix("hf:").partition("@")
-    alpha = one.scale * rank
+    alpha = round(one.scale * rank, 6)
     alpha = int(alpha) if alpha == int(alpha) else alpha
     keys = {
         "peft_type": "LORA",

@@ -17,7 +17,7 @@ from gptjax.config import Config, Model, UserError
 from gptjax.interop import gguf, hf, peft
 from gptjax.interop.families import RUN_FIELDS, Family, Keys, to_model
 from gptjax.places import near
-from gptjax.storage import Place, children, expand, local, on_hub, sha256
+from gptjax.storage import Place, expand, local, on_hub, sha256
 from gptjax.tokenizer import FILES, TOKENIZER_FILE
 
 
@@ -73,16 +73,14 @@ class Pretrained(NamedTuple):
 
 
 def find(path: Place) -> Folder | None:
-    """As `read`; None where config.json is not theirs, or is not there: a run of ours.
+    """As `read`; None where config.json is not theirs, a run's, or nothing is there.
 
     Raises:
         UserError: as `read`; if config.json is damaged.
     """
     name, folder = _described(path)
-    if peft.describes(_names(name, folder)):
-        return _adapted(name, folder)
     if not (folder / hf.CONFIG).is_file():
-        return None
+        return _adapted(name, folder) if (folder / peft.CONFIG).is_file() else None
     keys = hf.read_config(folder)
     return _folder(name, folder, keys) if "model_type" in keys else None
 
@@ -94,7 +92,7 @@ def read(path: str | Place) -> Folder:
         UserError: if it is no such folder, or of an architecture that is not ours; as `hub.pinned`.
     """
     name, folder = _described(expand(path))
-    if peft.describes(_names(name, folder)):
+    if not (folder / hf.CONFIG).is_file() and (folder / peft.CONFIG).is_file():
         return _adapted(name, folder)
     return _folder(name, folder, hf.read_config(folder))
 
@@ -105,11 +103,6 @@ def _described(path: Place) -> tuple[Place, Place]:
     if on_hub(name) and not hub.files(name) & {hf.CONFIG, peft.CONFIG}:
         raise UserError(f"{name} holds no {hf.CONFIG}: name a model in the format of transformers")
     return name, hub.fetched(name, (hf.CONFIG, hf.INDEX, peft.CONFIG, *FILES))
-
-
-def _names(name: Place, folder: Place) -> set[str]:
-    """Of the files of a place, fetched or not."""
-    return hub.files(name) if on_hub(name) else {file.name for file in children(folder)}
 
 
 def _adapted(name: Place, folder: Place) -> Folder:
