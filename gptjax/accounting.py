@@ -184,15 +184,14 @@ def _trained_products(config: Config, rows: tuple[Any, ...]) -> list[Product]:
     """The products of a forward and a backward pass of one full row, of what is trained."""
     del rows  # a part of the key alone
     model, row = config.model, trainable(config)
-    params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), gpt.abstract_params(model)
-    )
-    trained, frozen = jax.eval_shape(row.split, params)
 
     def logits(trained: gpt.Params, frozen: gpt.Params | None, tokens_BT: jax.Array) -> jax.Array:
         return gpt.apply(model, row.realise(trained, frozen), tokens_BT).sum()
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        specs = gpt.abstract_params(model)
+        params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+        trained, frozen = jax.eval_shape(row.split, params)
         tokens_BT = jax.ShapeDtypeStruct((1, model.context), jnp.int32)
         jaxpr = jax.make_jaxpr(jax.value_and_grad(logits))(trained, frozen, tokens_BT).jaxpr
     # XLA drops what nobody reads as well: gradients of what is frozen.

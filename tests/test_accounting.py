@@ -304,7 +304,7 @@ def test_what_is_frozen_has_no_gradient_to_count():
     # of what reads into the adapters.
     spared = 2 * 3 * (D * D + rank * D)
     assert flops("lora", lora_rank=rank, scan=False) == lora - spared
-    one = 4 * layer - 2 * 3 * D * D + 2 * scores + 2 * head  # no gradient of the inputs of q, k, v
+    one = 4 * layer + 2 * scores + 2 * head  # the norms of the block are trained too
     assert flops("last_n_layers") == flops("last_n_layers", scan=False) == forward + one
     assert flops("heads_only") == forward + 2 * head
     # Of scores the visible pairs count, (T + 1) / 2 of T.

@@ -97,7 +97,7 @@ def test_logits_gradients_and_files_are_those_of_peft(case, tmp_path):
     close(our_logits(found), expected)
     with theirs.disable_adapter():
         off = their_logits(theirs)
-    assert np.abs(expected - off).max() > 0.3
+    assert np.abs(expected - off).max() > 0.1
     without = found._replace(params=trainable.without_adapters(found.params))
     close(our_logits(without), off)
     close(our_logits(found._replace(params=trainable.merged(found.model, found.params))), expected)

@@ -221,7 +221,8 @@ def test_an_adapter_is_as_if_it_were_merged(kind):
         jax.grad(lambda t: objective(trainable.merged(config.model, of_row.realise(t, frozen))))
     )(trained)
     for path, slope in leaves(ours).items():
-        np.testing.assert_allclose(slope, leaves(theirs)[path], rtol=0, atol=1e-6, err_msg=path)
+        atol = 1e-4 * np.abs(slope).max()  # the sum rounds each weight anew, in float32
+        np.testing.assert_allclose(slope, leaves(theirs)[path], rtol=0, atol=atol, err_msg=path)
 
 
 def test_a_begins_uniform_as_kaiming_has_it_and_b_at_0():

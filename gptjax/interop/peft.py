@@ -258,13 +258,13 @@ def _declared(
 
 
 def _fused(rows: dict[str, Row]) -> dict[str, list[str]]:
-    """Their tensors that are several of ours, each with the names that these have here."""
+    """Their tensors that are several of ours, each with the names that these have here, in order."""
     fused: dict[str, list[str]] = {}
     for row in rows.values():
         whole, _, number = row.theirs.rpartition(".")
         if number.isdigit():
             fused.setdefault(whole, []).append(row.theirs)
-    return fused
+    return {whole: sorted(parts) for whole, parts in fused.items()}
 
 
 def _joined(name: str, parts: list[Any]) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:
