@@ -122,7 +122,7 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
         else:
             if has_adapters(params):
                 params, moved = peft.merge(config.model, params)
-                how += f", adapters merged, which moves logits by {moved:.1e} of the largest"
+                how += f", adapters merged, which moves logits by {moved:.1e} of their size"
             hf.export(arguments.out, config.model, params, name, arguments.dtype)
     print(f"{arguments.out}: step {model.step} of {arguments.workdir}, {how}")
 
