@@ -153,39 +153,40 @@ def resident(what):
 
 config = configure.from_file("configs/base.py", sys.argv[1:])
 devices = jax.devices()[:1]
-print(compile.compile_for(config, devices, [0]).total)
+planned = compile.compile_for(config, devices, [0])
 with jax.set_mesh(sharding.make_mesh(config.mesh, devices)):
     config = setup.settle(config)
     batch = jax.tree.map(lambda s: jax.numpy.ones(s.shape, s.dtype), compile.abstract_batch(config))
     abstract = state.abstract(config), compile.abstract_batch(config)
     step = state.make_train_step(config).lower(*abstract).compile()
+    # What is compiled, loaded and started once is no part of a step: the first one is not measured.
+    now, _ = jax.block_until_ready(step(state.create(config), batch))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the compiler left would be taken again unseen
-    before = resident("VmRSS")
-    start = jax.block_until_ready(state.create(config))
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")  # with the state and the batch
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    jax.block_until_ready(step(start, batch))
-    print(resident("VmHWM") - before)
+    jax.block_until_ready(step(now, batch))
+    print(planned.total, planned.arguments + resident("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_a_step_takes_of_this_host() -> None:
-    """Of 3.58 GB 3.2% more were seen on two cores. What products pack their operands into is in no
-    program, and another processor has more cores that do so: hence twice 5%."""
+def test_the_plan_is_within_5_percent_of_what_a_step_takes_of_this_host() -> None:
+    """On two cores 0.2% more were seen. In no program is what products pack their operands into: here,
+    of many layers of small products, it is little whatever the number of cores."""
     words = [
         f"--config.{knob}"
-        for knob in ("model.vocab_size=8192", "model.width=512", "model.layers=4", "model.heads=8")
+        for knob in ("model.vocab_size=1024", "model.width=512", "model.layers=12", "model.heads=8")
     ]
     words += [
         f"--config.{knob}"
-        for knob in ("model.context=512", "data.batch_size=16", "optim.optimizer=adamw")
+        for knob in ("model.context=256", "data.batch_size=8", "optim.optimizer=adamw")
     ]
     child = Child(LIVE, *words).wait()
     assert child.returncode == 0, child.stderr
     planned, live = map(int, child.stdout.split())
-    assert planned > 1e9
-    assert 0.95 * planned < live < 1.1 * planned
+    assert planned > 2e9
+    assert live == pytest.approx(planned, rel=0.05)
 
 
 def test_memory_is_split_into_parts_that_make_the_whole(told: compile.Compiled) -> None:
