@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
     d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
     d.tokenizer = "gpt2"  # bytes, any tiktoken encoding, or a folder with a tokenizer.json
     # stream | masked (attention stays in its document) | document (one a row) | whole (as many
-    # documents a row as fit, none cut: dialogues)
+    # documents a row as fit, none cut: dialogues) | pairs (two a row: preferences)
     d.packing = "stream"
     d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
 
@@ -129,7 +129,12 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 500
-    t.objective = "next_token"  # what is minimised; by the weights of the store, as of dialogues
+    # next_token (by the weights of the store, as of dialogues) | dpo | ipo | simpo (of pairs)
+    t.objective = "next_token"
+    # How much a difference between the chosen and the rejected text counts. Of dpo and ipo: the more,
+    # the nearer the model stays to what it was when training began. simpo has about 2.
+    t.beta = 0.1
+    t.gamma = 0.5  # simpo: by how much the chosen reward is to be higher; half of beta or less
     # What is not trained stays as it begins. lora: adapters of the blocks' matrices; last_n_layers:
     # train.last_layers blocks and nothing else; heads_only: the output projection.
     t.trainable = "all"  # all | unfrozen (all but train.frozen) | lora | last_n_layers | heads_only

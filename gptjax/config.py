@@ -333,6 +333,8 @@ class Train:
 
     steps: int
     objective: str = field(metadata=off("next_token"))
+    beta: float = field(metadata=off(0.1))
+    gamma: float = field(metadata=off(0.5))
     trainable: str = field(metadata=off("all"))
     frozen: tuple[str, ...] = field(metadata=off(()))
     last_layers: int = field(metadata=off(1))
@@ -358,6 +360,7 @@ class Train:
         _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike", "hang_seconds")
         _positive(self, "last_layers", "lora_rank", "lora_alpha")
         _fraction(self, "lora_dropout")
+        _positive(self, "beta")
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="

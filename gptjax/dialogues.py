@@ -160,7 +160,59 @@ def prepare_dialogues(
         dialogue = encode(tokenizer, *turns(row, place))
         return [dialogue] if dialogue.scored.any() else []
 
+    check_given(files, val_fraction)
+    chat.template_of(load(tokenizer_name))
     return prepare_rows(files, out, tokenizer_name, val_fraction, KEYS, encoded)
+
+
+def prepare_pairs(
+    files: Sequence[Path], out: Path, tokenizer_name: str, val_fraction: float = 0.1
+) -> dict[str, Any]:
+    """Preferences into OUT/train and OUT/val, as `prepare_dialogues`.
+
+    The chosen and the rejected text of pair i are documents 2i and 2i + 1, for `data.Pairs`.
+
+    Args:
+        files: as there; a row has `prompt`, `chosen` and `rejected`, each a text or messages. Of a
+            chosen and a rejected text that are whole dialogues what both begin with is the prompt.
+        tokenizer_name: one without a chat template takes texts as they are: an answer follows its
+            prompt and is ended by end-of-text.
+
+    Raises:
+        UserError: as there.
+    """
+
+    def encoded(tokenizer: Tokenizer, row: Mapping[str, Any], place: str) -> list[Dialogue]:
+        if missing := [key for key in PAIR if row.get(key) is None]:
+            raise UserError(f"{place} has no '{missing[0]}': a pair has {', '.join(PAIR)}")
+        both = [_answered(tokenizer, row, key, place) for key in PAIR[1:]]
+        return both if all(dialogue.scored.any() for dialogue in both) else []
+
+    return prepare_rows(files, out, tokenizer_name, val_fraction, PAIR, encoded)
+
+
+PAIR = ("prompt", "chosen", "rejected")
+
+
+def _answered(tokenizer: Tokenizer, row: Mapping[str, Any], key: str, place: str) -> Dialogue:
+    """The prompt of a row of preferences with its answer `key`, which is what is scored."""
+    if tokenizer.chat_template is None and not tokenizer.template_choice:
+        if not all(isinstance(row[name], str) for name in ("prompt", key)):
+            raise UserError(
+                f"{place} holds messages, but tokenizer {tokenizer.name!r} has no chat template: give "
+                "texts"
+            )
+        # Apart, as they are when an answer is generated.
+        ids = tokenizer.encode(row["prompt"]) or [tokenizer.eot]
+        answer = [*tokenizer.encode(row[key]), tokenizer.eot]
+        return Dialogue(ids + answer, np.repeat([False, True], [len(ids), len(answer)]))
+    messages = said(row[key], "assistant", place)
+    if messages[0]["role"] == "assistant":
+        before = said(row["prompt"], "user", place)
+        return encode(tokenizer, [*before, *messages], len(before))
+    chosen, rejected = (said(row[name], "assistant", place) for name in PAIR[1:])
+    differ = [a != b for a, b in zip(chosen, rejected, strict=False)]
+    return encode(tokenizer, messages, differ.index(True) if any(differ) else len(differ))
 
 
 def prepare_rows(
@@ -179,7 +231,6 @@ def prepare_rows(
     """
     check_given(files, val_fraction)
     tokenizer = load(tokenizer_name)
-    template = chat.template_of(tokenizer)
     readers = [open_rows(Path(file), keys) for file in files]
     total, digest = 0, hashlib.sha256()
     for file, read in zip(files, readers, strict=True):
@@ -220,7 +271,9 @@ def prepare_rows(
 
     recipe = {
         "rows_sha256": digest.hexdigest(),
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(
+            (tokenizer.chat_template or "").encode()
+        ).hexdigest(),
         "val_fraction": val_fraction,
     }
     return build(Path(out), tokenizer, recipe, total, fill, weighted=True)

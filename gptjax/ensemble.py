@@ -30,8 +30,9 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import ledger, loop, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import Config, UserError, flatten, recorded, to_dict
+from gptjax.config import Config, UserError, choose, flatten, recorded, to_dict
 from gptjax.data.batches import Batch
+from gptjax.objectives import OBJECTIVE
 from gptjax.progress import Progress, say
 from gptjax.records import CONFIG, DIVERGED, ENSEMBLE, open_run
 from gptjax.setup import Setup, describe, read_rows, set_up
@@ -51,6 +52,7 @@ def key(config: Config) -> str:
     knobs = flatten(to_dict(config))
     t = config.train
     alone = config.mesh.splits or jax.process_count() > 1 or t.watch or t.branch or t.spike
+    alone = alone or choose(OBJECTIVE, t.objective, "train.objective").reference
     if not alone:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()

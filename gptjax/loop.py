@@ -25,16 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import accounting, alive, branch, heap, ledger, model, spike, state
+from gptjax import accounting, alive, branch, heap, ledger, model, preferences, spike, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
-from gptjax.config import LESS_MEMORY, Config, Train, UserError, out_of_memory, to_dict
+from gptjax.config import LESS_MEMORY, Config, Train, UserError, choose, out_of_memory, to_dict
 from gptjax.data.batches import Batches
+from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import Evaluator, RowEvaluator, Score
+from gptjax.preferences import PairEvaluator, PairScore
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
-from gptjax.setup import Start, describe, load_batch, set_up, settle
+from gptjax.setup import Setup, Start, describe, load_batch, set_up, settle
 from gptjax.storage import Place, patient, replace_file
+from gptjax.trainable import trainable
 from gptjax.watch import make_watch
 
 TOLD = 8  # rows of a batch that was skipped
@@ -164,6 +167,11 @@ def _attempt(
         say(f"{workdir}: {where}, {describe(config)}")
         meta: dict[str, Any] = {"config": record, "fingerprints": fingerprints}
         progress = stack.enter_context(Progress("training", steps, start))
+        if choose(OBJECTIVE, config.train.objective, "train.objective").reference:
+            sha256, place = carried.get("reference"), workdir
+            if saved is None and (trunk := branch.of(config)) is not None:
+                place = trunk.run
+            meta["reference"] = _refer(setup, workdir, place, sha256, train_state, progress)
         train_step, cost = compile_step(
             state.make_train_step(config), train_state,
             load_batch(setup, spike.batch(spikes, start + 1)),
@@ -211,6 +219,35 @@ def _attempt(
         if until is None:
             _check_end(steps, held_out)
         return state.evaluation_params(config, train_state)
+
+
+def _refer(
+    setup: Setup, workdir: Place, place: Place, sha256: str | None, now: state.TrainState,
+    progress: Progress,
+) -> str:  # fmt: skip
+    """Gives all pairs their reference, and returns the sha256 of it.
+
+    Args:
+        place: the folder of the run that has it, this one or its trunk.
+        sha256: of that; None: the reference is the model as it is now.
+    """
+    pairs = setup.pairs
+    targets = {name: rows.targets for name, rows in pairs.items()}
+    if sha256 is None:
+        alive.moves("scoring by the reference", slow=True)
+        params = trainable(setup.config).realise(now.params, now.frozen)
+        with progress.task("reference", sum(targets.values())) as advance:
+            values = preferences.reference(setup.config, params, pairs, advance)
+    else:
+        values = preferences.read(place, sha256)
+        if {name: len(scored) for name, scored in values.items()} != targets:
+            raise UserError(
+                f"{place} has a reference for other pairs: with other data begin by --from, not by "
+                "--branch"
+            )
+    for name, rows in pairs.items():
+        rows.reference = values[name]
+    return preferences.write(workdir, values)
 
 
 def _check_end(step: int, held_out: Mapping[str, float]) -> None:
@@ -288,18 +325,18 @@ def compile_step(
     return compiled, cost
 
 
-def count(evaluators: Mapping[str, Evaluator | RowEvaluator]) -> int:
+def count(evaluators: Mapping[str, Evaluator | RowEvaluator | PairEvaluator]) -> int:
     """Tokens scored by all together."""
     return sum(e.tokens for e in evaluators.values())
 
 
 def score(
-    evaluators: Mapping[str, Evaluator | RowEvaluator],
+    evaluators: Mapping[str, Evaluator | RowEvaluator | PairEvaluator],
     params: model.Params,
     advance: Callable[[int], None],
-) -> dict[str, Score]:
-    """The score of each text, and their sum as "all" where there are several."""
-    scores = {name: e(params, advance) for name, e in evaluators.items()}
+) -> dict[str, Score] | dict[str, PairScore]:
+    """The score of each source, and their sum as "all" where there are several."""
+    scores: dict[str, Any] = {name: e(params, advance) for name, e in evaluators.items()}
     if len(scores) > 1:
         first, *rest = scores.values()
         scores["all"] = sum(rest, start=first)
@@ -307,15 +344,11 @@ def score(
 
 
 def log_scores(
-    run: Run, step: int, scores: Mapping[str, Score], whose: str = ""
+    run: Run, step: int, scores: Mapping[str, Score | PairScore], whose: str = ""
 ) -> dict[str, float]:
     """Writes, says and returns held-out scores; "val_loss" is that of all sources together."""
     *_, overall = scores.values()
-    values = {
-        "val_loss": overall.loss,
-        "val_perplexity": overall.perplexity,
-        "val_bits_per_byte": overall.bits_per_byte,
-    }
+    values = {f"val_{name}": value for name, value in overall.values.items()}
     if len(scores) > 1:
         values |= {f"val_loss/{name}": s.loss for name, s in scores.items() if name != "all"}
     run.log(step, values)

@@ -6,16 +6,18 @@ weight and differentiates the first, whatever row it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from gptjax import model
-from gptjax.config import Config
+from gptjax.config import Config, ConfigError, Train
 from gptjax.data.batches import Batch
 from gptjax.layers.context import LOSS, METRIC, MOVE
-from gptjax.losses import cross_entropy
+from gptjax.losses import cross_entropy, token_nll
 
 
 class Totals(NamedTuple):
@@ -40,10 +42,14 @@ class Objective(NamedTuple):
     Attributes:
         weight: batch -> the weight of all of it, which the sums are divided by.
         totals: (config, the model's parameters, a micro-batch, dropout key or None) -> sums.
+        check: refuses a config that it does not go with.
+        reference: whether it reads `Batch.reference`.
     """
 
     weight: Callable[[Batch[jax.Array]], jax.Array]
     totals: Callable[[Config, model.Params, Batch[jax.Array], jax.Array | None], Totals]
+    check: Callable[[Config], None] = lambda config: None
+    reference: bool = False
 
 
 def next_token(
@@ -55,14 +61,7 @@ def next_token(
     under "loss/NAME", summed over layers, and what layers report, a mean over layers; both are means
     over micro-batches by their weight.
     """
-    x_BTD, _, heard = model.hidden(
-        config.model,
-        params,
-        batch.tokens,
-        position_BT=batch.positions,
-        segments_BT=batch.segments,
-        dropout_key=dropout_key,
-    )
+    x_BTD, heard = _hidden(config, params, batch, dropout_key)
     x_BTD, kernel, dims = model.unembedding(config.model, params, x_BTD)
     with jax.named_scope("loss"):
         sums = cross_entropy(
@@ -75,22 +74,165 @@ def next_token(
             softcap=config.model.logit_softcap,
             z_loss=config.optim.z_loss,
         )
-    auxiliary = {n: sums.weight * x.sum() for n, x in heard.items() if n.startswith(LOSS)}
+    metrics = {"loss": sums.nll, "z": sums.z}
+    return _with_layers(Totals(sums.objective, metrics, sums.weight), heard)
+
+
+def _check_next_token(config: Config) -> None:
+    if config.data.packing == "pairs":
+        raise ConfigError(
+            "data.packing='pairs' holds rejected texts too: set train.objective to dpo, ipo or simpo"
+        )
+
+
+def _hidden(
+    config: Config, params: model.Params, batch: Batch[jax.Array], dropout_key: jax.Array | None
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """The stream of a micro-batch, and what its layers said."""
+    x_BTD, _, heard = model.hidden(
+        config.model,
+        params,
+        batch.tokens,
+        position_BT=batch.positions,
+        segments_BT=batch.segments,
+        dropout_key=dropout_key,
+    )
+    return x_BTD, heard
+
+
+def _with_layers(totals: Totals, heard: Mapping[str, jax.Array]) -> Totals:
+    """With what layers add, report and move."""
+    objective, metrics, weight, _ = totals
+    auxiliary = {n: weight * x.sum() for n, x in heard.items() if n.startswith(LOSS)}
     reported = {
-        n.removeprefix(METRIC): sums.weight * x.mean()
-        for n, x in heard.items()
-        if n.startswith(METRIC)
+        n.removeprefix(METRIC): weight * x.mean() for n, x in heard.items() if n.startswith(METRIC)
     }
-    objective = sum(auxiliary.values(), start=sums.objective)
-    metrics = {"loss": sums.nll, "z": sums.z} | auxiliary | reported
     moves = {
-        f"blocks/{n.removeprefix(MOVE)}": sums.weight * x
-        for n, x in heard.items()
-        if n.startswith(MOVE)
+        f"blocks/{n.removeprefix(MOVE)}": weight * x for n, x in heard.items() if n.startswith(MOVE)
     }
-    return Totals(objective, metrics, sums.weight, moves)
+    objective = sum(auxiliary.values(), start=objective)
+    return Totals(objective, metrics | auxiliary | reported, weight, moves)
+
+
+class Text(NamedTuple):
+    """One text of each pair, sums over its scored tokens, float32 (B,).
+
+    Attributes:
+        log_likelihood: under the model, nats.
+        ratio: that less the log-likelihood under the reference.
+        tokens: scored, at least 1.
+    """
+
+    log_likelihood: jax.Array
+    ratio: jax.Array
+    tokens: jax.Array
+
+
+# (knobs, chosen, rejected) -> each pair's loss, and the rewards of both texts.
+PairLoss = Callable[[Train, Text, Text], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def dpo(knobs: Train, chosen: Text, rejected: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rafailov et al. 2023 (arXiv:2305.18290), eq. 7: ln 2 where the model is the reference."""
+    chosen_B, rejected_B = knobs.beta * chosen.ratio, knobs.beta * rejected.ratio
+    return -jax.nn.log_sigmoid(chosen_B - rejected_B), chosen_B, rejected_B
+
+
+def ipo(knobs: Train, chosen: Text, rejected: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Azar et al. 2023 (arXiv:2310.12036), eq. 17, beta being its tau.
+
+    Of log-ratios per token, as in TRL, whose authors confirmed it with the paper's: by sums, as it
+    is printed, the loss would grow with the square of the length.
+    """
+    chosen_B, rejected_B = chosen.ratio / chosen.tokens, rejected.ratio / rejected.tokens
+    loss_B = jnp.square(chosen_B - rejected_B - 1 / (2 * knobs.beta))
+    return loss_B, knobs.beta * chosen_B, knobs.beta * rejected_B
+
+
+def simpo(knobs: Train, chosen: Text, rejected: Text) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Meng et al. 2024 (arXiv:2405.14734), eq. 6; it has no reference."""
+    chosen_B, rejected_B = (
+        knobs.beta * text.log_likelihood / text.tokens for text in (chosen, rejected)
+    )
+    return -jax.nn.log_sigmoid(chosen_B - rejected_B - knobs.gamma), chosen_B, rejected_B
+
+
+def is_pair(batch: Batch[jax.Array]) -> jax.Array:
+    """Which rows hold a pair of which something is scored; others are padding. Bool, without T."""
+    return ((batch.segments == 1) & (batch.weights > 0)).any(-1)
+
+
+def count_pairs(batch: Batch[jax.Array]) -> jax.Array:
+    return is_pair(batch).sum().astype(jnp.float32)
+
+
+def _preference(
+    loss_of_pair: PairLoss,
+    reference: bool,
+    config: Config,
+    params: model.Params,
+    batch: Batch[jax.Array],
+    dropout_key: jax.Array | None,
+) -> Totals:
+    """A loss over pairs, and what layers add by `Tap.loss`: their weight counts pairs.
+
+    Metrics, means over pairs: loss; accuracy, the share whose chosen text has the higher reward;
+    margin, the reward of the chosen less that of the rejected; and with a reference drift_chosen
+    and drift_rejected, by how many nats a text is likelier than under it.
+    """
+    assert batch.segments is not None
+    x_BTD, heard = _hidden(config, params, batch, dropout_key)
+    x_BTD, kernel, dims = model.unembedding(config.model, params, x_BTD)
+    chunk, softcap = config.optim.loss_vocab_chunk, config.model.logit_softcap
+    with jax.named_scope("loss"):
+        targets_BT = jnp.where(batch.weights > 0, batch.targets, 0)
+        nll_BT, _ = token_nll(x_BTD, kernel, dims, targets_BT, chunk=chunk, softcap=softcap)
+        reference_BT = jnp.nan if batch.reference is None else batch.reference
+
+        def text(segment: int) -> Text:
+            weights_BT = jnp.where(batch.segments == segment, batch.weights, 0)
+            return Text(
+                -(weights_BT * nll_BT).sum(-1),
+                # Token by token, so that the same model has a ratio of 0.
+                (weights_BT * (reference_BT - nll_BT)).sum(-1),
+                jnp.maximum(weights_BT.sum(-1), 1),
+            )
+
+        chosen, rejected = text(0), text(1)
+        loss_B, chosen_B, rejected_B = loss_of_pair(config.train, chosen, rejected)
+        values = {
+            "loss": loss_B,
+            "accuracy": (chosen_B > rejected_B).astype(jnp.float32),
+            "margin": chosen_B - rejected_B,
+        }
+        if reference:
+            values |= {"drift_chosen": chosen.ratio, "drift_rejected": rejected.ratio}
+        metrics = {name: x_B.sum(where=is_pair(batch)) for name, x_B in values.items()}
+    return _with_layers(Totals(metrics["loss"], metrics, count_pairs(batch)), heard)
+
+
+def _check_preference(config: Config) -> None:
+    objective = f"train.objective={config.train.objective!r}"
+    if config.data.packing != "pairs":
+        raise ConfigError(f"{objective} compares two texts: set data.packing='pairs'")
+    if config.model.dropout or config.train.lora_dropout:
+        raise ConfigError(
+            f"{objective} goes with model.dropout=0 and train.lora_dropout=0 only: with dropout a model differs from itself, "
+            "and is no longer compared with its reference"
+        )
+    if config.optim.z_loss:
+        raise ConfigError(f"{objective} has no z-loss: set optim.z_loss=0")
+
+
+def preference(loss_of_pair: PairLoss, reference: bool = True) -> Objective:
+    """A row that compares the two texts of each pair."""
+    totals = functools.partial(_preference, loss_of_pair, reference)
+    return Objective(count_pairs, totals, _check_preference, reference)
 
 
 OBJECTIVE: dict[str, Objective] = {
-    "next_token": Objective(lambda batch: batch.weights.sum(), next_token),
+    "next_token": Objective(lambda batch: batch.weights.sum(), next_token, _check_next_token),
+    "dpo": preference(dpo),
+    "ipo": preference(ipo),
+    "simpo": preference(simpo, reference=False),
 }

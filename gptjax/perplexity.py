@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -90,6 +90,14 @@ class Score:
     def bits_per_byte(self) -> float:
         """Compares across tokenizers: nats / ln 2 / bytes."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
 
     def __str__(self) -> str:
         return (
@@ -183,7 +191,7 @@ class Evaluator:
 
         for first in range(0, self.windows, self._rows):
             batch = self.batch(first)
-            pending.append((first, batch_nll(self._model, self._chunk, params, batch)))
+            pending.append((first, self.program(params, batch)))
             if len(pending) > 1:  # one batch runs while the one before is read
                 collect()
         while pending:
@@ -193,6 +201,10 @@ class Evaluator:
     def batch(self, first: int) -> Batch[jax.Array]:
         """The windows from `first` on that are scored at once, on the current mesh."""
         return sharding.place(functools.partial(self._load, first), self._rows, "BT")
+
+    def program(self, params: model.Params, batch: Batch[jax.Array]) -> jax.Array:
+        """What is computed of a batch: `batch_nll`."""
+        return batch_nll(self._model, self._chunk, params, batch)
 
     def targets(self, start: int, stop: int) -> np.ndarray:
         """Scored tokens [start, stop), int32."""
@@ -279,7 +291,7 @@ class RowEvaluator:
         """The score of all rows; `advance` hears of every so many places scored."""
         scores = []
         for first in range(0, self._count, self._at_once):
-            nll_BT = np.asarray(batch_nll(self._model, self._chunk, params, self.batch(first)))
+            nll_BT = np.asarray(self.program(params, self.batch(first)))
             read = self._load(first, 0, self._at_once)
             scored, weights = read.targets[read.weights > 0], read.weights.astype(np.float64)
             size = int(self._tokenizer.bytes_per_token[scored].sum())
@@ -290,6 +302,10 @@ class RowEvaluator:
     def batch(self, first: int) -> Batch[jax.Array]:
         """The rows from `first` on that are scored at once, on the current mesh."""
         return sharding.place(functools.partial(self._load, first), self._at_once, "BT")
+
+    def program(self, params: model.Params, batch: Batch[jax.Array]) -> Any:
+        """What is computed of a batch: `batch_nll`."""
+        return batch_nll(self._model, self._chunk, params, batch)
 
     def _load(self, first: int, start_row: int, stop_row: int) -> Batch[np.ndarray]:
         """Rows of the batch that begins with row `first`; those beyond the last weigh nothing."""

@@ -13,11 +13,12 @@ import numpy as np
 
 from gptjax import accounting, model, sharding, state, tokenizer
 from gptjax.config import Config, ConfigError, choose
-from gptjax.data.batches import PACKING, Batch, Batches
+from gptjax.data.batches import PACKING, Batch, Batches, Pairs
 from gptjax.data.sources import open_source
 from gptjax.layers import attention
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator, RowEvaluator
+from gptjax.preferences import PairEvaluator
 from gptjax.watch import STATISTICS
 
 
@@ -28,7 +29,7 @@ class Setup:
     config: Config  # with model.attention settled for the devices
     tokenizer: tokenizer.Tokenizer
     batches: Batches
-    evaluators: dict[str, Evaluator | RowEvaluator]  # by source
+    evaluators: dict[str, Evaluator | RowEvaluator | PairEvaluator]  # by source
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -36,6 +37,15 @@ class Setup:
         data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
         held_out = {f"held_out.{name}": e.fingerprint for name, e in self.evaluators.items()}
         return {"tokenizer": self.tokenizer.fingerprint} | data | held_out
+
+    @property
+    def pairs(self) -> dict[str, Pairs]:
+        """What a reference has to score, by source and split."""
+        read = zip(self.batches.names, self.batches.sources, strict=True)
+        train = {f"train {name}": rows for name, rows in read if isinstance(rows, Pairs)}
+        evaluators = self.evaluators.items()
+        held_out = {f"val {n}": e.rows for n, e in evaluators if isinstance(e, PairEvaluator)}
+        return train | held_out
 
 
 class Start(NamedTuple):
@@ -74,7 +84,7 @@ def check_names(config: Config, folders: bool = True) -> None:
     m = config.model
     choose(attention.choices(), m.attention, "model.attention")
     choose(model.REMAT, m.remat, "model.remat")
-    choose(OBJECTIVE, config.train.objective, "train.objective")
+    choose(OBJECTIVE, config.train.objective, "train.objective").check(config)
     for name in config.train.watch:
         choose(STATISTICS, name, "train.watch")
     # All others of the sections model, optim and train. Traced: a launch starts no device.
@@ -100,9 +110,10 @@ def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
 
 def make_evaluators(
     config: Config, vocabulary: tokenizer.Tokenizer
-) -> dict[str, Evaluator | RowEvaluator]:
-    """One for the held-out split of each source."""
-    kind = RowEvaluator if PACKING[config.data.packing].whole else Evaluator
+) -> dict[str, Evaluator | RowEvaluator | PairEvaluator]:
+    """One for the held-out split of each source: pairs are scored by the objective."""
+    packing = PACKING[config.data.packing]
+    kind = PairEvaluator if packing.paired else RowEvaluator if packing.whole else Evaluator
     return {
         source: kind(config, open_source(source, vocabulary, "val"), vocabulary)
         for source in config.data.sources

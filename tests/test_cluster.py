@@ -301,8 +301,6 @@ REFUSED = [
             ("eval --compare a b --b_with model.product=int8", "key 'model.product'"),
             ("generate --workdir=x --config.sample.stopp=3", "key 'sample.stopp'"),
             ("generate --workdir=x --seed=-1", "seed must lie in"),
-            ("doctor --config.model.feedforward=nonsense", "feedforward='nonsense' is not"),
-            ("chat --workdir=x", "chat reads what is typed here"),
             ("tasks --workdir=x", "tasks takes at least one of"),
             ("tasks --workdir=x --harness a --limit=0", "--limit=0 is no positive"),
             ("tasks --workdir=x --harness a --config.eval.strid=1", "key 'eval.strid'"),

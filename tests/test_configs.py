@@ -20,16 +20,14 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from gptjax import model, sharding, state
 from gptjax.accounting import parameters
 from gptjax.config import Config, ConfigError, flatten, to_dict
 from gptjax.configure import from_file
-from gptjax.data.batches import Batch
 from gptjax.layers.feedforward import hidden_width
+from gptjax.plan.compile import abstract_batch
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -112,11 +110,7 @@ def test_the_whole_step_has_matching_shapes_and_shardings(name, rows, devices):
     # Every layer is traced as the first two.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=2))
     with jax.set_mesh(mesh):
-        before, micro = state.abstract(config), config.train.accumulation
-        shape = (config.data.batch_size // micro, micro, config.model.context)
-        rows = NamedSharding(mesh, sharding.spec("BAT"))
-        dtypes = Batch(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32)
-        batch = jax.tree.map(lambda d: jax.ShapeDtypeStruct(shape, d, sharding=rows), dtypes)
+        before, batch = state.abstract(config), abstract_batch(config)
         after, metrics = jax.eval_shape(state.make_train_step(config), before, batch)
     assert all(metric.shape == () for metric in metrics.values())
 

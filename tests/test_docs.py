@@ -127,6 +127,8 @@ def test_the_commands_run_in_their_order(
         (tmp_path / f"{name}.txt").write_text("It was a dark and stormy night.\n" * 40)
     talks = json.dumps({"prompt": "Who is it?", "completion": "The king."}) + "\n"
     (tmp_path / "talks.jsonl").write_text(20 * talks)
+    pairs = {"prompt": "Who is it?", "chosen": "The king!", "rejected": "It is the king."}
+    (tmp_path / "pairs.jsonl").write_text(20 * (json.dumps(pairs) + "\n"))
     (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": "It was a dark night"}) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     small = [f"--config.{knob}={value}" for knob, value in SMALL.items()]

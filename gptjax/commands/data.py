@@ -79,10 +79,18 @@ def data_dialogues(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _print_stores(prepare_dialogues(a.files, a.out, a.tokenizer, a.val_fraction))
 
 
+def data_pairs(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax.dialogues import prepare_pairs
+
+    a = arguments
+    _print_stores(prepare_pairs(a.files, a.out, a.tokenizer, a.val_fraction))
+
+
 def _add_dialogues(parser: argparse.ArgumentParser) -> None:
     _add_files(parser, ".jsonl .parquet", "the store to make")
     parser.add_argument(
-        "--tokenizer", required=True, help="a model, by path or name, which has a chat template"
+        "--tokenizer", required=True, help="a model, by path or name, and its chat template"
     )
     _add_val_fraction(parser)
 
@@ -182,6 +190,19 @@ model by them, and look at what is scored, with packing=whole:
   data dialogues talks.jsonl --out=data/talks --tokenizer=models/smollm2
   train --config=configs/sft.py --from=models/smollm2 --config.data.sources="('data/talks',)" ...
   data show --config.data.sources="('data/talks',)" --config.data.tokenizer=models/smollm2 ...
+""",
+    ),
+    "data pairs": Command(
+        data_pairs,
+        _add_dialogues,
+        "Make a token store of preferences: pairs of a chosen and a rejected answer.",
+        """\
+A row has a `prompt`, a `chosen` and a `rejected`, each a text or messages, which the model's own chat
+template renders; with a tokenizer that has none, texts as they are. Scored are the answers and the
+token that ends each. Teach a model by them with packing=pairs:
+
+  data pairs pairs.jsonl --out=data/pairs --tokenizer=models/smollm2
+  train --config=configs/dpo.py --from=models/smollm2 --config.data.sources="('data/pairs',)" ...
 """,
     ),
     "data show": Command(

@@ -15,7 +15,7 @@ from gptjax.commands.command import (
     no_more,
     prepare_jax,
 )
-from gptjax.config import UserError, check_seed
+from gptjax.config import check_seed
 from gptjax.storage import expand, local
 
 
@@ -68,10 +68,6 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _add_ask(parser: argparse.ArgumentParser) -> None:
     _add_chat(parser)
     parser.add_argument("questions", nargs="+", metavar="QUESTION", help="each is asked afresh")
-
-
-def _check_chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    raise UserError("chat reads what is typed here: leave --on out, or put questions by `ask`")
 
 
 def chat(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -179,7 +175,6 @@ dialogue. When the context is full the oldest turns are forgotten, and that is s
   chat --workdir=models/smollm2 --config.sample.temperature=0.7
 
 {OVERRIDES}""",
-        _check_chat,
     ),
     "import": Command(
         import_,

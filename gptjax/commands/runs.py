@@ -143,12 +143,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add_distributed(parser)
 
 
-def _check_examine(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    from gptjax import configure, setup
-
-    setup.check_names(configure.from_file(arguments.config, overrides), folders=False)
-
-
 def examine(arguments: argparse.Namespace, overrides: list[str]) -> int:
     prepare_jax(arguments.distributed)
     import jax
@@ -488,7 +482,6 @@ difference ends it, while a slow process, a clock and a disk that fills are told
 
 {OVERRIDES}
 {EXITS}""",
-        _check_examine,
     ),
     "eval": Command(
         evaluate,

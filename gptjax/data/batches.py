@@ -36,6 +36,8 @@ class Batch(NamedTuple, Generic[A]):
         segments: int32 document within the row, from 0; -1 is padding. Attention stays within
             a segment. None: each row is one document.
         positions: int32, counted from the segment's start; None: from the row's.
+        reference: float32, each target's negative log-likelihood in nats under the model that
+            training began with; NaN before it is known (`Pairs.reference`). None: rows are no pairs.
     """
 
     tokens: A
@@ -43,6 +45,7 @@ class Batch(NamedTuple, Generic[A]):
     weights: A
     segments: A | None = None
     positions: A | None = None
+    reference: A | None = None
 
 
 class Packing(Protocol):
@@ -54,15 +57,17 @@ class Packing(Protocol):
     Attributes:
         segmented: whether a row's segments and positions say more than that it is one text.
         whole: whether a document is scored as it is read here alone, uncut, and is held out so too.
+        paired: whether a row is a pair of documents, which has a reference.
     """
 
     segmented: bool
     whole: bool
+    paired: bool
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
     def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
-        """Rows `index`, int64 (R,) in range(len), all fields given."""
+        """Rows `index`, int64 (R,) in range(len), all fields given, but a reference to pairs alone."""
         ...
 
     def documents(self, index: np.ndarray) -> np.ndarray:
@@ -78,7 +83,7 @@ class Stream:
     target, as nothing stands before it.
     """
 
-    segmented = whole = False
+    segmented = whole = paired = False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -148,7 +153,7 @@ class Document:
     rows are padded: token end-of-text, weight 0, segment -1, position 0.
     """
 
-    segmented, whole = True, False
+    segmented, whole, paired = True, False, False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -196,23 +201,13 @@ class Whole:
     targets is left out, which a line tells.
     """
 
-    segmented = whole = True
+    segmented, whole, paired = True, True, False
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
         starts = np.append(0, store.document_ends[:-1])
         lengths = store.document_ends - starts - 1  # targets
-        self.kept = np.flatnonzero(lengths <= context)
-        if not len(self.kept):
-            raise UserError(
-                f"each document of {store.path} has more than model.context={context} targets, the "
-                f"shortest {lengths.min()}: raise it"
-            )
-        if left_out := len(lengths) - len(self.kept):
-            say(
-                f"{store.path}: {left_out} of {len(lengths)} documents are left out: they have more "
-                f"than model.context={context} targets (the longest {lengths.max()})"
-            )
+        self.kept = _fitting(store, lengths, context, "document")
         self.bounds = np.stack([starts, store.document_ends], axis=1)[self.kept]
         ends = np.append(0, np.cumsum(lengths[self.kept]))
         first = [0]  # of each row, and one past the last row's last
@@ -245,11 +240,70 @@ class Whole:
         return self.kept[np.stack([self.first[index], self.first[index + 1] - 1], axis=1)]
 
 
+class Pairs(Whole):
+    """Two documents a row, the chosen text and the rejected one: documents 2i and 2i + 1.
+
+    As in `Whole`, but that a pair of more than T targets is left out.
+
+    Attributes:
+        targets: of all rows together.
+        reference: float32, of each of these in their order what `Batch.reference` says; None before it
+            is known.
+    """
+
+    paired = True
+
+    def __init__(self, store: Store, context: int, eot: int) -> None:
+        self.store, self.context, self.eot = store, context, eot
+        ends = store.document_ends
+        if len(ends) % 2:
+            raise UserError(
+                f"{store.path} holds {len(ends)} documents, an odd number: data.packing='pairs' takes "
+                "a store of pairs, which `data pairs` makes"
+            )
+        starts = np.append(0, ends[:-1])
+        lengths = (ends - starts - 1).reshape(-1, 2).sum(1)
+        pairs = _fitting(store, lengths, context, "pair")
+        self.kept = (2 * pairs[:, None] + np.array([0, 1])).reshape(-1)
+        self.bounds = np.stack([starts, ends], axis=1)[self.kept]
+        self.first = np.arange(0, len(self.kept) + 1, 2)
+        self.first_target = np.append(0, np.cumsum(lengths[pairs]))
+        self.targets = int(self.first_target[-1])
+        self.reference: np.ndarray | None = None
+
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
+        batch = super().rows(index)
+        reference = np.full(batch.tokens.shape, np.nan, np.float32)
+        if self.reference is not None:
+            reference[:] = 0
+            for row, place in enumerate(index.tolist()):
+                first, last = self.first_target[place : place + 2]
+                reference[row, : last - first] = self.reference[first:last]
+        return batch._replace(reference=reference)
+
+
+def _fitting(store: Store, lengths: np.ndarray, context: int, what: str) -> np.ndarray:
+    """Which of the documents or pairs, of `lengths` targets, fit a row; tells of those that do not."""
+    kept = np.flatnonzero(lengths <= context)
+    if not len(kept):
+        raise UserError(
+            f"each {what} of {store.path} has more than model.context={context} targets, the shortest "
+            f"{lengths.min()}: raise it"
+        )
+    if left_out := len(lengths) - len(kept):
+        say(
+            f"{store.path}: {left_out} of {len(lengths)} {what}s are left out: they have more than "
+            f"model.context={context} targets (the longest {lengths.max()})"
+        )
+    return kept
+
+
 PACKING: dict[str, type[Packing]] = {
     "stream": Stream,
     "masked": Masked,
     "document": Document,
     "whole": Whole,
+    "pairs": Pairs,
 }
 
 
@@ -272,7 +326,7 @@ class Batches:
     Attributes:
         names, sources: each source of the config, and it under its packing; `len` is its rows an
             epoch.
-        segmented: see `Packing`.
+        segmented, paired: see `Packing`.
         fingerprint: source -> its store's fingerprint, to be recorded and checked on resume.
     """
 
@@ -298,7 +352,7 @@ class Batches:
         stores = {name: open_source(name, tokenizer, split) for name in config.sources}
         self.names = config.sources
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
-        self.segmented = pack.segmented
+        self.segmented, self.paired = pack.segmented, pack.paired
         self.fingerprint = {name: store.fingerprint for name, store in stores.items()}
         self.batch_size, self.context, self.seed = config.batch_size, context, seed
         self.weights = config.weights or [len(source) for source in self.sources]
@@ -306,11 +360,15 @@ class Batches:
     def rows(self, step: int, start: int, stop: int) -> Batch[np.ndarray]:
         """Rows [start, stop) of the batch at `step`, R of them, each array (R, T)."""
         shape = (stop - start, self.context)
-        batch: Any = Batch(*(np.empty(shape, np.int32) for _ in Batch._fields))
-        batch = batch._replace(weights=np.empty(shape, np.float32))
+        fields = [name for name in Batch._fields if name != "reference" or self.paired]
+        floats = ("weights", "reference")
+        batch: Any = Batch(
+            **{f: np.empty(shape, np.float32 if f in floats else np.int32) for f in fields}
+        )
         for source, rows_of_source, index in self._drawn(step, start, stop):
-            for array, drawn in zip(batch, self.sources[source].rows(index), strict=True):
-                array[rows_of_source] = drawn
+            drawn = self.sources[source].rows(index)
+            for name in fields:
+                getattr(batch, name)[rows_of_source] = getattr(drawn, name)
         return batch
 
     def origins(self, step: int) -> list[Origin]:

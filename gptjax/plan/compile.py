@@ -184,8 +184,10 @@ def abstract_batch(config: Config) -> Batch[jax.ShapeDtypeStruct]:
     rows = NamedSharding(jax.sharding.get_mesh(), sharding.spec("BAT"))
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-    segmented = PACKING[config.data.packing].segmented
-    return Batch(ids, ids, weights, *([ids, ids] if segmented else []))
+    packing = PACKING[config.data.packing]
+    return Batch(
+        ids, ids, weights, *([ids, ids] if packing.segmented else []), *[weights] * packing.paired
+    )
 
 
 def compile_for(config: Config, devices: Sequence[jax.Device], domains: Sequence[int]) -> Compiled:

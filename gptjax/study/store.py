@@ -28,7 +28,6 @@ import numpy as np
 from gptjax import branch, ensemble, setup, state
 from gptjax.config import Config, ConfigError, UserError, recorded
 from gptjax.data.batches import Batch
-from gptjax.perplexity import batch_nll
 from gptjax.records import CONFIG, ENSEMBLE, code_fingerprint, environment, read_environment
 from gptjax.sharding import make_mesh, section
 from gptjax.storage import Place, changed, children, disk, replace_file
@@ -214,12 +213,13 @@ def _evaluation(config: Config, mesh: jax.sharding.Mesh) -> str:
         opened = setup.set_up(config)
         c = opened.config
 
-        def score(train_state: state.TrainState, batch: Batch[jax.Array]) -> jax.Array:
-            params = state.evaluation_params(c, train_state)
-            return batch_nll(c.model, c.optim.loss_vocab_chunk, params, batch)
+        def lower(evaluator: Any) -> jax.stages.Lowered:
+            def score(train_state: state.TrainState, batch: Batch[jax.Array]) -> Any:
+                return evaluator.program(state.evaluation_params(c, train_state), batch)
 
-        lower = jax.jit(score).lower
-        programs = [lower(state.abstract(c), e.batch(0)) for e in opened.evaluators.values()]
+            return jax.jit(score).lower(state.abstract(c), evaluator.batch(0))
+
+        programs = [lower(evaluator) for evaluator in opened.evaluators.values()]
         return _digest(*programs)
 
 
