@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from gptjax.data import Batches, Store, describe, prepare
 from gptjax.data.batches import Batch
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import RowEvaluator
+from gptjax.study import runner
 from gptjax.tokenizer import Tokenizer, load
 from tests import hub, tiny
 from tests.child import Child
 from tests.test_hub import COMMANDS
 from tests.test_interop_tokenizer import trained, write
+from tests.test_loop import SIGKILL, at_step, bits, final_state, run, timeless
 
 transformers = pytest.importorskip("transformers")
 
@@ -115,6 +119,17 @@ def test_scored_is_what_transformers_finds_by_marks(
     # As many ends are scored as there are answers, whatever these say.
     ids, scored = dialogues.encode(own(folder, TEMPLATES[name]), messages)
     assert sum(i == 2 and s for i, s in zip(ids, scored, strict=True)) == len(talk)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_marks_has_the_same_scored(name: str, folder: str) -> None:
+    """As those of SmolLM2 and Llama 3: a mask made of marks that are not there says nothing."""
+    bare = re.sub("{% (end)?generation %}", "", TEMPLATES[name])
+    assert bare != TEMPLATES[name]
+    ids, scored = dialogues.encode(own(folder, bare), TALK)
+    marked = dialogues.encode(own(folder, TEMPLATES[name]), TALK)
+    assert (ids, scored.tolist()) == (marked.ids, marked.scored.tolist())
+    assert 0 < scored.sum() < len(ids) / 2
 
 
 def test_an_answer_is_read_in_training_as_it_is_asked_for(folder: str) -> None:
@@ -375,12 +390,15 @@ def test_what_is_scored_is_shown(store: Path, folder: str) -> None:
 # ---- a step of training
 
 
-def config(store: Path, folder: str, **knobs: Any) -> Any:
-    knobs = {
+def knobs(folder: str, **more: Any) -> dict[str, Any]:
+    return {
         "data__packing": "whole", "data__tokenizer": folder, "model__vocab_size": 344,
-        "model__context": 48, "model__attention": "plain", "optim__z_loss": 1e-3, **knobs,
+        "model__context": 48, "model__attention": "plain", "optim__z_loss": 1e-3, **more,
     }  # fmt: skip
-    return tiny.config(store, **knobs)
+
+
+def config(store: Path, folder: str, **more: Any) -> Any:
+    return tiny.config(store, **knobs(folder, **more))
 
 
 def gradient(c: Any, batch: Batch[np.ndarray]) -> tuple[np.ndarray, Any]:
@@ -445,7 +463,7 @@ def gradient_of_row(result: Any, batch: Batch[np.ndarray], row: int) -> np.ndarr
     return result(jax.tree.map(lambda x: x[row : row + 1], batch), 1)[0]
 
 
-def test_the_loss_is_that_of_transformers_with_what_is_not_scored_left_out(
+def test_loss_and_gradient_are_those_of_transformers_with_what_is_not_scored_left_out(
     store: Path, folder: str, tmp_path: Path
 ) -> None:
     """Labels of -100 are not scored there; the mean is over all labels."""
@@ -464,13 +482,18 @@ def test_the_loss_is_that_of_transformers_with_what_is_not_scored_left_out(
         labels = ids.clone()
         labels[0, torch.tensor(text.weights(start, stop - 1)) == 0] = -100
         scored = int((labels[0, 1:] != -100).sum())
-        nats += theirs(ids, labels=labels).loss.item() * scored
+        loss = theirs(ids, labels=labels).loss * scored
+        loss.backward()  # adds up
+        nats += loss.item()
         count += scored
     batch = source.rows(np.arange(len(source)))
-    loss, _ = gradient(c, batch)
+    mean, grads = gradient(c, batch)
     assert batch.weights.sum() == count
-    assert float(loss) == pytest.approx(nats / count, abs=1e-5)
+    assert float(mean) == pytest.approx(nats / count, abs=1e-5)
     assert nats / count > 1
+    table = theirs.get_input_embeddings().weight.grad.numpy() / count
+    ours = np.asarray(grads["embed"]["tokens"])[: len(table)]
+    np.testing.assert_allclose(ours, table, rtol=0, atol=1e-5 * abs(table).max())
 
 
 def test_a_batch_without_a_scored_token_changes_nothing_to_nan(store: Path, folder: str) -> None:
@@ -507,6 +530,25 @@ def test_held_out_dialogues_are_scored_by_their_weights(store: Path, folder: str
 
 
 # ---- the commands
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bitwise(store: Path, folder: str, tmp_path: Path) -> None:
+    of, whole, killed = knobs(folder), tmp_path / "whole", tmp_path / "killed"
+    assert run(store, whole, **of).returncode == 0
+    assert run(store, killed, at_step(17, SIGKILL), **of).returncode == -signal.SIGKILL
+    resumed = run(store, killed, **of)
+    assert resumed.returncode == 0 and "resumed at step 1" in resumed.stderr, resumed.stderr
+    assert timeless(killed) == timeless(whole)
+    assert bits(final_state(store, killed, **of)) == bits(final_state(store, whole, **of))
+
+
+@pytest.mark.slow
+def test_a_study_has_dialogues(store: Path, folder: str, tmp_path: Path) -> None:
+    study = tiny.study(store, knobs=knobs(folder), seeds=1)
+    base, arm = runner.run_study(study, tmp_path / "cells").outcomes
+    assert base.status == arm.status == "finished"
+    assert base.metric != arm.metric and np.isfinite([base.metric, arm.metric]).all()
 
 
 @pytest.mark.slow
