@@ -112,7 +112,7 @@ def by_place(fingerprints: Mapping[str, str]) -> dict[str, str]:
 # What cannot change a run's numbers: it looks at finished runs, serves people, or makes what a
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
-    *("cluster", "commands", "evaluation", "plan", "report", "sizes", "study"),
+    *("cluster", "commands", "evaluation", "plan", "report", "serve", "sizes", "study"),
     *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
     *("ledger.py", "positions.py", "profile.py", "progress.py", "records.py", "replay.py"),
     *("signals.py", "speak.py", "status.py", "trained.py"),

@@ -131,6 +131,8 @@ def test_the_commands_run_in_their_order(
     (tmp_path / "pairs.jsonl").write_text(20 * (json.dumps(pairs) + "\n"))
     (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": "It was a dark night"}) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    # It would serve for ever; tests/test_serve_page.py lets it.
+    monkeypatch.setattr("gptjax.serve.app.run", lambda *_: 0)
     small = [f"--config.{knob}={value}" for knob, value in SMALL.items()]
     for words in LAUNCHES:
         more = small if name_of(words) in TRAINS and "--compare" not in words else []
@@ -138,6 +140,8 @@ def test_the_commands_run_in_their_order(
             more = [word for word in small if "model." not in word]
         if any(word.startswith("--config.data.sources") for word in words):
             more = [word for word in more if "data.sources" not in word]
+        if words[0] == "serve":
+            more = ["--config.model.context=64", "--slots=2"]
         if words[0] in ("train", "generate", "ask", "chat"):
             more = [*more, "--config.sample.max_new_tokens=4", "--config.sample.prompt=A"]
         if words[0] == "import":  # the model that was exported stands in for one that is not here

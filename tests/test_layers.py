@@ -22,6 +22,7 @@ from gptjax.layers.attention import (
     kernel_for,
     resolve,
     splash,
+    tiles,
 )
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
@@ -234,6 +235,36 @@ def test_grouped_heads_are_repeated_heads(name, small_blocks):
         q, k, v = (normal(1, T, n, 8, seed=i) for i, n in enumerate((4, K, K)))
         repeated = (jnp.repeat(a, 4 // K, axis=2) for a in (k, v))
         np.testing.assert_allclose(run(q, k, v), run(q, *repeated), atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 5}, {"softcap": 1.5}, {"slopes_N": True}])
+def test_tiles_are_attention_to_a_cache_whatever_its_room(changes, monkeypatch):
+    """By loops; and bit for bit the same in a larger cache, and beside a longer or an idle row."""
+    monkeypatch.setattr(attention, "TILE", 4)
+    if "slopes_N" in changes:
+        changes = {"slopes_N": alibi_slopes(tiny.MODEL)}
+    T, heads, K, H, S = 3, 4, 2, 8, 12
+    q = normal(2, T, heads, H, seed=1)
+    k, v = (normal(2, 2 * S, K, H, seed=i) for i in (2, 3))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(room, start_B):
+        index = start_B[:, None] + jnp.arange(T)
+        scores = Scores(index, jnp.arange(room)[None], cached=True, **changes)
+        return tiles(q, k[:, :room], v[:, :room], scores)
+
+    start_B = np.array([6, 1])
+    o = run(S, start_B)
+    visible = Scores(
+        start_B[:, None] + np.arange(T), np.arange(S)[None], window=changes.get("window")
+    )
+    slopes, softcap = changes.get("slopes_N"), changes.get("softcap")
+    want = attend_by_loops(q, k[:, :S], v[:, :S], visible.visible(), slopes, softcap)
+    np.testing.assert_allclose(o, want, atol=1e-6)
+    np.testing.assert_array_equal(run(2 * S, start_B), o)
+    for other in (20, 2 * S):
+        np.testing.assert_array_equal(run(2 * S, np.array([6, other]))[0], o[0])
+        assert np.isfinite(run(2 * S, np.array([6, other]))).all()
 
 
 # Which kernel, and what it refuses.

@@ -5,6 +5,7 @@ Nothing is timed: the measurements themselves are stood in for.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from gptjax import model
+from gptjax.config import UserError
 from gptjax.interop import hf
 from gptjax.perplexity import batch_nll
 from tests import tiny
@@ -22,6 +24,7 @@ from tests import tiny
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "peers"))
 import measure
 import run
+import served
 
 
 def test_sides_take_turns() -> None:
@@ -146,3 +149,33 @@ def test_plain_pytorch_computes_our_loss(tmp_path: Path) -> None:
     # Losses of up to some 16 nats, each the end of some 50 products and sums in float32.
     np.testing.assert_allclose(plain_BT, nll_BT, rtol=0, atol=16 * 50 * 2**-24)
     assert float(loss) == pytest.approx(float(plain_BT.mean()), rel=48 * 2**-24)
+
+
+def test_clients_of_a_server_count_its_tokens_and_its_table_has_them() -> None:
+    pytest.importorskip("gptjax.serve.app")
+    from tests.test_serve_api import serving, texts
+
+    questions = iter([f"What does cat {i} see?" for i in range(5)])
+    with serving(texts()) as running:
+        before = running.engine.counts.text_tokens
+        seen = asyncio.run(served.load(running.url, questions, clients=2, each=2, tokens=6))
+        drawn = running.engine.counts.text_tokens - before
+    assert drawn - 4 <= seen["tokens"] <= drawn and next(questions, None) is None
+    assert 0 < seen["first token, s"] <= seen["first token of nine in ten, s"]
+    turns = [
+        {"side": "gptjax", "round": i, "load": 0.5, "clients": n, **seen, "tokens/s": 10.0 * (i + n)}
+        for i in (0, 1, 2) for n in (1, 8)
+    ]  # fmt: skip
+    gone = {"side": "llama.cpp", "round": 0, "load": 0.5, "clients": 0, "failed": "no xllamacpp"}
+    record = {"machine": run.describe_machine(), "rounds": 3, "tokens": 6, "runs": [*turns, gone]}
+    table = served.table(record)
+    assert "| 1 | gptjax | 20.00 (10.00 to 30.00) |" in table
+    assert "| 8 | gptjax | 90.00 (80.00 to 100.00) |" in table
+    assert "failed: llama.cpp: no xllamacpp" in table
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    pytest.importorskip("httpx")
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(UserError, match="no such model"), served.server(command, 1):
+        pass

@@ -8,6 +8,8 @@ import functools
 
 from gptjax.commands.command import (
     OVERRIDES,
+    RECIPE,
+    WORKDIR,
     Command,
     add_run,
     check_model,
@@ -139,6 +141,32 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def serve(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    prepare_jax(None)
+    trained_model = model_of(arguments, overrides)
+    from gptjax.serve import serve
+
+    return serve.serve(
+        trained_model,
+        host=arguments.host,
+        port=arguments.port,
+        slots=arguments.slots,
+        token_file=arguments.token_file,
+        drain=arguments.drain,
+    )
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", type=expand, required=True, help=WORKDIR)
+    add("--config", metavar="FILE[:ARG]", help=RECIPE)
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8000, help="(%(default)s); 0 takes a free one")
+    add("--slots", type=int, default=8, metavar="N", help="texts written at once (%(default)s)")
+    add("--token_file", type=local, metavar="FILE", help="holds the token that requests must bring")
+    add("--drain", type=float, default=30, metavar="S", help="seconds to finish in (%(default)s)")
+
+
 COMMANDS: dict[str, Command] = {
     "generate": Command(
         generate,
@@ -173,6 +201,20 @@ Reads a line from standard input for each turn; an empty one or its end (Ctrl-D)
 dialogue. When the context is full the oldest turns are forgotten, and that is said.
 
   chat --workdir=models/smollm2 --config.sample.temperature=0.7
+
+{OVERRIDES}""",
+    ),
+    "serve": Command(
+        serve,
+        _add_serve,
+        "Let other programs ask a model, by OpenAI's API.",
+        f"""\
+Answers /v1/completions and /v1/chat/completions as OpenAI's clients ask them, many at once, on one
+device (the extra `serve`). The page at / talks to the model. Until this machine alone can reach it,
+as at 127.0.0.1, every request must bring a token, which is read from --token_file or the variable
+GPTJAX_SERVE_TOKEN. SIGTERM finishes what was begun, for --drain seconds at most.
+
+  serve --workdir=models/smollm2 --config.model.context=1024
 
 {OVERRIDES}""",
     ),

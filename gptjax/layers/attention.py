@@ -66,6 +66,75 @@ def plain(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     return jnp.reshape(o_BTKGH, (B, T, N, H), out_sharding=out("BTNH"))
 
 
+TILES = "tiles"  # `model.attention` of whoever reads a cache by `tiles`
+TILE = 128  # keys a step of `tiles`
+
+
+def tiles(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
+    """`plain` over a cache, a tile of keys after another, no further than the longest row goes.
+
+    What a query gets is decided by the tiles that it sees alone: it passes over any other as if
+    that were not there, to the last bit. So neither the room of a cache nor a longer row beside
+    it changes a row, as they change the order of `plain`'s sums. A running softmax: Milakov &
+    Gimelshein 2018, arXiv:1805.02867, algorithm 3.
+
+    Args:
+        k_BSKH: a multiple of `TILE` keys. A query whose index is beyond them is idle: no tile is
+            read for its sake, and what it gets means nothing.
+    """
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)  # as the cache has them
+    mask_BTS, bias = scores.visible(), scores.bias()
+    lowest = float(jnp.finfo(jnp.float32).min)
+    Running = tuple[jax.Array, jax.Array, jax.Array]
+
+    def visit(i: jax.Array, running: Running) -> Running:
+        most_BKGT, sum_BKGT, o_BKGTH = running
+
+        def tile(x: jax.Array, dim: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * TILE, TILE, dim)
+
+        scores_BKGTS = jnp.einsum(
+            "BTKGH,BKSH->BKGTS", q_BTKGH, tile(k_BKSH, 2), preferred_element_type=jnp.float32
+        )
+        if scores.softcap is not None:
+            scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
+        if bias is not None:
+            scores_BKGTS += tile(bias, 3).reshape(-1, K, N // K, bias.shape[2], TILE)
+        sees_BKGTS = tile(mask_BTS, 2)[:, None, None]
+        scores_BKGTS = jnp.where(sees_BKGTS, scores_BKGTS, lowest)
+        new_most = jnp.maximum(most_BKGT, scores_BKGTS.max(-1))
+        weights_BKGTS = jnp.where(sees_BKGTS, jnp.exp(scores_BKGTS - new_most[..., None]), 0)
+        shrink = jnp.exp(most_BKGT - new_most)
+        added_BKGTH = jnp.einsum(
+            "BKGTS,BKSH->BKGTH",
+            weights_BKGTS.astype(v_BKSH.dtype),
+            tile(v_BKSH, 2),
+            preferred_element_type=jnp.float32,
+        )
+        new = (
+            new_most,
+            sum_BKGT * shrink + weights_BKGTS.sum(-1),
+            o_BKGTH * shrink[..., None] + added_BKGTH,
+        )
+        any_BKGT = sees_BKGTS.any(-1)
+        return (
+            jnp.where(any_BKGT, new[0], most_BKGT),
+            jnp.where(any_BKGT, new[1], sum_BKGT),
+            jnp.where(any_BKGT[..., None], new[2], o_BKGTH),
+        )
+
+    at_work = scores.q_index_BT < S
+    count = jnp.where(at_work, scores.q_index_BT, 0).max() // TILE + 1
+    zeros = jnp.zeros((B, K, N // K, T), jnp.float32)
+    begin = (zeros + lowest, zeros, jnp.zeros((B, K, N // K, T, H), jnp.float32))
+    _, sum_BKGT, o_BKGTH = jax.lax.fori_loop(0, count, visit, begin)
+    # An idle query may have seen nothing; it is to stay finite.
+    o_BKGTH /= jnp.where(sum_BKGT == 0, 1, sum_BKGT)[..., None]
+    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(v_BSKH.dtype)
+
+
 BLOCK = 64  # queries a step of `block`
 
 
@@ -276,8 +345,8 @@ class Row(NamedTuple):
     """A kernel and what it cannot do.
 
     Attributes:
-        kernel: called with whole rows only, keys and queries alike: a cache is `plain`'s. The mesh
-            may have split the queries, never the keys.
+        kernel: called with whole rows only, keys and queries alike: a cache is `plain`'s, or that
+            of `tiles`. The mesh may have split the queries, never the keys.
         auto: the platform ("cpu", "gpu", "tpu") where `auto` takes the kernel if it can.
         elsewhere: whether it runs on other platforms too.
         multiple: it takes only lengths that are multiples of so many tokens, on each device that
@@ -391,15 +460,18 @@ MOVES = ("reshard", "reshape", "slice", "squeeze", "rev", "concatenate", "transp
 def attend(
     config: Model, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores
 ) -> jax.Array:
-    """o_BTNH by the kernel for this config and length; with a cache by `plain`.
+    """o_BTNH by the kernel for this config and length; with a cache by `plain`, or by `tiles`.
 
     Keys and values that lie as the queries do, split, are gathered here.
 
     Raises:
         ConfigError: as `kernel_for`.
     """
-    name = "plain" if scores.cached else kernel_for(config, q_BTNH.shape[1])
-    kernel = ATTENTION[name].kernel
+    kernel: Kernel
+    if scores.cached:
+        kernel = tiles if config.attention == TILES else plain
+    else:
+        kernel = ATTENTION[kernel_for(config, q_BTNH.shape[1])].kernel
     if ways("T") == 1:
         return kernel(q_BTNH, k_BSKH, v_BSKH, scores)
     moved, segments = scores.order_T is not None, scores.k_segments_BS
