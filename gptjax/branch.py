@@ -137,7 +137,7 @@ def begin(
                 f"{branch.run} was trained with another {differ[0]} than this run reads: a branch "
                 "has its trunk's tokenizer, and the content of a source that both read"
             )
-        train_state = checkpoints.restore(branch.step, state.abstract(config))
+        train_state = state.restore(config, checkpoints, branch.step)
     trunk: Config = recorded(meta["config"])
     knobs, knobs_of_trunk = (flatten(to_dict(c)) for c in (config, _with(trunk, branch)))
     changed = [k for k in knobs if meant(k, knobs[k]) != meant(k, knobs_of_trunk[k])]

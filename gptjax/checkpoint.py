@@ -124,6 +124,10 @@ class Checkpoints:
             if self._keep is not None and self._lock is not None:
                 self._lock.close()
 
+    @property
+    def folder(self) -> Place:
+        return self._folder
+
     def writer(self) -> str:
         """Who writes in the folder now, "process 12 on host, since ..."; "" if nobody does."""
         return locks.holder(self._lock_path)

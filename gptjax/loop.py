@@ -160,12 +160,13 @@ def _attempt(
                 _check_end(saved, line)
             return None
         if saved is not None:
-            train_state = checkpoints.restore(saved, state.abstract(config))
+            train_state = state.restore(config, checkpoints, saved)
         elif train_state is None:
             train_state = state.create(config, None if begin is None else begin.load())
         where = "new run" if saved is None else f"resumed at step {saved}"
         say(f"{workdir}: {where}, {describe(config)}")
         meta: dict[str, Any] = {"config": record, "fingerprints": fingerprints}
+        meta |= _save_base(config, workdir, train_state, anew=saved is None)
         progress = stack.enter_context(Progress("training", steps, start))
         if choose(OBJECTIVE, config.train.objective, "train.objective").reference:
             sha256, place = carried.get("reference"), workdir
@@ -209,7 +210,8 @@ def _attempt(
                 if spikes or config.train.spike is not None:
                     meta |= {"spikes": spike.plain(spikes), "recent_losses": list(recent)}
                 run.sync()
-                checkpoints.save(step, train_state, meta | {"step": step}, wait=due.end)
+                changing, _ = state.apart(config, train_state)
+                checkpoints.save(step, changing, meta | {"step": step}, wait=due.end)
             checkpoints.check()
             if pause:
                 meter.restart()
@@ -248,6 +250,22 @@ def _refer(
     for name, rows in pairs.items():
         rows.reference = values[name]
     return preferences.write(workdir, values)
+
+
+def _save_base(
+    config: Config, workdir: Place, train_state: state.TrainState, anew: bool
+) -> dict[str, str]:
+    """Saves what is frozen, where it is not yet, and says in a checkpoint's words which it is."""
+    _, frozen = state.apart(config, train_state)
+    if frozen is None:
+        return {}
+    with Checkpoints(workdir / state.BASE, keep=1) as base:
+        if anew and jax.process_index() == 0:
+            base.drop_after(-1)  # of a start that was killed before it saved a step
+        if base.latest() is None:
+            base.save(0, frozen, {}, wait=True)
+        sha256 = base.fingerprint(0) if jax.process_index() == 0 else ""
+        return {state.BASE: from_process_0(sha256)}
 
 
 def _check_end(step: int, held_out: Mapping[str, float]) -> None:

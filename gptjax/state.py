@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import model, optim, parametrisation
-from gptjax.config import Config, choose
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, UserError, choose
 from gptjax.data.batches import Batch
 from gptjax.layers.parameter import Spec
 from gptjax.objectives import OBJECTIVE, Totals
@@ -93,6 +94,35 @@ def abstract(config: Config) -> TrainState:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(leaf, jax.eval_shape(lambda: create(config)))
+
+
+BASE = "base"  # the folder beside a run's checkpoints where what is frozen is saved, once
+
+
+def apart(config: Config, state: TrainState) -> tuple[TrainState, model.Params | None]:
+    """What each checkpoint holds, and what is saved once: what is frozen, unless some of it moves."""
+    if config.model.balance_rate is not None:
+        return state, None
+    return state.replace(frozen=None), state.frozen
+
+
+def restore(config: Config, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The state that a run had after `step`, as it was saved.
+
+    Raises:
+        UserError: as `Checkpoints.restore`; if what is frozen is not there as it was.
+    """
+    whole = abstract(config)
+    if (sha256 := checkpoints.meta(step).get(BASE)) is None:
+        return checkpoints.restore(step, whole)
+    with Checkpoints(checkpoints.folder.with_name(BASE)) as base:
+        if base.latest() is None or base.fingerprint(0) != sha256:
+            raise UserError(
+                f"{base.folder} does not hold the frozen parameters that step {step} was trained "
+                "with: bring it back as it was"
+            )
+        frozen = base.restore(0, whole.frozen)
+    return checkpoints.restore(step, whole.replace(frozen=None)).replace(frozen=frozen)
 
 
 def evaluation_params(config: Config, state: TrainState) -> model.Params:

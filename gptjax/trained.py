@@ -142,8 +142,7 @@ def _latest(config: Config, folder: Place) -> tuple[int, Params]:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{folder} holds no complete checkpoint: train it first")
-        saved = checkpoints.restore(step, state.abstract(config))
-        return step, state.evaluation_params(config, saved)
+        return step, state.evaluation_params(config, state.restore(config, checkpoints, step))
 
 
 def start_from(

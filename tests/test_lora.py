@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import shutil
 from typing import Any
 
 import jax
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from gptjax import decode, loop, model, setup, sharding, state, trainable
-from gptjax.config import Config, ConfigError
+from gptjax import branch, decode, loop, model, setup, sharding, state, trainable, trained
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, ConfigError, UserError
 from gptjax.data.batches import Batch
 from gptjax.layers.parameter import Adapted
 from gptjax.objectives import OBJECTIVE
@@ -137,6 +140,37 @@ def test_a_run_resumes_bit_for_bit(row, text, tmp_path):
     logs = [read_metrics(tmp_path / name) for name in ("whole", "parts")]
     kept = [[{k: x for k, x in line.items() if k not in TIMINGS} for line in log] for log in logs]
     assert kept[0] == kept[1]
+
+
+def test_what_is_frozen_is_saved_once_and_refused_if_it_is_another(text, tmp_path):
+    rhythm = {"train__steps": 4, "train__checkpoint_every": 2, "train__eval_every": 2}
+    config = tiny.config(text, train__trainable="lora", **rhythm)
+    run, base = tmp_path / "run", tmp_path / "run" / state.BASE
+    with jax.set_mesh(tiny.mesh()):
+        loop.train(config, run, until=3)
+        held = json.loads((run / "checkpoints" / "00000002" / "meta.json").read_text())["tree"]
+        assert not any(path.startswith("frozen") for path in held)
+        assert any(path.startswith("params") for path in held)
+        # A branch takes its trunk's, and saves it as its own.
+        told = dataclasses.replace(config.train, branch=f"{run}@2")
+        branched = branch.resolve(dataclasses.replace(config, train=told))
+        found = loop.train(branched, tmp_path / "branch")
+        assert same(found, loop.train(config, run))
+    with trained.opened(trained.find(run)) as at_hand:
+        assert at_hand.step == 4 and same(at_hand.params, found)
+
+    def refused() -> None:
+        with pytest.raises(UserError, match="does not hold the frozen parameters that step 4"):
+            with trained.opened(trained.find(run)):
+                pass
+
+    shutil.move(base, tmp_path / "kept")
+    refused()
+    # One that is whole in itself, but not this run's.
+    other = state.create(dataclasses.replace(config, seed=1))
+    with Checkpoints(base, keep=1) as saved:
+        saved.save(0, other.frozen, {}, wait=True)
+    refused()
 
 
 @pytest.mark.parametrize("row", ROWS)
