@@ -160,9 +160,9 @@ def test_what_is_frozen_is_saved_once_and_refused_if_it_is_another(text, tmp_pat
         assert at_hand.step == 4 and same(at_hand.params, found)
 
     def refused() -> None:
-        with pytest.raises(UserError, match="does not hold the frozen parameters that step 4"):
-            with trained.opened(trained.find(run)):
-                pass
+        words = "does not hold the frozen parameters that step 4"
+        with pytest.raises(UserError, match=words), trained.opened(trained.find(run)):
+            pass
 
     shutil.move(base, tmp_path / "kept")
     refused()
