@@ -113,9 +113,9 @@ def get_config() -> ConfigDict:
     d.sources = ("shakespeare",)  # token stores (folders), nanoGPT folders, or built-in texts
     d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
     d.tokenizer = "gpt2"  # bytes, any tiktoken encoding, or a folder with a tokenizer.json
-    # stream | masked (attention stays in its document) | document (one a row) | whole (as many
-    # documents a row as fit, none cut: dialogues) | pairs (two a row: preferences)
-    d.packing = "stream"
+    # masked: attention stays in its document; document: one a row; whole: as many documents a row as
+    # fit, none cut, as dialogues; pairs: two a row, the chosen and the rejected text.
+    d.packing = "stream"  # stream | masked | document | whole | pairs
     d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
 
     c.mesh = ConfigDict()
@@ -129,8 +129,8 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 500
-    # next_token (by the weights of the store, as of dialogues) | dpo | ipo | simpo (of pairs)
-    t.objective = "next_token"
+    # next_token counts by the weights of the store, as of dialogues; the others compare pairs.
+    t.objective = "next_token"  # next_token | dpo | ipo | simpo
     # How much a difference between the chosen and the rejected text counts. Of dpo and ipo: the more,
     # the nearer the model stays to what it was when training began. simpo has about 2.
     t.beta = 0.1
