@@ -400,6 +400,7 @@ async def _run(app: App, config: uvicorn.Config, drain: float) -> int:
         sockets = [config.bind_socket()]
     except SystemExit:
         raise UserError(f"cannot serve on {config.host}:{config.port}: choose another") from None
+    sockets[0].listen(config.backlog)  # before anybody is told
     asked = asyncio.Event()
 
     def heard() -> None:
