@@ -60,7 +60,7 @@ def serving(
     texts: Any, served: api.Served = SERVED, token: str | None = None, hosts: Any = None
 ) -> Iterator[Serving]:
     made = app.App(served, texts, token, hosts)
-    server = uvicorn.Server(uvicorn.Config(made.asgi, port=0, lifespan="off", log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(made.asgi, port=0, lifespan="off", log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -387,7 +387,7 @@ def run(app: App, host: str, port: int, drain: float) -> int:
         UserError: if the port cannot be had.
     """
     config = uvicorn.Config(
-        app.asgi, host, port, log_level="warning", access_log=False, lifespan="off",
+        app.asgi, host, port, log_config=None, log_level="warning", access_log=False, lifespan="off",
         server_header=False, proxy_headers=False, ws="none", limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=1,
     )  # fmt: skip
