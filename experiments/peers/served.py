@@ -59,7 +59,7 @@ LLAMACPP = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_parallel, params.n_ctx = sys.argv[1], {slots}, {slots} * {context}
-params.hostname, params.port, params.verbosity = "127.0.0.1", int(sys.argv[2]), -1
+params.hostnames, params.port, params.verbosity = ["127.0.0.1"], int(sys.argv[2]), -1
 params.cache_prompt = False
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
@@ -143,7 +143,9 @@ async def ask(client: httpx.AsyncClient, url: str, model: str, text: str, tokens
 
 async def load(url: str, questions: Iterator[str], clients: int, each: int, tokens: int) -> Any:
     """What `clients` at once see, of which each asks so many questions."""
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(
+        timeout=None, limits=httpx.Limits(max_keepalive_connections=0)
+    ) as client:
         model = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
         await ask(client, url, model, next(questions), 4)  # the first is not like the others
 
