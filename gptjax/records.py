@@ -113,9 +113,9 @@ def by_place(fingerprints: Mapping[str, str]) -> dict[str, str]:
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "plan", "report", "serve", "sizes", "study"),
-    *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py", "doctor.py"),
-    *("ledger.py", "positions.py", "profile.py", "progress.py", "records.py", "replay.py"),
-    *("signals.py", "speak.py", "status.py", "trained.py"),
+    *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py"),
+    *("dialogues.py", "doctor.py", "ledger.py", "positions.py", "profile.py", "progress.py"),
+    *("records.py", "replay.py", "signals.py", "speak.py", "status.py", "trained.py"),
 )
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

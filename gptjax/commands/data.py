@@ -197,9 +197,9 @@ model by them, and look at what is scored, with packing=whole:
         _add_dialogues,
         "Make a token store of preferences: pairs of a chosen and a rejected answer.",
         """\
-A row has a `prompt`, a `chosen` and a `rejected`, each a text or messages, which the model's own chat
-template renders; with a tokenizer that has none, texts as they are. Scored are the answers and the
-token that ends each. Teach a model by them with packing=pairs:
+A row has a `prompt`, a `chosen` and a `rejected`, each a text or messages, which the model's own
+chat template renders; with a tokenizer that has none, texts as they are. Scored are the answers and
+the token that ends each. Teach a model by them with packing=pairs:
 
   data pairs pairs.jsonl --out=data/pairs --tokenizer=models/smollm2
   train --config=configs/dpo.py --from=models/smollm2 --config.data.sources="('data/pairs',)" ...

@@ -356,7 +356,9 @@ async def _body(request: Request) -> bytes:
 
 @functools.cache
 def _html() -> str:
-    return importlib.resources.files("gptjax.serve").joinpath("page.html").read_text("utf-8")
+    return (
+        importlib.resources.files("gptjax.serve").joinpath("page.html").read_text(encoding="utf-8")
+    )
 
 
 def is_loopback(host: str) -> bool:

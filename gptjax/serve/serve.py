@@ -81,7 +81,7 @@ def _token(file: Path | None) -> str | None:
     if file is None:
         token, where = os.environ.get(TOKEN), TOKEN
     else:
-        token, where = file.read_text().strip(), str(file)
+        token, where = file.read_text(encoding="utf-8").strip(), str(file)
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):  # fmt: skip
         raise UserError(f"{where} must hold a token: printable ASCII characters without blanks")
     return token
