@@ -407,7 +407,10 @@ def describe(
     not scored stands in double brackets: ⟦first input⟧ targets ‖ next document ⟦padding x 7⟧.
 
     Args:
-        scored, read: how a text is shown that is scored, and one that is read alone.
+        batch: numpy rows.
+        tokenizer: theirs.
+        scored: how a text is shown that is scored.
+        read: how one is shown that is read alone.
     """
     texts = []
     assert batch.segments is not None
