@@ -185,7 +185,8 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "room"))
 @sharding.phase("decoding")
-def _empty(config: Model, rows: int, room: int) -> Any:
+def empty_layers(config: Model, rows: int, room: int) -> Any:
+    """The layers of a cache of `model.init_cache` that holds nothing."""
     return gpt.init_cache(config, rows, room)["layers"]
 
 
@@ -359,7 +360,7 @@ def stream(
         room = max(room, kept.room)
         layers = kept.layers if room == kept.room else _grow(kept.layers, room)
     else:
-        layers = _empty(config, len(n_B), room)
+        layers = empty_layers(config, len(n_B), room)
     # So many columns, from `start`, hold what is unread; earlier ones are read again if need be.
     width = min(room, _round_up(longest - 1 - start))
     start = min(start, room - width)

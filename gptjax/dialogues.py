@@ -160,7 +160,6 @@ def prepare_dialogues(
         dialogue = encode(tokenizer, *turns(row, place))
         return [dialogue] if dialogue.scored.any() else []
 
-    check_given(files, val_fraction)
     chat.template_of(load(tokenizer_name))
     return prepare_rows(files, out, tokenizer_name, val_fraction, KEYS, encoded)
 

@@ -2,8 +2,9 @@
 
 A line is appended for each run that ends, and one for those that were trained together: the seconds
 of a step if all devices had computed at their peak, and what a step took, the median of the run.
-Their ratio, 1 / MFU, is what no plan can know. The ratios of one kind of device make an interval that holds a further run in 95 of 100
-cases if they are drawn alike from a log-normal distribution. One run makes a number alone.
+Their ratio, 1 / MFU, is what no plan can know. The ratios of one kind of device make an interval
+that holds a further run in 95 of 100 cases if they are drawn alike from a log-normal distribution.
+One run makes a number alone.
 """
 
 from __future__ import annotations

@@ -249,6 +249,8 @@ def _refer(
             )
     for name, rows in pairs.items():
         rows.reference = values[name]
+    if sha256 is not None and place == workdir:
+        return sha256  # it lies there
     return preferences.write(workdir, values)
 
 

@@ -217,8 +217,8 @@ def _check_preference(config: Config) -> None:
         raise ConfigError(f"{objective} compares two texts: set data.packing='pairs'")
     if config.model.dropout or config.train.lora_dropout:
         raise ConfigError(
-            f"{objective} goes with model.dropout=0 and train.lora_dropout=0 only: with dropout a model differs from itself, "
-            "and is no longer compared with its reference"
+            f"{objective} goes with model.dropout=0 and train.lora_dropout=0 only: with dropout a "
+            "model differs from itself, and is no longer compared with its reference"
         )
     if config.optim.z_loss:
         raise ConfigError(f"{objective} has no z-loss: set optim.z_loss=0")

@@ -70,7 +70,7 @@ def texts(sample: Sample = DRAWN, *rows: int, seed: int = 0) -> list[Text]:
 
 def begun(config: Model, params: Any, tokens_BS: Any, n_B: Any, end_B: Any) -> decode.State:
     """Prompts read into an empty cache."""
-    layers = decode._empty(config, *tokens_BS.shape)
+    layers = decode.empty_layers(config, *tokens_BS.shape)
     return decode._begin(config, params, layers, 0 * n_B, tokens_BS, tokens_BS, n_B, end_B)
 
 
@@ -484,7 +484,7 @@ def test_a_weight_in_int8_takes_a_byte(tied):
 
 def programs() -> int:
     """Programs compiled for texts so far."""
-    compiled: list[Any] = [decode._empty, decode._begin, decode._grow, decode._advance]
+    compiled: list[Any] = [decode.empty_layers, decode._begin, decode._grow, decode._advance]
     return sum(program._cache_size() for program in compiled)
 
 

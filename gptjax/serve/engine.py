@@ -110,7 +110,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._room = -(-config.context // TILE) * TILE
         # As every later one, so that none is another argument to a program.
-        self._layers = jax.device_put(_empty(self._config, slots, self._room), here)
+        self._layers = jax.device_put(decode.empty_layers(self._config, slots, self._room), here)
         self._slots = [_Slot() for _ in range(slots)]
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
@@ -368,12 +368,6 @@ def _hit(prompt: list[int], kept: list[int]) -> int:
     most = min(len(prompt) - 1, len(kept)) // PIECE
     same = (i for i in range(most) if prompt[i * PIECE : i * PIECE + PIECE] != kept[i * PIECE : i * PIECE + PIECE])  # fmt: skip
     return next(same, most) * PIECE
-
-
-@functools.partial(jax.jit, static_argnames=("config", "slots", "room"))
-@sharding.phase("decoding")
-def _empty(config: Model, slots: int, room: int) -> Any:
-    return gpt.init_cache(config, slots, room)["layers"]
 
 
 @functools.partial(jax.jit, donate_argnames="layers")
