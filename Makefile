@@ -4,6 +4,7 @@
 #   make quick   floors and the tests of what differs from main, for at most 90 seconds
 #   make check   format, lint and types only;  make format  mends what can be mended
 #   make docs    the site of the documents and docstrings, into site/
+#   make compilers  the tests of plans that ask the compilers of TPUs and GPUs (1.1 GB to download)
 #   make lanes   the suite on the oldest and the newest versions that pyproject.toml allows
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ NEWEST_PYTHON ?= 3.13
 JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test quick check format docs lanes golden clean
+.PHONY: train test quick check format docs compilers lanes golden clean
 
 train: .venv/installed
 	$(BIN)/python launch.py train --config=configs/shakespeare.py --workdir=runs/shakespeare
@@ -45,6 +46,16 @@ docs: .venv/installed-docs
 	for page in README.md CONTRIBUTING.md CHANGELOG.md docs experiments configs; do \
 		ln -s ../../$$page build/pages/$$page || exit; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Beside the environment: jax would speak of a GPU that is not there at the start of every command.
+compilers: .venv/installed-test .compilers/installed
+	PYTHONPATH=.compilers $(BIN)/python -m pytest tests/test_plan.py -k compiler
+
+.compilers/installed: constraints.txt | .venv/installed-test
+	rm -rf .compilers
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target .compilers \
+		libtpu jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12
+	@touch $@
 
 # Without the extra `reference`: newer Pythons get torch with CUDA only, 3 GB. Each lane has a cache
 # of compiled programs of its own.
@@ -88,4 +99,4 @@ golden: .venv/installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv build/pages site .lanes .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build/pages site .compilers .lanes .jax_cache .mypy_cache .pytest_cache .ruff_cache

@@ -710,6 +710,13 @@ def test_initial_values_are_bitwise_equal_on_every_mesh(shape):
 # Choices that are not in the tables.
 
 
+def test_what_is_declared_is_asked_for_without_computing():
+    """A plan asks where the devices of the mesh are only compiled for."""
+    unasked = dataclasses.replace(MODEL, norm_eps=1.25e-5)  # what was declared before is kept
+    with jax.transfer_guard("disallow"):
+        gpt.abstract_params(unasked)
+
+
 @pytest.mark.parametrize(
     "knob",
     ["position", "norm", "norm_placement", "feedforward", "init", "remat", "attention", "products"],

@@ -413,7 +413,7 @@ def gpu() -> Any:
         pytest.param("a100-8", {"fsdp": 4, "tensor": 2}, marks=gpu()),
     ],
 )
-def test_the_real_step_is_compiled_for_hardware_that_is_not_here(
+def test_the_compiler_of_hardware_that_is_not_here_takes_the_real_step(
     name: str, mesh: dict[str, int]
 ) -> None:
     knobs = {f"mesh_{axis}": n for axis, n in mesh.items()}

@@ -144,7 +144,8 @@ def _start(request: dict[str, Any], hardware: Hardware) -> dict[str, Any]:
         fault = next(
             (w for w in reversed(words) if re.match(r"[\w.]+(Error|Exception)\b", w)), words[-1]
         )
-        raise UserError(f"no plan for {hardware.name}: its compiler says {fault[:400]}")
+        whole = RuntimeError(done.stderr)  # for --debug
+        raise UserError(f"no plan for {hardware.name}: its compiler says {fault[:400]}") from whole
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "refused" in answer:
         raise UserError(answer["refused"])
