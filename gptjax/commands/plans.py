@@ -61,7 +61,7 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _search(arguments: argparse.Namespace, overrides: list[str], target: Hardware) -> int:
-    from gptjax import configure
+    from gptjax import configure, setup
     from gptjax.plan import search, summary
     from gptjax.progress import say
     from gptjax.records import strict_json
@@ -80,6 +80,8 @@ def _search(arguments: argparse.Namespace, overrides: list[str], target: Hardwar
             )
             for name, own in study.all_arms.items()
         }
+    for config in candidates.values():
+        setup.check_names(config)  # a name that is none is of the user, not of a candidate
     if not any(axis.startswith("mesh.") for axis in arguments.axis):
         candidates = search.over_meshes(candidates, target)
     say(f"{len(candidates)} candidates on {target.name}")
