@@ -1,27 +1,42 @@
-"""DPO teaches a habit: answers of at most eight words that end in "!". What does it cost?
+"""Which way of teaching a habit costs least? Answers of at most eight words that end in "!".
 
-Hypotheses, written before the runs: (1) after so few steps the model has the habit on most prompts
-that it never saw, and (2) the general perplexity hardly moves at beta 0.1, and more at 0.01, which
-holds the model less near to where it began.
+Arms: supervised fine-tuning on the chosen answers, DPO at beta 0.1 and 0.01, DPO at beta 0.1 with
+adapters of rank 4, and SimPO. All see the same prompts, as many a step for as many steps, at one rate
+that nobody tuned; adapters have ten times that rate, as in configs/lora.py.
+
+Hypotheses, written before the runs:
+1. Each arm has the habit on most prompts that it never saw.
+2. DPO at beta 0.1 does not hurt: the general loss rises by less than 0.01 nats a token.
+3. Beta 0.01, which holds the model less near to where it began, SimPO, which does not hold it at all,
+   and fine-tuning, which raises the likelihood of single texts, each cost more than beta 0.1.
+4. Rank 4 suffices: with adapters the win rate is less than 0.1 below that of all weights.
 
 The preferences are made here: of each question the chosen answer is a short one that ends in "!",
 the rejected one a sentence that ends in ".". Questions of one kind are held out as a whole, beside
 a fifth of the others. The habit is measured on greedy answers. A win over the model that training
-began with is a prompt on which the run alone has the habit, a tie counts half; the interval is of
-prompts, paired. Beside it stands the loss on a text of plays that nobody preferred, in nats a
-token, with the paired interval over its windows.
+began with is a prompt on which the run alone has the habit, a tie counts half. Beside it stands the
+loss on a text that nobody preferred, in nats a token: the held-out play, or --text=FILE, such as
+wiki.test.raw. There are two intervals, for two questions: one of prompts, or of windows of the text
+(paired, seeds averaged: another test set), and one of seeds (Student's t: another order of the pairs).
+Verdicts are those of studies, by seeds, with 0.01 nats a token as the smallest difference that matters.
 
     python experiments/dpo.py --model=models/smollm2 --out=runs/dpo --seeds=3
+
+What is in --out is read and not run again, and what was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import hashlib
+import itertools
 import json
-import statistics
+import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +46,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gptjax import chat, configure, decode, loop, trained
+from gptjax.config import fingerprint
 from gptjax.data import open_source
-from gptjax.dialogues import prepare_pairs
+from gptjax.dialogues import prepare_dialogues, prepare_pairs
 from gptjax.evaluation.bootstrap import interval
+from gptjax.evaluation.texts import Reading, open_text
 from gptjax.perplexity import Evaluator
 from gptjax.records import strict_json
 from gptjax.sharding import make_mesh
 from gptjax.storage import replace_file
+from gptjax.study import statistics
 
 WORDS = 8  # of an answer with the habit, at most
+WINDOW = 256  # tokens of the general text that are read at once
+SMALLEST = 0.01  # nats a token that matter
+
+Row = dict[str, str]
 
 # kind: (question, plain answer, facts)
 KINDS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -80,7 +102,7 @@ HELD_OUT_KIND = "sounds"
 class Preferences(NamedTuple):
     """Rows of `prepare_pairs`: all of them, and how many, the last, are held out."""
 
-    rows: list[dict[str, str]]
+    rows: list[Row]
     held_out: int
 
 
@@ -102,89 +124,191 @@ def has_habit(answer: str) -> bool:
 
 
 class Measured(NamedTuple):
-    """Of a model: its answers to the held-out prompts, and its loss on each token of the plays."""
+    """Of a model: its answers to the held-out prompts, and its loss on each token of the text."""
 
     answers: list[str]
     nats: np.ndarray
 
+    @property
+    def habit(self) -> np.ndarray:
+        """1 for each answer that has it, else 0."""
+        return np.array([has_habit(answer) for answer in self.answers], float)
 
-def measure(model: trained.Trained, questions: Sequence[str], max_tokens: int) -> Measured:
-    with trained.opened(model) as (config, _, params, tokenizer):
+
+def measure(
+    model: trained.Trained, questions: Sequence[str], text: Path | None, tokens: int
+) -> Measured:
+    """What a model answers, and its loss on the first `tokens` of `text`; None: the held-out play."""
+    with (
+        trained.opened(model) as (config, _, params, tokenizer),
+        tempfile.TemporaryDirectory() as t,
+    ):
         prompts = [chat.encode(tokenizer, [{"role": "user", "content": q}]) for q in questions]
         sample = dataclasses.replace(config.sample, temperature=0.0, max_new_tokens=40)
-        texts = decode.generate(
+        said = decode.generate(
             config.model, params, prompts, sample, seed=0, vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.eot, stop_ids=tokenizer.stops,
         )  # fmt: skip
         general = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, packing="stream"),
-            eval=dataclasses.replace(config.eval, max_tokens=max_tokens, batch_size=4),
+            eval=dataclasses.replace(config.eval, max_tokens=tokens, batch_size=4),
         )
-        plays = Evaluator(general, open_source("shakespeare", tokenizer, "val"), tokenizer)
-        return Measured([tokenizer.decode(text.ids) for text in texts], plays.token_nats(params))
+        if text is None:
+            store = open_source("shakespeare", tokenizer, "val")
+        else:
+            store = open_text("text", str(text), tokenizer, Path(t) / "store", Reading()).store
+        nats = Evaluator(general, store, tokenizer).token_nats(params)
+        return Measured([tokenizer.decode(answer.ids) for answer in said], nats)
 
 
-def compare(base: Measured, tuned: Measured, window: int) -> dict[str, Any]:
-    """What a run won and lost, with 95% intervals over prompts and over windows of the plays."""
-    had, has = (np.array([has_habit(a) for a in m.answers], float) for m in (base, tuned))
-    wins = (1 + has - had) / 2
-    starts = np.arange(0, len(base.nats), window)
-    more = np.add.reduceat((tuned.nats - base.nats).astype(np.float64), starts)
-    tokens = np.add.reduceat(np.ones(len(base.nats)), starts)
+def kept(file: Path, make: Callable[[], Measured]) -> Measured:
+    """What `file` holds; where it is not there, what `make` measures, which is written there."""
+    if not file.exists():
+        answers, nats = make()
+        replace_file(file, strict_json({"answers": answers, "nats": nats.tolist()}).encode())
+    record = json.loads(file.read_text(encoding="utf-8"))
+    return Measured(record["answers"], np.array(record["nats"], np.float32))
+
+
+def compare(base: Measured, runs: Sequence[Measured]) -> dict[str, Any]:
+    """What an arm won and lost against the model that its runs, one for each seed, began with."""
+    wins = np.array([(1 + run.habit - base.habit) / 2 for run in runs])
+    more = np.array([run.nats - base.nats for run in runs], np.float64)
+    starts, before = np.arange(0, len(base.nats), WINDOW), float(base.nats.mean(dtype=np.float64))
+    sizes = np.add.reduceat(np.ones(len(base.nats)), starts)
+    win_rate_S, more_S = wins.mean(1), more.mean(1)
     return {
-        "habit_before": had.mean(),
-        "habit": has.mean(),
-        "win_rate": wins.mean(),
-        "win_rate_interval": interval(wins, np.ones(len(wins))),
-        "loss_before": float(base.nats.mean(dtype=np.float64)),
-        "loss": float(tuned.nats.mean(dtype=np.float64)),
-        "loss_more_interval": interval(more, tokens),
+        "habit_before": base.habit.mean(),
+        "habit": [run.habit.mean() for run in runs],
+        "win_rate": list(win_rate_S),
+        "win_rate_by_prompts": interval(wins.mean(0), np.ones(wins.shape[1])),
+        "win_rate_by_seeds": statistics.t_interval(win_rate_S),
+        "loss_before": before,
+        "loss_more": list(more_S),
+        "loss_more_by_windows": interval(np.add.reduceat(more.mean(0), starts), sizes),
+        "loss_more_by_seeds": statistics.t_interval(more_S),
+        "perplexity_before": math.exp(before),
+        "perplexity": math.exp(before + more_S.mean()),
     }
 
 
+# Recipe -> what makes rows its data, and a row as it reads it.
+PREPARE: dict[str, tuple[Callable[..., Any], Callable[[Row], Row]]] = {
+    "dpo": (prepare_pairs, lambda row: row),
+    "sft": (
+        prepare_dialogues,
+        lambda row: {"prompt": row["prompt"], "completion": row["chosen"]},
+    ),
+}
+
+
+class Arm(NamedTuple):
+    """A recipe of `PREPARE`, and the overrides by which arms differ."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+def prepared(out: Path, model: Path, recipe: str) -> Path:
+    """The store of a recipe's data."""
+    prepare, read = PREPARE[recipe]
+    (rows, held_out), file, store = preferences(), out / f"{recipe}.jsonl", out / recipe
+    if not store.exists():
+        file.write_text("".join(json.dumps(read(row)) + "\n" for row in rows), encoding="utf-8")
+        # Half a row less, so that rounding cuts where it should.
+        prepare([file], store, str(model), (held_out - 0.5) / len(rows))
+    return store
+
+
 def study(
-    model: Path, out: Path, seeds: int, arms: dict[str, list[str]], common: list[str],
-    max_tokens: int = 8192,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """Trains each arm with each seed from `model`, in folders below `out`, and compares each with it.
+    model: Path, out: Path, seeds: int, arms: Mapping[str, Arm], common: Sequence[str],
+    text: Path | None = None, tokens: int = 8192,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Trains each arm with each seed from `model`, in folders below `out`, and compares.
 
     Args:
-        arms: name -> overrides.
-        common: overrides of all.
+        common: overrides of all arms.
+        text, tokens: as of `measure`.
 
     Returns:
-        arm -> for each seed what `compare` says, also written to `out`/results.json.
+        arm -> what `compare` says; also, of the runs that are done, in `out`/results.json.
     """
-    rows, held_out = preferences()
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    store, recipe = out / "pairs", str(configure.RECIPES / "dpo.py")
-    if not store.exists():
-        # Half a pair less, so that rounding cuts where it should.
-        prepare_pairs([file], store, str(model), (held_out - 0.5) / len(rows))
+    rows, held_out = preferences()
     questions = [row["prompt"] for row in rows[-held_out:]]
-    base = measure(trained.find(model, None, common), questions, max_tokens)
-    results: dict[str, list[dict[str, Any]]] = {}
-    for name, knobs in arms.items():
-        results[name] = []
-        for seed in range(seeds):
-            overrides = [
-                *common, *knobs, f"--config.data.sources=('{store}',)", f"--config.seed={seed}"
-            ]  # fmt: skip
-            config, begin = trained.start_from(
-                configure.from_file(recipe, overrides), model, overrides
-            )
-            workdir = out / f"{name}-{seed}"
+    measured_on = f"{text.stem if text else 'plays'}-{tokens}.json"
+
+    def measured(file: Path, folder: Path) -> Measured:
+        window = [f"--config.model.context={WINDOW}"]
+        find = functools.partial(trained.find, folder, None, window)
+        return kept(file, lambda: measure(find(), questions, text, tokens))
+
+    base = measured(out / f"{trained.start_of(model).fingerprint[:8]}-{measured_on}", model)
+    runs: dict[str, list[Measured]] = {name: [] for name in arms}
+    for number, (seed, name) in enumerate(itertools.product(range(seeds), arms), 1):
+        recipe, of_arm = arms[name]
+        store = prepared(out, model, recipe)
+        overrides = [
+            *common, *of_arm, f"--config.data.sources=('{store}',)", f"--config.seed={seed}"
+        ]  # fmt: skip
+        path = str(configure.RECIPES / f"{recipe}.py")
+        config, begin = trained.start_from(configure.from_file(path, overrides), model, overrides)
+        of = hashlib.sha256((fingerprint(config) + begin.fingerprint).encode()).hexdigest()
+        workdir = out / f"{name}-{seed}-{of[:8]}"
+        print(f"[{number}/{seeds * len(arms)}] {workdir}", flush=True)
+        if not (workdir / measured_on).exists():
             with jax.set_mesh(make_mesh(config.mesh)):
                 loop.train(config, workdir, begin)
-            tuned = measure(trained.find(workdir), questions, max_tokens)
-            result = compare(base, tuned, config.model.context)
-            print(f"{name}, seed {seed}: {result}", *tuned.answers[:3], sep="\n  ", flush=True)
-            results[name].append(result)
-            replace_file(out / "results.json", strict_json(results).encode())
+        runs[name].append(measured(workdir / measured_on, workdir))
+        print(*runs[name][-1].answers[:3], sep="\n", flush=True)
+        results = {name: compare(base, done) for name, done in runs.items() if done}
+        replace_file(out / "results.json", strict_json(results).encode())
     return results
+
+
+def lines(results: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[str]:
+    """The results for a person; the general loss also against the arm `reference`."""
+    more = {name: np.array(result["loss_more"]) for name, result in results.items()}
+    others = {name: more_S - more[reference] for name, more_S in more.items() if name != reference}
+    against = {
+        "the beginning": statistics.compare(more, SMALLEST),
+        reference: statistics.compare(others, SMALLEST),
+    }
+    for name, r in results.items():
+        for number in ("win_rate", "loss_more"):
+            ends = {k.removeprefix(number): r[k] for k in r if k.startswith(f"{number}_by_")}
+            told = ", ".join(f"{low:+.4f} to {high:+.4f}{by}" for by, (low, high) in ends.items())
+            yield f"{name}: {number} {np.mean(r[number]):+.4f} ({told.replace('_', ' ')})"
+        yield (
+            f"{name}: habit {r['habit_before']:.3f} -> {np.mean(r['habit']):.3f}, perplexity "
+            f"{r['perplexity_before']:.2f} -> {r['perplexity']:.2f}"
+        )
+        for other, comparisons in against.items():
+            if name in comparisons:
+                yield f"{name}: loss beside {other}: {comparisons[name].words}"
+
+
+COMMON = (
+    "--config.train.steps=20", "--config.data.batch_size=6", "--config.optim.peak_lr=1e-5",
+    "--config.optim.schedule=linear", "--config.optim.warmup_steps=5",
+    "--config.optim.final_lr_fraction=0.0", "--config.optim.weight_decay=0.0",
+    "--config.train.eval_every=20", "--config.train.checkpoint_every=20",
+    "--config.train.keep_checkpoints=1", "--config.eval.batch_size=6", "--config.train.log_every=5",
+)  # fmt: skip
+# A row of 48 tokens holds one dialogue, and one of 104 a pair.
+PAIR = "--config.model.context=104"
+LORA = (
+    "--config.train.trainable=lora", "--config.train.lora_rank=4", "--config.train.lora_alpha=8",
+    "--config.optim.peak_lr=1e-4",
+)  # fmt: skip
+ARMS = {
+    "sft": Arm("sft", ("--config.model.context=48",)),
+    "dpo-0.1": Arm("dpo", (PAIR, "--config.train.beta=0.1")),
+    "dpo-0.01": Arm("dpo", (PAIR, "--config.train.beta=0.01")),
+    "dpo-0.1-rank-4": Arm("dpo", (PAIR, "--config.train.beta=0.1", *LORA)),
+    "simpo": Arm("dpo", (PAIR, "--config.train.objective=simpo", "--config.train.beta=2.0")),
+}
 
 
 def main() -> None:
@@ -192,23 +316,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/dpo"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--text", type=Path, help="what nobody preferred; default: the held-out play"
+    )
     arguments = parser.parse_args()
-    common = [
-        "--config.model.context=128", "--config.train.steps=40", "--config.data.batch_size=8",
-        "--config.optim.peak_lr=5e-6", "--config.optim.warmup_steps=5",
-        "--config.train.eval_every=20", "--config.train.checkpoint_every=40",
-        "--config.train.keep_checkpoints=1", "--config.eval.batch_size=8",
-    ]  # fmt: skip
-    arms = {
-        "beta-0.1": ["--config.train.beta=0.1"],
-        "beta-0.01": ["--config.train.beta=0.01"],
-        "simpo": ["--config.train.objective=simpo", "--config.train.beta=2.0"],
-    }
-    results = study(arguments.model, arguments.out, arguments.seeds, arms, common)
-    for name, of_seeds in results.items():
-        for number in ("habit", "win_rate", "loss"):
-            values = [result[number] for result in of_seeds]
-            print(f"{name}: {number} {statistics.mean(values):.3f} (seeds: {values})")
+    results = study(arguments.model, arguments.out, arguments.seeds, ARMS, COMMON, arguments.text)
+    print(*lines(results, "dpo-0.1"), sep="\n")
 
 
 if __name__ == "__main__":

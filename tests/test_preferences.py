@@ -374,19 +374,45 @@ def test_a_chain_from_a_text_to_preferences_is_replayed_bitwise(tmp_path: Path) 
     assert record["initial"]["model"] == str(models[1])
 
 
-def test_the_study_of_a_habit_runs(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_study_of_a_habit_runs_and_goes_on(tmp_path: Path) -> None:
     names = runpy.run_path("experiments/dpo.py")
-    tokenizer_folder(tmp_path / "model", TEMPLATE, context=320)
+    tokenizer_folder(tmp_path / "model", TEMPLATE, context=names["WINDOW"])
     few = [f"--config.train.{knob}=2" for knob in ("steps", "eval_every", "checkpoint_every")]
-    few += ["--config.optim.warmup_steps=1"]
-    arms = {"dpo": [], "simpo": ["--config.train.objective=simpo"]}
-    results = names["study"](tmp_path / "model", tmp_path / "out", 1, arms, few, max_tokens=3200)
-    assert set(results) == set(arms)
-    for (result,) in results.values():
-        assert result["habit_before"] == 0 and 0 <= result["win_rate"] <= 1
-        low, high = result["loss_more_interval"]
-        assert low <= result["loss"] - result["loss_before"] <= high
-    assert json.loads((tmp_path / "out/results.json").read_text()).keys() == set(arms)
+    few += ["--config.optim.warmup_steps=1", "--config.data.batch_size=2"]
+    arm, out = names["Arm"], tmp_path / "out"
+    arms = {"sft": arm("sft"), "dpo": arm("dpo"), "lora": arm("dpo", names["LORA"])}
+
+    def study(seeds: int, arms: Any = arms, text: Path | None = None) -> Any:
+        return names["study"](tmp_path / "model", out, seeds, arms, few, text, tokens=3200)
+
+    first = study(1)
+    assert set(first) == set(arms)
+    for result in first.values():
+        assert result["habit_before"] == 0 and 0 <= result["win_rate"][0] <= 1
+        low, high = result["loss_more_by_windows"]
+        assert low <= result["loss_more"][0] <= high
+        expected = math.exp(result["loss_before"] + result["loss_more"][0])
+        assert result["perplexity"] == pytest.approx(expected)
+    assert json.loads((out / "results.json").read_text()).keys() == set(arms)
+
+    # A second seed runs what is new alone, and gives each arm its interval over seeds.
+    was = {f: f.stat().st_mtime_ns for f in out.glob("*-0-*/*/*")}
+    second = study(2, {name: arms[name] for name in ("dpo", "lora")})
+    assert was == {f: f.stat().st_mtime_ns for f in out.glob("*-0-*/*/*")} and was
+    for name, result in second.items():
+        assert result["loss_more"][0] == first[name]["loss_more"][0]
+        low, high = result["loss_more_by_seeds"]
+        assert low <= np.mean(result["loss_more"]) <= high
+    told = list(names["lines"](second, "dpo"))
+    assert any(line.startswith("lora: loss beside dpo: undecided") for line in told)
+
+    # Another text is another measurement of the same run.
+    (tmp_path / "other.txt").write_text("Nothing of the kind was said. " * 200)
+    other = study(1, {"dpo": arms["dpo"]}, tmp_path / "other.txt")
+    assert other["dpo"]["loss_before"] != first["dpo"]["loss_before"]
+    (log,) = out.glob("dpo-0-*/metrics.jsonl")
+    assert len(read_metrics(log.parent)) == 3
 
 
 def test_the_habit_is_measured() -> None:
@@ -399,10 +425,17 @@ def test_the_habit_is_measured() -> None:
     assert not any(names["has_habit"](row["rejected"]) for row in rows)
     measured = names["Measured"]
     answers = ["No.", "Yes!", "No."] * 10
-    base = measured(answers, np.zeros(200, np.float32))
-    tuned = measured(["Yes!", "Yes!", "No."] * 10, np.full(200, 0.25, np.float32))
-    told = names["compare"](base, tuned, 10)
+    tokens = 12 * names["WINDOW"]
+    base = measured(answers, np.zeros(tokens, np.float32))
+    tuned = measured(["Yes!", "Yes!", "No."] * 10, np.full(tokens, 0.25, np.float32))
+    told = names["compare"](base, [tuned, tuned])
     # A third is won, the rest are ties.
-    assert told["win_rate"] == pytest.approx(2 / 3) and told["habit"] == pytest.approx(2 / 3)
-    assert 0.5 < told["win_rate_interval"].low < 2 / 3 < told["win_rate_interval"].high < 1
-    assert told["loss_more_interval"] == (0.25, 0.25)
+    assert told["win_rate"] == pytest.approx([2 / 3] * 2)
+    assert told["habit"] == pytest.approx([2 / 3] * 2)
+    low, high = told["win_rate_by_prompts"]
+    assert 0.5 < low < 2 / 3 < high < 1
+    assert told["loss_more_by_windows"] == pytest.approx((0.25, 0.25))
+    assert told["perplexity"] == pytest.approx(math.exp(0.25))
+    # Seeds whose runs differ in the third win alone: 2/3 and 1/2.
+    by_seeds = names["compare"](base, [tuned, base])["win_rate_by_seeds"]
+    assert (by_seeds.low + by_seeds.high) / 2 == pytest.approx(7 / 12)
