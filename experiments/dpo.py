@@ -1,8 +1,9 @@
 """Which way of teaching a habit costs least? Answers of at most eight words that end in "!".
 
 Arms: supervised fine-tuning on the chosen answers, DPO at beta 0.1 and 0.01, DPO at beta 0.1 with
-adapters of rank 4, and SimPO. All see the same prompts, as many a step for as many steps, at one rate
-that nobody tuned; adapters have ten times that rate, as in configs/lora.py.
+adapters of rank 4, and SimPO. All see the same prompts, as many a step for as many steps, at one rate:
+the first that was tried, at which a run of DPO of another seed learned the habit. Adapters have ten
+times that rate, as in configs/lora.py. It is tuned for none of them.
 
 Hypotheses, written before the runs:
 1. Each arm has the habit on most prompts that it never saw.
@@ -10,15 +11,18 @@ Hypotheses, written before the runs:
 3. Beta 0.01, which holds the model less near to where it began, SimPO, which does not hold it at all,
    and fine-tuning, which raises the likelihood of single texts, each cost more than beta 0.1.
 4. Rank 4 suffices: with adapters the win rate is less than 0.1 below that of all weights.
+5. Fine-tuning keeps more answers right than DPO, whose rejected texts hold the same right word. (That
+   first run of DPO answered "HIMAN!" for Cairo.)
 
 The preferences are made here: of each question the chosen answer is a short one that ends in "!",
 the rejected one a sentence that ends in ".". Questions of one kind are held out as a whole, beside
 a fifth of the others. The habit is measured on greedy answers. A win over the model that training
-began with is a prompt on which the run alone has the habit, a tie counts half. Beside it stands the
-loss on a text that nobody preferred, in nats a token: the held-out play, or --text=FILE, such as
-wiki.test.raw. There are two intervals, for two questions: one of prompts, or of windows of the text
-(paired, seeds averaged: another test set), and one of seeds (Student's t: another order of the pairs).
-Verdicts are those of studies, by seeds, with 0.01 nats a token as the smallest difference that matters.
+began with is a prompt on which the run alone has the habit, a tie counts half. Beside it stand the
+share of answers that hold the right word, and the loss on a text that nobody preferred, in nats a
+token: the held-out play, or --text=FILE, such as wiki.test.raw. There are two intervals, for two
+questions: one of prompts, or of windows of the text (paired, seeds averaged: another test set), and
+one of seeds (Student's t: another order of the pairs). Verdicts are those of studies, by seeds, with
+0.01 nats a token as the smallest difference that matters.
 
     python experiments/dpo.py --model=models/smollm2 --out=runs/dpo --seeds=3
 
@@ -34,6 +38,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +128,12 @@ def has_habit(answer: str) -> bool:
     return answer.strip().endswith("!") and len(answer.split()) <= WORDS
 
 
+def holds(answer: str, chosen: str) -> float:
+    """1 if an answer holds the word that a chosen one consists of, else 0."""
+    word = chosen.rstrip("!").lower()
+    return float(re.search(rf"\b{word}\b", answer.lower()) is not None)
+
+
 class Measured(NamedTuple):
     """Of a model: its answers to the held-out prompts, and its loss on each token of the text."""
 
@@ -133,6 +144,12 @@ class Measured(NamedTuple):
     def habit(self) -> np.ndarray:
         """1 for each answer that has it, else 0."""
         return np.array([has_habit(answer) for answer in self.answers], float)
+
+    def right(self, rows: Sequence[Row]) -> np.ndarray:
+        """1 for each answer that holds the word of its row's chosen one, else 0."""
+        return np.array(
+            [holds(a, row["chosen"]) for a, row in zip(self.answers, rows, strict=True)]
+        )
 
 
 def measure(
@@ -171,9 +188,10 @@ def kept(file: Path, make: Callable[[], Measured]) -> Measured:
     return Measured(record["answers"], np.array(record["nats"], np.float32))
 
 
-def compare(base: Measured, runs: Sequence[Measured]) -> dict[str, Any]:
+def compare(base: Measured, runs: Sequence[Measured], rows: Sequence[Row]) -> dict[str, Any]:
     """What an arm won and lost against the model that its runs, one for each seed, began with."""
     wins = np.array([(1 + run.habit - base.habit) / 2 for run in runs])
+    right, right_more = base.right(rows), np.array([r.right(rows) for r in runs]) - base.right(rows)
     more = np.array([run.nats - base.nats for run in runs], np.float64)
     starts, before = np.arange(0, len(base.nats), WINDOW), float(base.nats.mean(dtype=np.float64))
     sizes = np.add.reduceat(np.ones(len(base.nats)), starts)
@@ -184,6 +202,10 @@ def compare(base: Measured, runs: Sequence[Measured]) -> dict[str, Any]:
         "win_rate": list(win_rate_S),
         "win_rate_by_prompts": interval(wins.mean(0), np.ones(wins.shape[1])),
         "win_rate_by_seeds": statistics.t_interval(win_rate_S),
+        "right_before": right.mean(),
+        "right_more": list(right_more.mean(1)),
+        "right_more_by_prompts": interval(right_more.mean(0), np.ones(len(right))),
+        "right_more_by_seeds": statistics.t_interval(right_more.mean(1)),
         "loss_before": before,
         "loss_more": list(more_S),
         "loss_more_by_windows": interval(np.add.reduceat(more.mean(0), starts), sizes),
@@ -262,7 +284,9 @@ def study(
                 loop.train(config, workdir, begin)
         runs[name].append(measured(workdir / measured_on, workdir))
         print(*runs[name][-1].answers[:3], sep="\n", flush=True)
-        results = {name: compare(base, done) for name, done in runs.items() if done}
+        results = {
+            name: compare(base, done, rows[-held_out:]) for name, done in runs.items() if done
+        }
         replace_file(out / "results.json", strict_json(results).encode())
     return results
 
@@ -276,12 +300,13 @@ def lines(results: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[
         reference: statistics.compare(others, SMALLEST),
     }
     for name, r in results.items():
-        for number in ("win_rate", "loss_more"):
+        for number in ("win_rate", "right_more", "loss_more"):
             ends = {k.removeprefix(number): r[k] for k in r if k.startswith(f"{number}_by_")}
             told = ", ".join(f"{low:+.4f} to {high:+.4f}{by}" for by, (low, high) in ends.items())
             yield f"{name}: {number} {np.mean(r[number]):+.4f} ({told.replace('_', ' ')})"
         yield (
-            f"{name}: habit {r['habit_before']:.3f} -> {np.mean(r['habit']):.3f}, perplexity "
+            f"{name}: habit {r['habit_before']:.3f} -> {np.mean(r['habit']):.3f}, right "
+            f"{r['right_before']:.3f} -> {r['right_before'] + np.mean(r['right_more']):.3f}, perplexity "
             f"{r['perplexity_before']:.2f} -> {r['perplexity']:.2f}"
         )
         for other, comparisons in against.items():
@@ -290,11 +315,11 @@ def lines(results: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[
 
 
 COMMON = (
-    "--config.train.steps=20", "--config.data.batch_size=6", "--config.optim.peak_lr=1e-5",
+    "--config.train.steps=20", "--config.data.batch_size=4", "--config.optim.peak_lr=1e-5",
     "--config.optim.schedule=linear", "--config.optim.warmup_steps=5",
     "--config.optim.final_lr_fraction=0.0", "--config.optim.weight_decay=0.0",
     "--config.train.eval_every=20", "--config.train.checkpoint_every=20",
-    "--config.train.keep_checkpoints=1", "--config.eval.batch_size=6", "--config.train.log_every=5",
+    "--config.train.keep_checkpoints=1", "--config.eval.batch_size=4", "--config.train.log_every=5",
 )  # fmt: skip
 # A row of 48 tokens holds one dialogue, and one of 104 a pair.
 PAIR = "--config.model.context=104"

@@ -425,17 +425,23 @@ def test_the_habit_is_measured() -> None:
     assert not any(names["has_habit"](row["rejected"]) for row in rows)
     measured = names["Measured"]
     answers = ["No.", "Yes!", "No."] * 10
+    asked = [{"chosen": "Yes!"}] * 30
     tokens = 12 * names["WINDOW"]
     base = measured(answers, np.zeros(tokens, np.float32))
     tuned = measured(["Yes!", "Yes!", "No."] * 10, np.full(tokens, 0.25, np.float32))
-    told = names["compare"](base, [tuned, tuned])
+    told = names["compare"](base, [tuned, tuned], asked)
     # A third is won, the rest are ties.
     assert told["win_rate"] == pytest.approx([2 / 3] * 2)
     assert told["habit"] == pytest.approx([2 / 3] * 2)
+    assert told["right_before"] == pytest.approx(1 / 3)
+    assert told["right_more"] == pytest.approx([1 / 3] * 2)
+    assert names["holds"]("It is Cairo, of course.", "Cairo!") and not names["holds"](
+        "located", "Cat!"
+    )
     low, high = told["win_rate_by_prompts"]
     assert 0.5 < low < 2 / 3 < high < 1
     assert told["loss_more_by_windows"] == pytest.approx((0.25, 0.25))
     assert told["perplexity"] == pytest.approx(math.exp(0.25))
     # Seeds whose runs differ in the third win alone: 2/3 and 1/2.
-    by_seeds = names["compare"](base, [tuned, base])["win_rate_by_seeds"]
+    by_seeds = names["compare"](base, [tuned, base], asked)["win_rate_by_seeds"]
     assert (by_seeds.low + by_seeds.high) / 2 == pytest.approx(7 / 12)
