@@ -154,9 +154,23 @@ def start_from(
 
     Raises:
         UserError: if `folder` is no pretrained model, or has other parameters than `overrides` ask
-            for.
+            for; if `train.branch` names another beginning.
     """
     source = _source(folder)
+    return _adopted(config, source, overrides), _start(source)
+
+
+def adopted(config: Config, folder: Place, overrides: Sequence[str]) -> Config:
+    """The config of `start_from`, for which no weights are read."""
+    return _adopted(config, _source(folder), overrides)
+
+
+def _adopted(config: Config, source: pretrained.Folder, overrides: Sequence[str]) -> Config:
+    if config.train.branch is not None:
+        raise UserError(
+            f"train.branch={config.train.branch} is another beginning than {source.name}: leave one "
+            "of them out"
+        )
     config = configure.override(pretrained.adopt(config, source), overrides)
     adopted = pretrained.adopt(config, source)
     _check_fits(config.model, adopted.model, source.name)
@@ -167,7 +181,7 @@ def start_from(
             f"{kept.lora_alpha} and train.lora_matrices={kept.lora_matrices}: leave these as they "
             "are, or `export` it first, which merges it"
         )
-    return config, _start(source)
+    return config
 
 
 def start_of(folder: Place) -> setup.Start:

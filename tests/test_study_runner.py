@@ -585,7 +585,7 @@ def test_a_cell_that_was_killed_comes_after_the_others(
     one, two, *rest = [tmp_path / cell.address for cell in cells(load(file), {})]
     assert runner.kills(one) == 1 and not two.exists()
     order: list[Path] = []
-    monkeypatch.setattr(runner, "train_group", order.extend)
+    monkeypatch.setattr(runner, "train_group", lambda group, begin: order.extend(group))
     monkeypatch.setattr(runner, "_sample", lambda outcomes: None)
     runner.run_study(load(file), tmp_path)
     assert order == [two, *rest, one]

@@ -189,7 +189,7 @@ def test_other_packages_data_or_batches_are_another_run(
     told["facts"][key] = "another"
     file.write_text(json.dumps(told))
     under_other_code()
-    (found,) = store.other_computations(old[0].cell.config, copied).values()
+    (found,) = store.other_computations(old[0].cell, copied).values()
     assert found == [key] and key.startswith(differs)
     new = runner.run_study(study(text), copied).outcomes
     assert [o.folder == was.folder for o, was in zip(new, old, strict=True)] == [False, True]

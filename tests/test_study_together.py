@@ -78,7 +78,7 @@ def test_a_group_is_no_larger_than_asked(
 ) -> None:
     trained: list[int] = []
 
-    def train(group: dict[Path, object]) -> None:
+    def train(group: dict[Path, object], begin: None) -> None:
         trained.append(len(group))
 
     monkeypatch.setattr(runner, "train_group", train)

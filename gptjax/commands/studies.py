@@ -20,7 +20,7 @@ from gptjax.commands.command import (
 )
 from gptjax.config import UserError
 from gptjax.signals import again_on_sigterm
-from gptjax.storage import for_files, local, patient
+from gptjax.storage import expand, for_files, local, patient
 
 if TYPE_CHECKING:
     from gptjax.study.results import Results
@@ -112,9 +112,11 @@ def study_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
         definition = spec.load(arguments.file)
     else:
         raise UserError(f"{arguments.file} names its own base: leave --config out")
-    seeds = definition.seeds if arguments.seeds is None else arguments.seeds
     return dataclasses.replace(
-        definition, seeds=seeds, overrides=(*definition.overrides, *overrides)
+        definition,
+        seeds=definition.seeds if arguments.seeds is None else arguments.seeds,
+        begin=definition.begin if arguments.start is None else str(arguments.start),
+        overrides=(*definition.overrides, *overrides),
     )
 
 
@@ -135,7 +137,19 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         help="a knob and its values, the first the baseline's; several axes are crossed",
     )
     parser.add_argument("--seeds", type=int, help="runs of each arm; default: the study's")
+    _add_start(parser)
     _add_store(parser)
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from",
+        dest="start",
+        type=expand,
+        metavar="DIR",
+        help="begin all runs with this pretrained model, a folder or hf:ORG/NAME[@REVISION], as "
+        "`train --from`",
+    )
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +220,7 @@ def _noise_of(arguments: argparse.Namespace, overrides: list[str]) -> Study:
         hypothesis="How much does the loss vary from seed to seed?",
         base=arguments.config,
         arms={},
+        begin="" if arguments.start is None else str(arguments.start),
         seeds=arguments.seeds,
         smallest=arguments.effect,
         overrides=tuple(overrides),
@@ -228,6 +243,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE[:ARG]", default=DEFAULT_RECIPE, help="a recipe (%(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs (%(default)s)")
+    _add_start(parser)
     parser.add_argument(
         "--effect",
         type=float,

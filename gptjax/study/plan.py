@@ -13,7 +13,8 @@ from gptjax.study.tables import settings, stated
 def lines(results: Results, store: Place) -> Iterator[str]:
     """The plan for a person, of what `results.read` found in `store`."""
     study, measure = results.study, EQUAL[results.study.equal].measure
-    shared = filter(None, (study.base, settings(study.settings), *study.overrides))
+    begin = f"from {study.begin}" if study.begin else ""
+    shared = filter(None, (study.base, settings(study.settings), *study.overrides, begin))
     yield from (f"{study.name}: {study.hypothesis}", *stated(study))
     yield f"Base: {' '.join(shared)}"
     outcomes = [*results.outcomes, *(outcome for outcome, _ in results.tuning)]

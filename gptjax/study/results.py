@@ -88,7 +88,7 @@ def outcome(study: Study, cell: Cell, store: Place, now: bool = False) -> Outcom
     Raises:
         UserError: if its files are damaged.
     """
-    folder = place(cell.config, store, now)
+    folder = place(cell, store, now)
     # Read before the log, which another process may be writing: what is finished has all of it.
     status, reason = _status(cell, folder)
     lines = read_metrics(folder) if (folder / METRICS).is_file() else []
@@ -190,7 +190,7 @@ def check_alike(outcomes: Iterable[Outcome]) -> None:
                     "Remove the outdated folders and run the study again, or keep it apart by "
                     "another --store"
                 )
-        if recorded and len(codes) > 1 and (names := differences(o.folder, o.cell.config)):
+        if recorded and len(codes) > 1 and (names := differences(o.folder, o.cell)):
             raise UserError(
                 f"the runs were made by {len(codes)} codes, and {o.folder} ({o.cell.label}) does "
                 f"not compute what this code does: it differs in {', '.join(names)}. Run the "

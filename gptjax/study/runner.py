@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -21,7 +22,7 @@ from gptjax.signals import undone
 from gptjax.storage import Place, disk, patient, replace_file
 from gptjax.study import store as cells_store
 from gptjax.study.results import ENDED, SAMPLE, Outcome, Results, check_alike, outcome, read
-from gptjax.study.spec import Cell, Study, tuning_cells
+from gptjax.study.spec import Cell, Study, beginning, tuning_cells
 from gptjax.study.store import (
     code_and_versions,
     computation_recorded,
@@ -53,7 +54,7 @@ def run_study(study: Study, store: Place, together: int = 1, worker: bool = Fals
         study: what is asked.
         store: the folder of all cells.
         together: so many cells at most train in one program, where they differ in numbers alone
-            (`ensemble.VARIED`). One that was begun goes on as it was begun, with its group or
+            (`ensemble.VARIED`) and begin at random. One that was begun goes on as it was begun, with its group or
             alone.
         worker: ends, where others have all that is left, rather than wait for them.
 
@@ -84,7 +85,7 @@ def _run(
     study: Study, cells: Sequence[Cell], store: Place, together: int, worker: bool
 ) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
-    tried: set[Place] = set()
+    begin, tried = beginning(study), set[Place]()
     waiting = False
     while True:
         outcomes = [outcome(study, cell, store, now=True) for cell in cells]
@@ -109,11 +110,11 @@ def _run(
                     for o in group_outcomes:
                         say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
                         for other_folder, names in cells_store.other_computations(
-                            o.cell.config, store
+                            o.cell, store
                         ).items():
                             say(f"{other_folder} stays: it differs in {', '.join(names)}")
                     try:
-                        train_group(group)
+                        train_group(group, begin)
                     except Busy as error:  # by a `train` in that folder
                         say(str(error))
                         continue
@@ -156,11 +157,14 @@ def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[di
         if (o.folder / CONFIG).is_file():
             alone = not (o.folder / ENSEMBLE).is_file()
             group = [config] if alone else ensemble.group_of(o.folder)[0]
-            by_folder = {o.folder if c == config else place(c, store, now=True): c for c in group}
+            by_folder = {
+                place(dataclasses.replace(o.cell, config=c), store, now=True): c for c in group
+            }
             begun.update(by_folder)
             yield by_folder
         else:
-            alike = o.folder.name if together == 1 else ensemble.key(config)
+            apart = together == 1 or o.cell.initial != ""
+            alike = o.folder.name if apart else ensemble.key(config)
             fresh.setdefault(alike, {})[o.folder] = config
     for configs in fresh.values():
         unbegun = [(folder, config) for folder, config in configs.items() if folder not in begun]
@@ -168,8 +172,11 @@ def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[di
             yield dict(unbegun[i : i + together])
 
 
-def train_group(group: Mapping[Place, Config]) -> None:
+def train_group(group: Mapping[Place, Config], begin: setup.Start | None = None) -> None:
     """Runs or goes on with the cells of a group, by folder; what ends one is in its folder.
+
+    Args:
+        begin: what a cell that trains alone begins with, where not at random.
 
     Raises:
         Stopped: as `loop.train`.
@@ -184,10 +191,10 @@ def train_group(group: Mapping[Place, Config]) -> None:
             (folder / BEGUN).unlink(missing_ok=True)
 
     with undone(not_begun):
-        _train_group(group)
+        _train_group(group, begin)
 
 
-def _train_group(group: Mapping[Place, Config]) -> None:
+def _train_group(group: Mapping[Place, Config], begin: setup.Start | None) -> None:
     folders, configs = list(group), list(group.values())
     try:
         for folder in folders:
@@ -199,13 +206,14 @@ def _train_group(group: Mapping[Place, Config]) -> None:
         mesh = make_mesh(configs[0].mesh)
         for member, folder in enumerate(folders):
             if not read_environment(folder):
-                cells_store.write(folder, configs, member, mesh)
+                initial = "" if begin is None else begin.fingerprint
+                cells_store.write(folder, configs, member, mesh, initial)
         if len(group) > 1:
             ensemble.train_together(configs, folders)
             return
         (config,), (folder,) = configs, folders
         with jax.set_mesh(mesh):
-            loop.train(config, folder)
+            loop.train(config, folder, begin)
     except Busy:
         raise
     except loop.Diverged as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import math
 import re
@@ -26,9 +27,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import branch, configure, setup
+from gptjax import branch, configure, setup, trained
 from gptjax.config import Config, ConfigError, UserError, choose, fingerprint
 from gptjax.records import meant
+from gptjax.storage import expand
 from gptjax.study.equalise import EQUAL, equalise
 
 # Fields of metrics.jsonl that may decide, with their unit. Both are means over all held-out
@@ -38,7 +40,8 @@ TUNING = 1000  # tuning runs have seeds of their own from here on, so that choos
 
 # What each field of a study must be.
 KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    **dict.fromkeys(("hypothesis", "base", "baseline", "metric", "equal", "name"), (str, "a text")),
+    **dict.fromkeys(("hypothesis", "base", "baseline", "begin"), (str, "a text")),
+    **dict.fromkeys(("metric", "equal", "name"), (str, "a text")),
     **dict.fromkeys(("arms", "settings", "tune", "scales"), (Mapping, "a mapping")),
     **dict.fromkeys(("seeds", "tuning_seeds"), (int, "a whole number")),
     "smallest": ((int, float), "a number"),
@@ -59,6 +62,8 @@ class Study:
         arms: name -> what differs from the base. To compare runs of the same recipe (A/A), an
             arm may set another "seed".
         baseline: the base's name in tables.
+        begin: a pretrained model that all runs begin with, a folder or hf:ORG/NAME[@REVISION], as
+            in `train --from`; "": random parameters.
         settings: what all arms set, the baseline too.
         seeds: runs of each arm, with seeds base.seed, base.seed + 1, ...; no winner under 3.
         metric: a row of METRICS, lower is better.
@@ -76,6 +81,7 @@ class Study:
     base: str
     arms: Mapping[str, Settings]
     baseline: str = "base"
+    begin: str = ""
     settings: Settings = dataclasses.field(default_factory=dict)
     seeds: int = 5
     metric: str = "val_loss"
@@ -135,6 +141,7 @@ class Cell:
         seed: 0-based among the arm's runs; equal seeds are a pair.
         config: resolved, budgets held equal.
         solved: knob -> value that `equalise` found.
+        initial: the fingerprint of the pretrained model that it begins with; "" of none.
     """
 
     scale: str
@@ -142,23 +149,36 @@ class Cell:
     seed: int
     config: Config
     solved: Settings
+    initial: str = ""
 
     @property
     def address(self) -> str:
         """The name of its folder in the store of cells: what it is decides where it is."""
-        return address(self.config)
+        return address(self.config, self.initial)
 
     @property
     def label(self) -> str:
         return f"{self.scale + ', ' if self.scale else ''}{self.arm}, seed {self.config.seed}"
 
 
-def address(config: Config) -> str:
-    """The name of a run's folder in the store of cells, wherever its trunk lies."""
+def address(config: Config, initial: str = "") -> str:
+    """The name of a run's folder in the store of cells, wherever lies what it begins with."""
     if (trunk := config.train.branch) is not None:
         train = dataclasses.replace(config.train, branch=meant("train.branch", trunk))
         config = dataclasses.replace(config, train=train)
-    return fingerprint(config)[:16]
+    name = fingerprint(config)
+    if initial:
+        name = hashlib.sha256((name + initial).encode()).hexdigest()
+    return name[:16]
+
+
+def beginning(study: Study) -> setup.Start | None:
+    """The parameters of `study.begin`.
+
+    Raises:
+        UserError: as `trained.start_of`.
+    """
+    return trained.start_of(expand(study.begin)) if study.begin else None
 
 
 # (scale, arm) -> the values that tuning chose.
@@ -235,46 +255,51 @@ def cells(study: Study, tuned: Tuned) -> list[Cell]:
         ConfigError: on a setting that is no knob, an arm equal to another, or budgets that
             cannot be made equal.
     """
-    decisive = []
+    decisive: list[Cell] = []
+    begin = beginning(study)
     for scale in study.scales:
         configs = _resolve(study, scale)
         for arm, (config, solved) in configs.items():
             if not study.tune:
-                decisive += _seeds(study, scale, arm, config, solved, study.seeds, 0)
+                decisive += _seeds(begin, scale, arm, config, solved, study.seeds, 0)
             elif (scale, arm) in tuned:
                 chosen = tuned[scale, arm]
                 at_best = configure.override(config, _words(chosen))
-                decisive += _seeds(study, scale, arm, at_best, {**solved, **chosen}, study.seeds, 0)
+                decisive += _seeds(begin, scale, arm, at_best, {**solved, **chosen}, study.seeds, 0)
     return decisive
 
 
 def tuning_cells(study: Study) -> list[tuple[Cell, Settings]]:
     """The runs that choose each arm's values of `study.tune`, and those values."""
-    tuning = []
+    tuning: list[tuple[Cell, Settings]] = []
+    begin = beginning(study) if study.tune else None
     for scale in study.scales if study.tune else ():
         for arm, (config, solved) in _resolve(study, scale).items():
             for values in cross(study.tune).values():
                 at_values = configure.override(config, _words(values))
                 tuning_runs = _seeds(
-                    study, scale, arm, at_values, solved, study.tuning_seeds, TUNING
+                    begin, scale, arm, at_values, solved, study.tuning_seeds, TUNING
                 )
                 tuning += [(cell, values) for cell in tuning_runs]
     return tuning
 
 
 def _seeds(
-    study: Study, scale: str, arm: str, config: Config, solved: Settings, count: int, offset: int
-) -> list[Cell]:
-    return [
-        Cell(scale, arm, i, dataclasses.replace(config, seed=config.seed + offset + i), solved)
-        for i in range(count)
-    ]
+    begin: setup.Start | None, scale: str, arm: str, config: Config, solved: Settings, count: int,
+    offset: int,
+) -> list[Cell]:  # fmt: skip
+    initial = "" if begin is None else begin.fingerprint
+    configs = [dataclasses.replace(config, seed=config.seed + offset + i) for i in range(count)]
+    return [Cell(scale, arm, i, config, solved, initial) for i, config in enumerate(configs)]
 
 
 def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
     """Each arm's config at the base's seed, its budget equal to the baseline's."""
     shared = [*_words(study.settings), *_words(study.scales[scale]), *study.overrides]
+    begun = functools.partial(trained.adopted, folder=expand(study.begin)) if study.begin else None
     base = branch.resolve(configure.from_file(study.base, shared))
+    if begun:
+        base = begun(base, overrides=shared)
     # Refused here, before hours of runs: a tuned knob that is none, a value that cannot be.
     for values in cross(study.tune).values() if study.tune else ():
         _check(configure.override(base, _words(values)))
@@ -283,8 +308,10 @@ def _resolve(study: Study, scale: str) -> dict[str, tuple[Config, Settings]]:
         try:
             of_arm = branch.resolve(configure.override(base, _words(settings)))
             config, solved = equalise(of_arm, base, study.equal, settings)
+            if begun:
+                config = begun(config, overrides=[*shared, *_words(settings)])
             _check(config)
-        except ConfigError as error:
+        except UserError as error:
             raise ConfigError(f"arm {arm!r}: {error}") from error
         _check_comparable(study, arm, config, base)
         for earlier, (earlier_config, _) in configs.items():
@@ -304,7 +331,9 @@ def check_names(study: Study) -> None:
         base = configure.from_file(study.base, shared)
         tuned = cross(study.tune).values() if study.tune else ()
         for settings in (*study.all_arms.values(), *tuned):
-            setup.check_names(configure.override(base, _words(settings)), folders=False)
+            config = configure.override(base, _words(settings))
+            if not study.begin:  # else its names are of that model
+                setup.check_names(config, folders=False)
 
 
 def _check_comparable(study: Study, arm: str, config: Config, base: Config) -> None:

@@ -1,10 +1,11 @@
 """Where the runs of studies lie, and what each of them computes.
 
-    STORE/ADDRESS/        a run; ADDRESS is the fingerprint of its config
-    STORE/ADDRESS.2/      another of the same config, which computes something else
+    STORE/ADDRESS/        a run; ADDRESS is a fingerprint of its config and, where it begins with a
+                          pretrained model, of that
+    STORE/ADDRESS.2/      another of the same address, which computes something else
         computes.json     what it computes: digests of programs, batches and data, and versions
 
-A run belongs to a cell that has its config and computes the same. What it computes is given by the
+A run belongs to a cell that has its address and computes the same. What it computes is given by the
 lowered programs of initial values, step and evaluation (StableHLO, without names and locations),
 by what they are fed, and by the versions of the packages: a comment, a refactor or another row of
 a table changes none of it, another epsilon in a norm all. Lowering is spared where the code is
@@ -28,66 +29,74 @@ import numpy as np
 from gptjax import branch, ensemble, setup, state
 from gptjax.config import Config, ConfigError, UserError, recorded
 from gptjax.data.batches import Batch
-from gptjax.records import CONFIG, ENSEMBLE, code_fingerprint, environment, read_environment
+from gptjax.records import (
+    CONFIG,
+    ENSEMBLE,
+    ENVIRONMENT,
+    code_fingerprint,
+    environment,
+    read_environment,
+)
 from gptjax.sharding import make_mesh, section
 from gptjax.storage import Place, changed, children, disk, replace_file
-from gptjax.study.spec import address
+from gptjax.study.spec import Cell, address
 
 COMPUTES = "computes.json"
 
 
-def place(config: Config, store: Place, now: bool) -> Place:
+def place(cell: Cell, store: Place, now: bool) -> Place:
     """The folder of a run, which may not exist yet.
 
     Args:
-        config: of the run.
+        cell: the run.
         store: the folder of all runs.
         now: take no folder whose run computes something else than this code would; without it,
-            the only one of that config is taken whatever code made it.
+            the only one of that address is taken whatever code made it.
 
     Raises:
         UserError: if this machine cannot determine what a folder's run computes.
     """
-    folders = list(_of_config(config, store))
+    folders = list(_of(cell, store))
     if len(folders) == 1 and not now:
         return folders[0]
     for folder in folders:
-        if not differences(folder, config):
+        if not differences(folder, cell):
             return folder
-    name, number = address(config), 1
+    name, number = cell.address, 1
     while (folder := store / (name if number == 1 else f"{name}.{number}")) in folders:
         number += 1
     return folder
 
 
-def other_computations(config: Config, store: Place) -> dict[Place, list[str]]:
-    """Runs of the same config that compute something else: {their folder: what differs}."""
-    names = {folder: differences(folder, config) for folder in _of_config(config, store)}
+def other_computations(cell: Cell, store: Place) -> dict[Place, list[str]]:
+    """Runs of the same address that compute something else: {their folder: what differs}."""
+    names = {folder: differences(folder, cell) for folder in _of(cell, store)}
     return {folder: differs for folder, differs in names.items() if differs}
 
 
-def _of_config(config: Config, store: Place) -> Iterator[Place]:
-    """The folders of runs with this config, that of its own name first.
+def _of(cell: Cell, store: Place) -> Iterator[Place]:
+    """The folders of runs of this address, that of its own name first.
 
-    Older versions named folders by another fingerprint: their config tells.
+    Older versions named folders by another fingerprint: their records tell.
     """
-    name = address(config)
+    name = cell.address
     folders = children(store)
     named = [f for f in folders if re.fullmatch(rf"{name}(\.\d+)?", f.name)]
     yield from sorted(named, key=lambda f: (len(f.name), f.name))
     for folder in folders:
-        file = folder / CONFIG
-        if folder in named or not file.is_file():
+        files = folder / CONFIG, folder / ENVIRONMENT
+        if folder in named or not all(file.is_file() for file in files):
             continue
-        if _address_in(file, changed(file)) == name:
+        if _address_in(folder, *map(changed, files)) == name:
             yield folder
 
 
 @functools.cache
-def _address_in(file: Place, changed: int) -> str | None:
-    """Where the run of a config.json would lie now; None if that is no config of this version."""
+def _address_in(folder: Place, *changed: int) -> str | None:
+    """Where the run in a folder would lie now; None if its config is none of this version."""
     try:
-        return address(recorded(json.loads(file.read_bytes())))
+        initial = read_environment(folder)[-1]["fingerprints"].get("initial", "")
+        return address(recorded(json.loads((folder / CONFIG).read_bytes())), initial)
     except (ConfigError, ValueError, TypeError, AttributeError):
         return None
 
@@ -111,15 +120,17 @@ def computation_recorded(folder: Place) -> bool:
     return (folder / COMPUTES).is_file()
 
 
-def write(folder: Place, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> None:
-    """Records what a run is about to compute, on its mesh and with its group."""
-    computes = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh)}
+def write(
+    folder: Place, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh, initial: str
+) -> None:
+    """Records what a run is about to compute, on its mesh, with its group, from its beginning."""
+    computes = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh, initial)}
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / COMPUTES, json.dumps(computes, indent=1).encode())
 
 
-def differences(folder: Place, config: Config) -> list[str]:
+def differences(folder: Place, cell: Cell) -> list[str]:
     """What the run in a folder does not share with one that would begin now, by its names.
 
     [] also for a run that recorded too little to compare (`computation_recorded`).
@@ -142,8 +153,9 @@ def differences(folder: Place, config: Config) -> list[str]:
             "told. Go on with its code, or there; or use another --store"
         )
     alone = not (folder / ENSEMBLE).is_file()
-    group, member = ([config], 0) if alone else ensemble.group_of(folder)
-    current_facts = facts(group, member, make_mesh(section(computes["mesh"]), devices[:size]))
+    group, member = ([cell.config], 0) if alone else ensemble.group_of(folder)
+    mesh = make_mesh(section(computes["mesh"]), devices[:size])
+    current_facts = facts(group, member, mesh, cell.initial)
     recorded_facts = computes["facts"]
     return [
         name
@@ -152,12 +164,15 @@ def differences(folder: Place, config: Config) -> list[str]:
     ]
 
 
-def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> dict[str, str]:
+def facts(
+    configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh, initial: str = ""
+) -> dict[str, str]:
     """What a run computes, by names: digests, fingerprints, versions and settings.
 
     Args:
         configs: of the runs that train in one program, and `member` which of them it is.
         mesh: of the run.
+        initial: as of `Cell`.
     """
     config = configs[member]
     with jax.set_mesh(mesh):
@@ -182,6 +197,7 @@ def facts(configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh) -> di
         "evaluation": _evaluation(config_without_seed, mesh),
         **{name: _digest_arrays(batch) for name, batch in fed.items()},
         **opened.fingerprints,
+        **({"initial": initial} if initial else {}),
         **_versions(current["versions"]),
         **current["jax_settings"],
     }
