@@ -54,8 +54,8 @@ def run_study(study: Study, store: Place, together: int = 1, worker: bool = Fals
         study: what is asked.
         store: the folder of all cells.
         together: so many cells at most train in one program, where they differ in numbers alone
-            (`ensemble.VARIED`) and begin at random. One that was begun goes on as it was begun, with its group or
-            alone.
+            (`ensemble.VARIED`) and begin at random. One that was begun goes on as it was begun,
+            with its group or alone.
         worker: ends, where others have all that is left, rather than wait for them.
 
     Raises:
@@ -157,8 +157,9 @@ def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[di
         if (o.folder / CONFIG).is_file():
             alone = not (o.folder / ENSEMBLE).is_file()
             group = [config] if alone else ensemble.group_of(o.folder)[0]
+            members = [dataclasses.replace(o.cell, config=c) for c in group]
             by_folder = {
-                place(dataclasses.replace(o.cell, config=c), store, now=True): c for c in group
+                o.folder if m == o.cell else place(m, store, now=True): m.config for m in members
             }
             begun.update(by_folder)
             yield by_folder
