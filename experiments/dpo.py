@@ -3,7 +3,8 @@
 Arms: supervised fine-tuning on the chosen answers, DPO at beta 0.1 and 0.01, DPO at beta 0.1 with
 adapters of rank 4, and SimPO. All see the same prompts, as many a step for as many steps, at one rate:
 the first that was tried, at which a run of DPO of another seed learned the habit. Adapters have ten
-times that rate, as in configs/lora.py. It is tuned for none of them.
+times that rate. It is tuned for none of them. (Added after the first seed, in which adapters hardly
+learned at that: adapters at a hundred times the rate, which is that of configs/lora.py.)
 
 Hypotheses, written before the runs:
 1. Each arm has the habit on most prompts that it never saw.
@@ -332,6 +333,9 @@ ARMS = {
     "dpo-0.1": Arm("dpo", (PAIR, "--config.train.beta=0.1")),
     "dpo-0.01": Arm("dpo", (PAIR, "--config.train.beta=0.01")),
     "dpo-0.1-rank-4": Arm("dpo", (PAIR, "--config.train.beta=0.1", *LORA)),
+    "dpo-0.1-rank-4-hot": Arm(
+        "dpo", (PAIR, "--config.train.beta=0.1", *LORA, "--config.optim.peak_lr=1e-3")
+    ),
     "simpo": Arm("dpo", (PAIR, "--config.train.objective=simpo", "--config.train.beta=2.0")),
 }
 

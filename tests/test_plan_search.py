@@ -152,7 +152,10 @@ def test_the_command_lists_what_fits_and_goes_on_where_it_was_stopped(
         (["--budget=0", "--points=x.csv"], "--budget=0.0 must be above 0"),
         (["--dollars=0"], "--dollars=0.0 must be above 0"),
         (["--dollars=nan"], "--dollars=nan must be above 0"),
-        (["--search", "--axis=model.remat=none,all"], "model.remat='all' is not one of: none, dots"),
+        (
+            ["--search", "--axis=model.remat=none,all"],
+            "model.remat='all' is not one of: none, dots",
+        ),
         (["--search", "--jobs=0"], "--jobs=0 must be above 0"),
         (["--budget=1", "--points=x.csv", "--on=tpu7x-8"], "no price of tpu7x-8 is on file"),
         (["--axis=model.width=1,2"], "--axis and --points are of a search"),
