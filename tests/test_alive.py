@@ -107,14 +107,24 @@ def test_a_stopped_process_ends_the_job(store: Path, tmp_path: Path, stopped: in
 def test_when_all_are_stopped_for_a_while_none_says_that_others_went_on(
     store: Path, tmp_path: Path
 ) -> None:
-    """As a host that sleeps, or a job that its cluster suspends."""
+    """As a host that sleeps, or a job that its cluster suspends.
+
+    Should jax hear all of them again before it looks for whom it has not heard, they go on.
+    """
     with pair_of(store, tmp_path, devices=1, **ENDLESS) as pair:
         wait_for_lines(tmp_path, pair)
         for number, seconds in ((signal.SIGSTOP, 2 * HEARTBEAT_SECONDS), (signal.SIGCONT, 0)):
             for process in pair:
                 process.signal(number)
             time.sleep(seconds)
-        finish(pair, (0, 1))
+        lines = (tmp_path / "metrics.jsonl").read_text().count("\n")
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until and all(p.returncode is None for p in pair):
+            time.sleep(0.1)
+        if all(p.returncode is None for p in pair):
+            wait_for_lines(tmp_path, pair, lines + 10)
+            return
+        finish(pair)
     assert [p.returncode for p in pair] == [75, 75], [p.stderr for p in pair]
     for process in pair:
         assert re.search(r"stood still for \d+ s, longer than", last_line(process))
