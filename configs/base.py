@@ -135,9 +135,10 @@ def get_config() -> ConfigDict:
     # the nearer the model stays to what it was when training began. simpo has about 2.
     t.beta = 0.1
     t.gamma = 0.5  # simpo: by how much the chosen reward is to be higher; half of beta or less
-    # What is not trained stays as it begins. lora: adapters of the blocks' matrices; last_n_layers:
-    # train.last_layers blocks and nothing else; heads_only: the output projection.
-    t.trainable = "all"  # all | unfrozen (all but train.frozen) | lora | last_n_layers | heads_only
+    # What is not trained stays as it begins. unfrozen: all but train.frozen; lora: adapters of the
+    # blocks' matrices; qlora: the same, with these matrices in 8 bits; last_n_layers: train.last_layers
+    # blocks and nothing else; heads_only: the output projection.
+    t.trainable = "all"  # all | unfrozen | lora | qlora | last_n_layers | heads_only
     t.frozen = ()  # patterns of paths that stay as they begin: ("embed/*", "blocks/attention/*")
     t.last_layers = 1  # how many last_n_layers trains
     # LoRA adds lora_alpha / lora_rank * A B to a matrix; A is D x lora_rank, B begins at 0.

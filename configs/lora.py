@@ -5,6 +5,8 @@ Source:   Hu et al. 2022 (arXiv:2106.09685); beside all matrices and at some ten
 Command:  python launch.py train --config=configs/lora.py --from=models/smollm2 \\
               --config.data.sources="('/path/to/store',)" --workdir=runs/tuned
           python launch.py export --workdir=runs/tuned --out=adapters/tuned --adapter
+
+With --config.train.trainable=qlora the matrices beside the adapters are held in 8 bits.
 """
 
 from ml_collections import ConfigDict

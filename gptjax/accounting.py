@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -32,7 +32,7 @@ from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.layers.attention import KERNEL, kernel_for
 from gptjax.layers.feedforward import FEEDFORWARD
 from gptjax.layers.norm import NORM
-from gptjax.layers.parameter import Spec
+from gptjax.layers.parameter import Spec, laid
 from gptjax.layers.position import POSITION
 from gptjax.optim import state_specs
 from gptjax.sharding import parameter_spec
@@ -300,11 +300,11 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
         Uncountable: as `flops_by_part`, whose products "activations" and "logits" are made of.
     """
     m, mesh = config.model, tuple(mesh_shape.items())
-    every, trained = gpt.abstract_params(m), trainable(config).specs
-    added = flatten_dict(trained, sep="/")  # adapters are beside the model's own
-    added = {path: s for path, s in added.items() if path not in flatten_dict(every, sep="/")}
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), trained)
+    row = trainable(config)
+    every, trained = flatten_dict(gpt.abstract_params(m), sep="/"), row.specs
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        whole = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in every.items()}
+        params, frozen = jax.eval_shape(row.split, unflatten_dict(whole, sep="/"))
         optimizer = jax.eval_shape(state.make_optimizer(config).init, params)
 
     def held(array: jax.ShapeDtypeStruct, where: PartitionSpec) -> int:
@@ -315,9 +315,13 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     def total(arrays: Any, where: Any) -> int:
         return sum(jax.tree.leaves(jax.tree.map(held, arrays, where)))
 
-    def float32(specs: gpt.Params) -> int:
-        arrays = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
-        return total(arrays, jax.tree.map(lambda s: parameter_spec(s.dims), specs))
+    of_trained = total(params, jax.tree.map(lambda s: parameter_spec(s.dims), trained))
+    kept = flatten_dict(frozen or {}, sep="/").items()
+    of_frozen = sum(
+        held(array, parameter_spec(laid(every[path].dims, array.shape)))
+        for path, leaf in kept
+        for array in jax.tree.leaves(leaf)  # of a rounded one its scale too
+    )
 
     rows = config.data.batch_size // config.train.accumulation
     traced = dataclasses.replace(_same_products(m), capacity_factor=m.capacity_factor)
@@ -341,10 +345,10 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     logits = sum(p.bytes for p in products if p.part == "unembedding")
     columns = min(config.optim.loss_vocab_chunk or m.vocab_size, m.vocab_size)
     parts = {
-        "parameters": float32(every) + float32(added),
-        "gradients": float32(trained),
+        "parameters": of_trained + of_frozen,
+        "gradients": of_trained,
         "optimizer": total(optimizer, state_specs(optimizer, trained)),
-        "ema": 0 if config.optim.ema_decay is None else float32(trained),
+        "ema": 0 if config.optim.ema_decay is None else of_trained,
         "activations": activations,
         "logits": 2 * logits * columns // m.vocab_size,
     }

@@ -27,7 +27,7 @@ from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
 from gptjax.layers.linear import is_adapted, keep
-from gptjax.layers.parameter import Adapted, Scaled, Spec
+from gptjax.layers.parameter import Adapted, Scaled, Spec, widen
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -148,7 +148,7 @@ def cast(config: Model, params: Params) -> Weights:
         return keep(config.products, spec, parameter)
 
     specs = gpt.abstract_params(config)
-    kept = jax.tree.map(store, params, specs, is_leaf=is_adapted)
+    kept = jax.tree.map(store, widen(params), specs, is_leaf=is_adapted)
     return Weights(gpt.split_layers(config, kept))
 
 

@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptjax import model, sharding
 from gptjax.config import Config, ConfigError, Model, choose
-from gptjax.layers.linear import is_adapted
-from gptjax.layers.parameter import Adapted, Spec, draw
+from gptjax.layers.linear import is_adapted, keep
+from gptjax.layers.parameter import Adapted, Spec, draw, widen
 from gptjax.model import Params
 
 
@@ -29,7 +29,8 @@ class Trainable(NamedTuple):
         specs: the trained tree, with a `Spec` at each leaf.
         split: the model's tree -> the trained tree and the frozen one, None where it is empty.
         realise: (trained, frozen) -> the parameters that `model.hidden` takes.
-        whole: (trained, frozen) -> the same as the model's tree, whose matrices may be `Adapted`.
+        whole: (trained, frozen) -> the same as the model's tree, whose matrices may be `Adapted` and
+            `Scaled`.
         dropout: whether what is trained drops anything out, besides the model.
     """
 
@@ -169,6 +170,31 @@ def lora(config: Config) -> Trainable:
     return Trainable(tree, split, realise, realise, dropout=t.lora_dropout > 0)
 
 
+def qlora(config: Config) -> Trainable:
+    """`lora` on a base whose matrices are held in 8 bits (Dettmers et al. 2023, arXiv:2305.14314).
+
+    They are rounded once, when training begins, with a scale for each output, and widened in their
+    product: what they meet is not rounded. The paper has 4 bits of a normal distribution and a scale
+    for each 64 weights, and leaves the tables as they are likewise.
+    """
+    row, specs = lora(config), _specs(config)
+    rounded = jax.jit(keep, static_argnums=(0, 1))
+
+    def split(params: Params) -> tuple[Params, Params | None]:
+        trained, frozen = row.split(params)
+        leaves = flatten_dict(frozen or {}, sep="/")
+        for path in leaves:
+            if specs[path].kind == "matrix":
+                leaves[path] = rounded("int8", specs[path], leaves[path])
+        return trained, unflatten_dict(leaves, sep="/")
+
+    def realise(trained: Params, kept: Params | None) -> Params:
+        # A product that rounds takes a base of float32, and rounds it by its own rule.
+        return row.realise(trained, kept if config.model.products == "dtype" else widen(kept))
+
+    return row._replace(split=split, realise=realise, whole=realise)
+
+
 def adapter_specs(spec: Spec, rank: int) -> tuple[Spec, Spec]:
     """What the adapter of a matrix declares: A, uniform within 1 / sqrt(fan-in), and B, 0.
 
@@ -196,7 +222,7 @@ def without_adapters(params: Params) -> Params:
 
 
 def merged(config: Model, params: Params) -> Params:
-    """The model's tree with each adapter added to its matrix, in float32."""
+    """The model's tree with each adapter added to its matrix, in float32; a base of 8 bits is widened."""
 
     def one(leaf: jax.Array | Adapted, spec: Spec) -> jax.Array:
         if not isinstance(leaf, Adapted):
@@ -209,7 +235,7 @@ def merged(config: Model, params: Params) -> Params:
         base: Any = leaf.base
         return base + leaf.scale * delta
 
-    return jax.tree.map(one, params, model.abstract_params(config), is_leaf=is_adapted)
+    return jax.tree.map(one, widen(params), model.abstract_params(config), is_leaf=is_adapted)
 
 
 def _specs(config: Config) -> dict[str, Spec]:
@@ -242,6 +268,7 @@ TRAINABLE: dict[str, Callable[[Config], Trainable]] = {
     "all": everything,
     "unfrozen": unfrozen,
     "lora": lora,
+    "qlora": qlora,
     "last_n_layers": last_n_layers,
     "heads_only": heads_only,
 }

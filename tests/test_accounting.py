@@ -299,7 +299,7 @@ def test_what_is_frozen_has_no_gradient_to_count():
     rank = 5
     adapters = 3 * rank * (4 * 2 * D + 2 * (D + F))
     lora = 3 * forward - 2 * (3 * layer + head) + 6 * adapters
-    assert flops("lora", lora_rank=rank) == lora
+    assert flops("lora", lora_rank=rank) == flops("qlora", lora_rank=rank) == lora
     # Below the first layer nothing is trained: unrolled, its inputs need no gradient of the base, nor
     # of what reads into the adapters.
     spared = 2 * 3 * (D * D + rank * D)
@@ -380,11 +380,22 @@ def test_what_is_frozen_has_neither_gradient_nor_state(optimizer):
     assert got["parameters"] == 4 * parameters(config.model)["total"]
 
 
-@pytest.mark.parametrize("row", ["lora", "last_n_layers", "heads_only"])
+@pytest.mark.parametrize("row", ["lora", "qlora", "last_n_layers", "heads_only"])
 def test_memory_of_what_is_trained_is_that_of_the_sharded_state(row):
     model = small(width=64, head_dim=32, ff_dim=256, vocab_size=256, tied=False)
     check_memory(training(row, model), tiny.CUBE)
     assert "trained " in costs(training(row, model), dict.fromkeys(AXES, 1))[0]
+
+
+def test_matrices_of_8_bits_take_a_quarter_and_a_scale_for_each_output():
+    model = small(tied=False)
+    D, F, L, rank = 32, 48, 3, 5
+    entries, outputs = L * (4 * D * D + 2 * D * F), L * (4 * D + F + D)
+    one = dict.fromkeys(AXES, 1)
+    lora, qlora = (memory_bytes(training(r, model, lora_rank=rank), one) for r in ("lora", "qlora"))
+    assert lora["parameters"] - qlora["parameters"] == 3 * entries - 4 * outputs
+    others = ("gradients", "optimizer", "ema", "activations", "logits")
+    assert all(lora[part] == qlora[part] for part in others)
 
 
 def test_activations_by_hand():

@@ -15,9 +15,11 @@ from flax.traverse_util import flatten_dict
 
 from gptjax import branch, decode, loop, model, setup, sharding, state, trainable, trained
 from gptjax.checkpoint import Checkpoints
+from gptjax.cli import main
 from gptjax.config import Config, ConfigError, UserError
 from gptjax.data.batches import Batch
-from gptjax.layers.parameter import Adapted
+from gptjax.interop import hf, pretrained
+from gptjax.layers.parameter import Adapted, Scaled, laid, widen
 from gptjax.objectives import OBJECTIVE
 from gptjax.optim import OPTIMIZERS
 from gptjax.records import read_metrics
@@ -32,6 +34,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "all": {},
     "unfrozen": {"frozen": ("embed/*", "blocks/attention/*")},
     "lora": {"lora_rank": 3},
+    "qlora": {"lora_rank": 3},
     "last_n_layers": {"last_layers": 1},
     "heads_only": {"tied": False},
 }
@@ -81,6 +84,31 @@ def logits(config: Config, params: Any) -> np.ndarray:
     return np.asarray(jax.jit(functools.partial(model.apply, config.model))(params, tokens))
 
 
+def is_scaled(leaf: Any) -> bool:
+    return isinstance(leaf, Scaled)
+
+
+def held(row: str, params: Any, config: Config) -> Any:
+    """The model that a row begins with: of `qlora` each matrix on 255 steps an output."""
+    if row != "qlora":
+        return params
+    frozen = trainable.trainable(config).split(params)[1]
+
+    def one(spec: Any, x: jax.Array, kept: Any) -> Any:
+        if not is_scaled(kept):
+            assert spec.kind != "matrix"
+            return x
+        wide, summed = np.asarray(x), tuple(map(spec.dims.index, spec.fan_in))
+        values, scale = map(np.asarray, kept)
+        # XLA may multiply by 1 / 127.
+        largest = np.abs(wide).max(summed, keepdims=True)
+        np.testing.assert_allclose(scale, largest / np.float32(127), rtol=2**-22)
+        np.testing.assert_array_equal(values, np.round(wide / scale))
+        return values * scale
+
+    return jax.tree.map(one, model.abstract_params(config.model), params, frozen)
+
+
 def same(a: Any, b: Any) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all((x == y).all() for x, y in pairs)
@@ -97,7 +125,7 @@ def test_every_row_is_a_case():
 @pytest.mark.parametrize("row", ROWS)
 def test_step_0_is_the_base_bitwise(row, scan):
     config = configure(row, scan_layers=scan, layers=3)
-    base = model.init(config.model, config.seed)
+    base = held(row, model.init(config.model, config.seed), config)
     start = state.create(config)
     of_row = trainable.trainable(config)
     assert (logits(config, base) == logits(config, state.evaluation_params(config, start))).all()
@@ -111,7 +139,7 @@ def test_step_0_is_the_base_bitwise(row, scan):
 @pytest.mark.parametrize("row", ROWS)
 def test_what_is_frozen_stays_bitwise_and_what_is_trained_moves(row):
     config = configure(row, layers=3, ema_decay=0.5)
-    base = leaves(model.init(config.model, config.seed))
+    base = leaves(held(row, model.init(config.model, config.seed), config))
     now, metrics = train(config)
     assert np.isfinite(metrics["loss"]) and not metrics["skipped"]
     before = state.create(config)
@@ -120,7 +148,7 @@ def test_what_is_frozen_stays_bitwise_and_what_is_trained_moves(row):
         assert (value != leaves(before.params)[path]).any(), path
     after = flatten_dict(state.evaluation_params(config, now), sep="/")
     assert after.keys() == base.keys()
-    for path, value in after.items():
+    for path, value in flatten_dict(widen(after), sep="/").items():
         if isinstance(value, Adapted):
             assert (np.asarray(value.base) == base[path]).all()
     moments = sum(x.size for x in jax.tree.leaves(now.opt_state) if x.ndim)
@@ -142,9 +170,10 @@ def test_a_run_resumes_bit_for_bit(row, text, tmp_path):
     assert kept[0] == kept[1]
 
 
-def test_what_is_frozen_is_saved_once_and_refused_if_it_is_another(text, tmp_path):
+@pytest.mark.parametrize("row", ["lora", "qlora"])
+def test_what_is_frozen_is_saved_once_and_refused_if_it_is_another(row, text, tmp_path):
     rhythm = {"train__steps": 4, "train__checkpoint_every": 2, "train__eval_every": 2}
-    config = tiny.config(text, train__trainable="lora", **rhythm)
+    config = tiny.config(text, train__trainable=row, **rhythm)
     run, base = tmp_path / "run", tmp_path / "run" / state.BASE
     with jax.set_mesh(tiny.mesh()):
         loop.train(config, run, until=3)
@@ -176,7 +205,7 @@ def test_what_is_frozen_is_saved_once_and_refused_if_it_is_another(text, tmp_pat
 @pytest.mark.parametrize("row", ROWS)
 def test_sharded_as_plain(row):
     knobs: dict[str, Any] = {"layers": 3, "accumulation": 2}
-    if row == "lora":
+    if "lora" in row:
         knobs |= {"feedforward": "swiglu", "kv_heads": 4}
     config = configure(row, **knobs)
     alone, metrics = train(config, 2)
@@ -259,6 +288,72 @@ def test_an_adapter_is_as_if_it_were_merged(kind):
         np.testing.assert_allclose(slope, leaves(theirs)[path], rtol=0, atol=atol, err_msg=path)
 
 
+@pytest.mark.parametrize("kind", KINDS | {"bfloat16": {"dtype": "bfloat16"}})
+def test_on_a_base_of_8_bits_it_is_as_on_the_same_base_widened(kind):
+    """In value and gradients: what matrices meet is not rounded."""
+    knobs = KINDS.get(kind, {"dtype": "bfloat16"})
+    config, plain = configure("qlora", **knobs), configure("lora", **knobs)
+    start = state.create(config)
+    draw = lambda p: p + 0.1 * jax.random.normal(jax.random.key(7), p.shape)  # noqa: E731
+    factors, micro = jax.tree.map(draw, start.params), jax.tree.map(lambda x: x[:, 0], rows())
+
+    def objective(config: Config, trained: Any, frozen: Any) -> Any:
+        params = trainable.trainable(config).realise(trained, frozen)
+        return OBJECTIVE["next_token"].totals(config, params, micro, None).objective / (B * T)
+
+    def both(config: Config, frozen: Any) -> Any:
+        return jax.jit(jax.value_and_grad(functools.partial(objective, config)))(factors, frozen)
+
+    loss, slopes = both(config, start.frozen)
+    wanted, theirs = both(plain, widen(start.frozen))
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+    for path, slope in leaves(slopes).items():
+        atol = 1e-6 * np.abs(slope).max()
+        np.testing.assert_allclose(slope, leaves(theirs)[path], rtol=0, atol=atol, err_msg=path)
+
+
+def test_a_base_of_8_bits_takes_a_quarter_and_is_widened_in_its_products_alone():
+    """Not for all layers at once, in no pass: of a scan no float array has a stack's shape."""
+    knobs = {"layers": 5, "scan_layers": True, "width": 32, "ff_dim": 96, "heads": 4}
+    config = configure("qlora", **knobs)
+    start, specs = state.create(config), model.abstract_params(config.model)
+    stacks = []
+    for path, spec in flatten_dict(specs, sep="/").items():
+        leaf = flatten_dict(start.frozen, sep="/")[path]
+        assert is_scaled(leaf) == (spec.kind == "matrix"), path
+        if is_scaled(leaf):
+            outputs = leaf.values.size // spec.size(spec.fan_in)
+            assert sum(x.nbytes for x in leaf) == leaf.values.size + 4 * outputs
+            stacks.append(leaf.values.shape)
+    micro = jax.tree.map(lambda x: x[:, 0], rows())
+
+    def made(config: Config, frozen: Any) -> list[Any]:
+        def objective(trained: Any, frozen: Any) -> Any:
+            params = trainable.trainable(config).realise(trained, frozen)
+            return OBJECTIVE["next_token"].totals(config, params, micro, None).objective
+
+        jaxpr = jax.make_jaxpr(jax.grad(objective))(start.params, frozen).jaxpr
+        found = [v.aval for equation in jaxpr.eqns for v in equation.outvars]
+        return [a for a in found if a.shape in stacks and a.dtype == np.float32]
+
+    assert not made(config, start.frozen)
+    # Widened before the scan it would be one.
+    rounding = dataclasses.replace(config, model=dataclasses.replace(config.model, products="fp8"))
+    assert made(rounding, start.frozen)
+
+
+def test_a_base_of_8_bits_lies_as_its_matrices_do():
+    config = configure("qlora")
+    specs = flatten_dict(model.abstract_params(config.model), sep="/")
+    alone = flatten_dict(state.create(config).frozen, sep="/")
+    with jax.set_mesh(tiny.mesh_of(tiny.CUBE)):
+        for path, leaf in flatten_dict(state.create(config).frozen, sep="/").items():
+            assert same(leaf, alone[path])
+            for x in jax.tree.leaves(leaf):
+                dims = laid(specs[path].dims, x.shape)
+                assert x.sharding.spec == sharding.parameter_spec(dims), path
+
+
 def test_a_begins_uniform_as_kaiming_has_it_and_b_at_0():
     config = configure("lora", width=64, ff_dim=256, lora_rank=16)
     start = leaves(state.create(config).params)
@@ -317,9 +412,10 @@ def test_a_run_with_dropout_depends_on_its_seed_and_not_on_the_mesh(scan):
     assert float(sharded["loss"]) == pytest.approx(float(metrics["loss"]), rel=2e-6)
 
 
+@pytest.mark.parametrize("row", ["lora", "qlora"])
 @pytest.mark.parametrize("products", ["dtype", "int8"])
-def test_generation_reads_adapters(products):
-    config = configure("lora", products=products)
+def test_generation_reads_adapters(products, row):
+    config = configure(row, products=products)
     params = adapted(config, 0.3)
     sample = tiny.sample(temperature=0.0, max_new_tokens=6)
 
@@ -336,6 +432,47 @@ def test_generation_reads_adapters(products):
     assert ids != text(trainable.without_adapters(params))
     if products == "dtype":
         assert ids == text(trainable.merged(config.model, params))
+
+
+def test_a_run_on_8_bits_is_evaluated_written_and_gone_on_from(text, tmp_path, capsys):
+    """By every command as one of `lora`; merged it is the rounded base with its adapters."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shape = {"layers": 2, "width": 32, "heads": 4, "vocab_size": 264, "context": 16}
+    small = tiny.model(**shape, **{"position": "rope", "norm": "rmsnorm", "bias": False})
+    small = dataclasses.replace(small, feedforward="swiglu", tied=False, ff_dim=64)
+    hf.export(base, small, model.init(small, 0), "bytes")
+    told = tiny.overrides(text, train__steps=4, train__trainable="qlora", mesh__data=1)
+    told = [word for word in told if not word.startswith("--config.model.")]
+    how = [f"--config={tiny.RECIPE}", *told, "--config.model.context=16"]
+
+    def launch(*words: object) -> str:
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    launch("train", *how, f"--from={base}", f"--workdir={run}")
+    with trained.opened(trained.find(run)) as at_hand:
+        config, params = at_hand.config, at_hand.params
+        kept = [x for x in jax.tree.leaves(params, is_leaf=is_scaled) if is_scaled(x)]
+        assert len(kept) == 7 and all(x.values.dtype == np.int8 for x in kept)
+        whole = trainable.merged(config.model, params)
+        # What generation and `serve` read is the same model in float32.
+        plain = widen(params)
+        assert same(decode.cast(config.model, params), decode.cast(config.model, plain))
+    assert "perplexity" in launch("eval", f"--workdir={run}", *told)
+    assert launch("generate", f"--workdir={run}", "--prompt=the ").startswith("the ")
+    launch("export", f"--workdir={run}", f"--out={tmp_path / 'adapter'}", "--adapter")
+    merges = launch("export", f"--workdir={run}", f"--out={tmp_path / 'whole'}")
+    assert "adapters merged, which moves logits by" in merges
+    written = pretrained.load(pretrained.read(tmp_path / "whole")).params
+    assert same(written, whole)
+    # Rounded anew from the base that the adapter names, it is the model that it was.
+    more = tmp_path / "more"
+    launch("train", *how, f"--from={tmp_path / 'adapter'}", f"--workdir={more}")
+    with Checkpoints(run / state.BASE) as one, Checkpoints(more / state.BASE) as other:
+        assert one.fingerprint(0) == other.fingerprint(0)
+    first, last = (read_metrics(folder) for folder in (more, run))
+    assert first[0]["loss"] < last[0]["loss"]
+    launch("replay", run)
 
 
 @pytest.mark.parametrize(

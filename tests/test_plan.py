@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from gptjax import accounting, loop, model, setup, sharding, state
 from gptjax.cli import main
@@ -130,6 +132,20 @@ def test_the_state_that_is_counted_is_what_the_compiler_takes(told: compile.Comp
     declared = jax.tree.leaves(model.abstract_params(config.model))
     lettered = [row.letters for row in rows if row.path.startswith("params")]
     assert sorted(lettered) == sorted(spec.dims for spec in declared)
+
+
+def test_matrices_of_8_bits_are_counted_as_they_lie() -> None:
+    config, mesh = small(mesh_fsdp=8, train_trainable="qlora"), mesh_shape(mesh_fsdp=8)
+    rows = [
+        row for row in estimate.arrays(config, mesh) if row.path.startswith(("params", "frozen"))
+    ]
+    assert sum(row.bytes for row in rows) == accounting.memory_bytes(config, mesh)["parameters"]
+    declared = flatten_dict(model.abstract_params(config.model), sep="/")
+    values = {row.path: row for row in rows if row.path.endswith("/values")}
+    assert len(values) == sum(spec.kind == "matrix" for spec in declared.values())
+    for path, row in values.items():
+        spec = declared[path.removeprefix("frozen/").removesuffix("/values")]
+        assert row.letters == spec.dims and row.bytes == math.prod(spec.shape) // 8
 
 
 def test_the_plan_is_within_5_percent_of_what_a_run_records(told: compile.Compiled) -> None:

@@ -191,7 +191,7 @@ def adopt(config: Config, folder: Folder) -> Config:
     if folder.adapter is not None:
         train = dataclasses.replace(
             train,
-            trainable="lora",
+            trainable="qlora" if train.trainable == "qlora" else "lora",
             lora_rank=folder.adapter.keys.rank,
             lora_alpha=folder.adapter.keys.alpha,
             lora_matrices=folder.adapter.matrices,

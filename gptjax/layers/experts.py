@@ -38,8 +38,8 @@ from flax import linen as nn
 from gptjax import parametrisation, sharding
 from gptjax.config import Model
 from gptjax.layers.context import Tap
-from gptjax.layers.linear import linear, on_grid, wide
-from gptjax.layers.parameter import Adapted, Scaled, add_bias, parameter
+from gptjax.layers.linear import linear, on_grid
+from gptjax.layers.parameter import Adapted, Scaled, add_bias, parameter, wide
 
 Activation = Callable[[jax.Array], jax.Array]
 # (x, name of a weight) -> their product, and the bias of that name where there is one.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import choose
-from gptjax.layers.parameter import Adapted, Scaled, Spec
+from gptjax.layers.parameter import Adapted, Scaled, Spec, laid, wide
 from gptjax.sharding import like, out
 
 
@@ -68,8 +68,7 @@ def keep(products: str, spec: Spec, parameter: jax.Array | Adapted) -> jax.Array
         return sharding.store(parameter, spec.dims)
     summed = spec.fan_in if row.apart else spec.dims[len(spec.stacks) :]
     rounded = _round(parameter, row.operand, [spec.dims.index(dim) for dim in summed])
-    scale_dims = "".join("1" if dim in summed else dim for dim in spec.dims)
-    return jax.tree.map(sharding.store, rounded, Scaled(spec.dims, scale_dims))  # type: ignore[arg-type]
+    return jax.tree.map(lambda x: sharding.store(x, laid(spec.dims, x.shape)), rounded)
 
 
 def look_up(
@@ -138,7 +137,8 @@ def linear(
     """The einsum `equation`, "BTD,DF->BTF", of activations and a parameter ready for use.
 
     Args:
-        kernel: one of `keep` has no gradient, nor has the base of one with an adapter.
+        kernel: one of `keep` has no gradient, nor has the base of one with an adapter. Of few bits, it
+            is widened where `products` do not round; the backward pass widens it again.
         products: a row of `PRODUCTS`; an adapter is multiplied as it is.
         dtype: of the result; None is that of x.
 
@@ -217,7 +217,8 @@ def _forward(
     a = rounded(x, x_dims)
     held = kernel if isinstance(kernel, Scaled) else Scaled(kernel, None)
     b = rounded(held.values, kernel_dims) if held.scale is None else held
-    y = _multiply(equation, a, b, dtype or x.dtype, out(y_dims))
+    factor = Scaled(wide(b, x.dtype), None) if row.operand is None else b
+    y = _multiply(equation, a, factor, dtype or x.dtype, out(y_dims))
     return y, (a, b, None if isinstance(kernel, Scaled) else ())
 
 
@@ -255,13 +256,6 @@ def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
     scale = jnp.where(largest == 0, 1.0, largest / most)
     scaled = wide / scale
     return Scaled((jnp.round(scaled) if whole else scaled).astype(dtype), scale)
-
-
-def wide(x: Scaled, dtype: Any) -> jax.Array:
-    """The numbers that `x` stands for."""
-    if x.scale is None:
-        return x.values
-    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
 
 
 def _multiply(

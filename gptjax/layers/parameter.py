@@ -148,6 +148,35 @@ class Scaled(NamedTuple):
     scale: jax.Array | None
 
 
+def wide(x: Scaled, dtype: Any) -> jax.Array:
+    """The numbers that `x` stands for."""
+    if x.scale is None:
+        return x.values
+    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
+
+
+def widen(params: Any) -> Any:
+    """A tree of parameters with the numbers that `Scaled` ones stand for, float32."""
+    scaled = lambda leaf: isinstance(leaf, Scaled)  # noqa: E731
+    one = lambda leaf: wide(leaf, jnp.float32) if scaled(leaf) else leaf  # noqa: E731
+    return jax.tree.map(one, params, is_leaf=scaled)
+
+
+def laid(dims: str, shape: tuple[int, ...]) -> str:
+    """The dims of a part of a parameter, whose sizes of 1 stand for all: of its scale "1NH"."""
+    return "".join("1" if n == 1 else dim for dim, n in zip(dims, shape, strict=True))
+
+
+def gather(
+    value: jax.Array | Scaled, dims: str, dtype: jax.typing.DTypeLike, stacks: str = ""
+) -> Any:
+    """A parameter ready for use (`sharding.gather`); a rounded one stays so, and moves so."""
+    if not isinstance(value, Scaled):
+        return sharding.gather(value, dims, dtype, stacks)
+    one = lambda x: sharding.gather(x, laid(dims, x.shape), x.dtype, stacks)  # noqa: E731
+    return jax.tree.map(one, value)
+
+
 class Adapted(struct.PyTreeNode):
     """A matrix and the adapter beside it, W + scale * A B (LoRA, Hu et al. 2022, arXiv:2106.09685,
     eq. 3), whose product `layers.linear` makes without making the sum.
@@ -204,8 +233,8 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
-    One that `layers.linear.keep` has rounded comes as it was kept, `Scaled`, to what can take it,
-    and one with an adapter as `Adapted`.
+    One that `layers.linear.keep` has rounded comes `Scaled`, to what can take it, and one with an
+    adapter as `Adapted`.
 
     Args:
         module: the Linen module that owns it.
@@ -239,9 +268,7 @@ def parameter(
     value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
 
     def use(value: Any, dims: str) -> Any:
-        if isinstance(value, Scaled):
-            return value
-        return sharding.gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
+        return gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
 
     if isinstance(value, Adapted):
         a_dims, b_dims = spec.adapter

@@ -80,7 +80,8 @@ def arrays(config: Config, mesh: Mapping[str, int]) -> list[Array]:
         where = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
         held = accounting.held_bytes(leaf)
         name = _path(path)
-        alike = (s for path, s in specs if name.endswith(path) and s.shape == leaf.shape)
+        of = name.removesuffix("/values")  # of a rounded parameter
+        alike = (s for path, s in specs if of.endswith(path) and s.shape == leaf.shape)
         letters = next((spec.dims for spec in alike), "")
         whole = held == leaf.size * leaf.dtype.itemsize
         flagged = whole and held >= LARGE and max(mesh.values()) > 1
