@@ -185,19 +185,27 @@ def _override(settings: ConfigDict, overrides: Sequence[str]) -> Config:
 
 
 def _overridden(settings: ConfigDict, overrides: Sequence[str]) -> dict[str, Any]:
-    """`settings` with "--config.a.b=value" applied; ml_collections reads the values by type."""
+    """`settings` with "--config.a.b=value" applied; ml_collections reads the values by type.
+
+    Of a knob that is named again the last value counts; of a tuple ml_collections would join them.
+    """
     knobs, nothing = flatten(settings.to_dict()), []
-    words: list[str] = []
+    given: dict[str, list[str]] = {"": []}  # by knob, the words of its value
+    name = ""
     for word in overrides:
-        if word == "None" and words and words[-1].removeprefix("--config.") in knobs:
-            word = f"{words.pop()}=None"  # its two halves stood apart
-        name, _, value = word.removeprefix("--config.").partition("=")
-        if word.startswith("--config.") and name not in knobs:
-            raise ConfigError(unknown_key(name, knobs))
-        if value == "None":  # of which ml_collections would make a text
+        if word.startswith("--config."):
+            name = word.removeprefix("--config.").partition("=")[0]
+            if name not in knobs:
+                raise ConfigError(unknown_key(name, knobs))
+            given[name] = []
+        given[name].append(word)
+    words: list[str] = []
+    for name, of_knob in given.items():
+        # Of "None" ml_collections would make a text.
+        if of_knob in ([f"--config.{name}=None"], [f"--config.{name}", "None"]):
             nothing.append(name)
         else:
-            words.append(word)
+            words += of_knob
     values, argv = flags.FlagValues(), ["gptjax", *words]
     config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
     try:

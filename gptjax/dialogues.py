@@ -132,9 +132,6 @@ def _messages(value: Any, place: str) -> list[Message]:
     return value
 
 
-KEYS = ("messages", "prompt", "completion")
-
-
 def prepare_dialogues(
     files: Sequence[Path], out: Path, tokenizer_name: str, val_fraction: float = 0.1
 ) -> dict[str, Any]:
@@ -161,7 +158,7 @@ def prepare_dialogues(
         return [dialogue] if dialogue.scored.any() else []
 
     chat.template_of(load(tokenizer_name))
-    return prepare_rows(files, out, tokenizer_name, val_fraction, KEYS, encoded)
+    return prepare_rows(files, out, tokenizer_name, val_fraction, "dialogues", encoded)
 
 
 def prepare_pairs(
@@ -187,10 +184,12 @@ def prepare_pairs(
         both = [_answered(tokenizer, row, key, place) for key in PAIR[1:]]
         return both if all(dialogue.scored.any() for dialogue in both) else []
 
-    return prepare_rows(files, out, tokenizer_name, val_fraction, PAIR, encoded)
+    return prepare_rows(files, out, tokenizer_name, val_fraction, "pairs", encoded)
 
 
 PAIR = ("prompt", "chosen", "rejected")
+# What a row of each kind of store is read for.
+KEYS = {"dialogues": ("messages", "prompt", "completion"), "pairs": PAIR}
 
 
 def _answered(tokenizer: Tokenizer, row: Mapping[str, Any], key: str, place: str) -> Dialogue:
@@ -219,18 +218,18 @@ def prepare_rows(
     out: Path,
     tokenizer_name: str,
     val_fraction: float,
-    keys: Sequence[str],
+    kind: str,
     encoded: Callable[[Tokenizer, Mapping[str, Any], str], list[Dialogue]],
 ) -> dict[str, Any]:
     """As `prepare_dialogues`, of rows that `encoded` makes documents of, none where it leaves one out.
 
     Args:
-        keys: of a row, those that are read.
+        kind: of the store, which says of `KEYS` those of a row that are read.
         encoded: (tokenizer, row, its place in words) -> documents.
     """
     check_given(files, val_fraction)
     tokenizer = load(tokenizer_name)
-    readers = [open_rows(Path(file), keys) for file in files]
+    readers = [open_rows(Path(file), KEYS[kind]) for file in files]
     total, digest = 0, hashlib.sha256()
     for file, read in zip(files, readers, strict=True):
         before = total
@@ -240,6 +239,13 @@ def prepare_rows(
         if total == before:
             raise UserError(f"{file} holds no rows: leave it out")
 
+    def documents_of(place: str, row: Mapping[str, Any]) -> list[Dialogue]:
+        try:
+            return encoded(tokenizer, row, place)
+        except UserError as error:
+            told = str(error)
+            raise UserError(told if place in told else f"{place}: {told}") from error
+
     def fill(writer: StoreWriter, start: int, stop: int, advance: Callable[[int], None]) -> None:
         shards, left_out = writer.shards, 0
         rows = itertools.chain.from_iterable(read() for read in readers)
@@ -247,11 +253,7 @@ def prepare_rows(
             advance(1)
             if number < writer.written:
                 continue
-            try:
-                documents = encoded(tokenizer, row, place)
-            except UserError as error:
-                told = str(error)
-                raise UserError(told if place in told else f"{place}: {told}") from error
+            documents = documents_of(place, row)
             left_out += not documents
             for ids, scored in documents:
                 writer.write(np.array(ids), True, scored.astype(np.float32), end_weight=0)
@@ -263,12 +265,16 @@ def prepare_rows(
                 f"{writer.folder.name}: {left_out} of {stop - start} rows are left out: nothing scored"
             )
         if not writer.tokens:
+            for read in readers:  # of so few a split may have none, and the others may be wrong
+                for place, row in read():
+                    documents_of(place, row)
             raise UserError(
                 f"{total} rows leave nothing scored for '{writer.folder.name}' with "
                 f"val_fraction={val_fraction}: give more rows or another fraction"
             )
 
     recipe = {
+        "kind": kind,
         "rows_sha256": digest.hexdigest(),
         "chat_template_sha256": hashlib.sha256(
             (tokenizer.chat_template or "").encode()

@@ -172,7 +172,10 @@ def _attempt(
             sha256, place = carried.get("reference"), workdir
             if saved is None and (trunk := branch.of(config)) is not None:
                 place = trunk.run
-            meta["reference"] = _refer(setup, workdir, place, sha256, train_state, progress)
+            begun: dict[str, Any] = {"seed": config.seed} if begin is None else {}
+            begun |= {} if lineage is None else {"trunk": lineage["manifest_sha256"]}
+            begun |= fingerprints
+            meta["reference"] = _refer(setup, workdir, place, sha256, begun, train_state, progress)
         train_step, cost = compile_step(
             state.make_train_step(config), train_state,
             load_batch(setup, spike.batch(spikes, start + 1)),
@@ -224,14 +227,15 @@ def _attempt(
 
 
 def _refer(
-    setup: Setup, workdir: Place, place: Place, sha256: str | None, now: state.TrainState,
-    progress: Progress,
+    setup: Setup, workdir: Place, place: Place, sha256: str | None, begun: Mapping[str, Any],
+    now: state.TrainState, progress: Progress,
 ) -> str:  # fmt: skip
     """Gives all pairs their reference, and returns the sha256 of it.
 
     Args:
         place: the folder of the run that has it, this one or its trunk.
         sha256: of that; None: the reference is the model as it is now.
+        begun: what tells that model and the pairs, as `preferences.cached_reference` takes it.
     """
     pairs = setup.pairs
     targets = {name: rows.targets for name, rows in pairs.items()}
@@ -239,7 +243,7 @@ def _refer(
         alive.moves("scoring by the reference", slow=True)
         params = trainable(setup.config).realise(now.params, now.frozen)
         with progress.task("reference", sum(targets.values())) as advance:
-            values = preferences.reference(setup.config, params, pairs, advance)
+            values = preferences.cached_reference(setup.config, params, pairs, begun, advance)
     else:
         values = preferences.read(place, sha256)
         if {name: len(scored) for name, scored in values.items()} != targets:
@@ -407,7 +411,7 @@ class Log:
         # Every skipped step has a record, so that a run that was interrupted diverges where one
         # that was not does.
         lines = read_metrics(run.folder) if start else []
-        skipped = {line["step"] for line in lines if line.get("skipped")}
+        skipped = {line["step"] for line in lines if line.get("skipped") and line["tokens"]}
         self._skipped = next(n for n in itertools.count() if start - n not in skipped)
 
     def write(
@@ -421,18 +425,22 @@ class Log:
         """
         t, (metrics, watched) = self._train, measured
         values = {name: float(value) for name, value in metrics.items()} | dict(speed)
-        if t.spike is not None:
+        empty = values["tokens"] == 0  # nothing of the batch is scored
+        if t.spike is not None and not empty:
             if spike.is_spike(values["loss"], self._recent, t.spike):
                 raise spike.Spiked(step, values["loss"])
             spike.remember(values["loss"], self._recent)
-        self._skipped = self._skipped + 1 if values["skipped"] else 0
-        recorded = step % t.log_every == 0 or step in (1, t.steps) or self._skipped > 0
+        self._skipped = self._skipped + 1 if values["skipped"] and not empty else 0
+        recorded = step % t.log_every == 0 or step in (1, t.steps) or values["skipped"] > 0
         if recorded:
             self._run.log(step, values | self._cost)
             self._cost = {}
-        if self._skipped:
-            read = spike.batch(self._spikes, step)
-            say(f"{self._run.folder}: {skipped(step, read, self._batches, self._run.folder)}")
+        if values["skipped"]:
+            read, why = (
+                spike.batch(self._spikes, step),
+                "nothing scored" if empty else "no finite gradient",
+            )
+            say(f"{self._run.folder}: {skipped(step, read, why, self._batches, self._run.folder)}")
         if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
             updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
             raise Diverged(step, f"{updates}, the last at step {step}, had no finite gradient")
@@ -441,12 +449,12 @@ class Log:
         return values, recorded
 
 
-def skipped(step: int, batch: int, batches: Batches, workdir: Place) -> str:
+def skipped(step: int, batch: int, has: str, batches: Batches, workdir: Place) -> str:
     """What to say of an update that was left out: which rows it had read."""
     origins = batches.origins(batch)
     more = f", and {len(origins) - TOLD} more" if len(origins) > TOLD else ""
     return (
-        f"step {step} has no finite gradient and is skipped; it read "
+        f"step {step} has {has} and is skipped; it read "
         f"{', '.join(map(str, origins[:TOLD]))}{more}. All of it: data show --workdir={workdir} "
         f"--step={batch}"
     )

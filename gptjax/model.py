@@ -304,7 +304,7 @@ def hidden(
     Args:
         config: the architecture.
         params: the tree of `init`, or that of `split_layers`, whose layers are not scanned; a
-            matrix of either may be `Adapted`.
+            matrix of either may be `Adapted` or `Scaled`.
         tokens_BT: int32 ids in [0, V); an id outside is not noticed here but in the data.
         position_BT: int32 positions below `config.context`; None counts from the row's start.
         segments_BT: int32 document of each token; attention stays inside; None: one document.

@@ -120,7 +120,7 @@ class Text(NamedTuple):
     Attributes:
         log_likelihood: under the model, nats.
         ratio: that less the log-likelihood under the reference.
-        tokens: scored, at least 1.
+        tokens: scored, by their weights; 1 where none is.
     """
 
     log_likelihood: jax.Array
@@ -195,7 +195,7 @@ def _preference(
                 -(weights_BT * nll_BT).sum(-1),
                 # Token by token, so that the same model has a ratio of 0.
                 (weights_BT * (reference_BT - nll_BT)).sum(-1),
-                jnp.maximum(weights_BT.sum(-1), 1),
+                jnp.where((weights_BT > 0).any(-1), weights_BT.sum(-1), 1),
             )
 
         chosen, rejected = text(0), text(1)

@@ -107,7 +107,7 @@ def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, A
     if stat.st_size < REMEMBERED_BYTES:
         return examine()
     identity = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    record = _remembered() / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
+    record = _folder("examined") / hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:32]
     with alone(record.with_suffix(".lock")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # cut short, or none
             before = json.loads(record.read_bytes())
@@ -118,13 +118,24 @@ def remembered(file: Path, examine: Callable[[], dict[str, Any]]) -> dict[str, A
     return facts
 
 
+def kept(name: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` gives, or what it gave under this name before; made anew if that was altered."""
+    file = _folder("kept") / name
+    stored = file.read_bytes() if file.is_file() else b""
+    digest, content = stored[:32], stored[32:]
+    if hashlib.sha256(content).digest() != digest:
+        content = make()
+        replace_file(file, hashlib.sha256(content).digest() + content)
+    return content
+
+
 def forget() -> None:
-    """Has all large files examined anew."""
-    for record in _remembered().iterdir():
+    """Has all large files examined anew, and what is `kept` made anew."""
+    for record in [*_folder("examined").iterdir(), *_folder("kept").iterdir()]:
         record.unlink(missing_ok=True)
 
 
-def _remembered() -> Path:
-    folder = cache() / "examined"
+def _folder(name: str) -> Path:
+    folder = cache() / name
     folder.mkdir(exist_ok=True)
     return folder

@@ -6,7 +6,8 @@ step, and is needed no more: its log-likelihoods lie in the run's folder,
     WORKDIR/reference.npz    for each source and split, float32: each target's negative
                              log-likelihood, row by row (`Pairs.reference`)
 
-Each checkpoint says the sha256 of that file, so that a run goes on with this reference alone.
+Each checkpoint says the sha256 of that file, so that a run goes on with this reference alone. The
+cache keeps it as well, for other runs that begin with the same model, pairs and program.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
 
-from gptjax import model, sharding
+from gptjax import model, records, sharding
 from gptjax.config import Config, UserError, choose
 from gptjax.data.batches import Batch, Pairs
 from gptjax.data.store import Store
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import RowEvaluator, batch_nll
+from gptjax.places import kept
 from gptjax.storage import Place, disk, replace_file
 from gptjax.tokenizer import Tokenizer
 
@@ -110,7 +113,7 @@ def reference(
     It takes as many rows at once as a micro-batch has: of a row in another shape of program the
     last bits may differ, and the first loss is ln 2 the better the more they agree.
     """
-    rows = config.data.batch_size // config.train.accumulation
+    rows = _at_once(config)
     values = {}
     for name, pairs in sources.items():
         parts = []
@@ -128,15 +131,57 @@ def reference(
     return values
 
 
+def cached_reference(
+    config: Config,
+    params: model.Params,
+    sources: Mapping[str, Pairs],
+    begun: Mapping[str, Any],
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """`reference`, from the cache where a run alike has scored: the same bits.
+
+    Several processes, which need not share a cache, always score.
+
+    Args:
+        begun: the fingerprints of data and tokenizer, and what tells the model that training began with.
+    """
+    if jax.process_count() > 1:
+        return reference(config, params, sources, advance)
+    made_of = {
+        "begun": begun,
+        "code": records.code_fingerprint(),
+        "machine": records.environment() | {"command": None},
+        "model": dataclasses.asdict(config.model),
+        "params": str(jax.tree.map(jax.typeof, params)),  # adapters, and what is rounded
+        "loss_vocab_chunk": config.optim.loss_vocab_chunk,
+        "rows": _at_once(config),
+    }
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return _unpacked(kept(name, lambda: _packed(reference(config, params, sources, advance))))
+
+
+def _at_once(config: Config) -> int:
+    return config.data.batch_size // config.train.accumulation
+
+
+def _packed(values: Mapping[str, np.ndarray]) -> bytes:
+    with io.BytesIO() as buffer:
+        np.savez(buffer, **dict(values))  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+
+def _unpacked(content: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as values:
+        return dict(values)
+
+
 def _part(batch: Batch[np.ndarray], start: int, stop: int) -> Batch[np.ndarray]:
     return jax.tree.map(lambda x: x[start:stop], batch)
 
 
 def write(workdir: Place, values: Mapping[str, np.ndarray]) -> str:
     """Writes them into the run's folder; returns the file's sha256."""
-    with io.BytesIO() as buffer:
-        np.savez(buffer, **dict(values))  # type: ignore[arg-type]
-        content = buffer.getvalue()
+    content = _packed(values)
     if jax.process_index() == 0:
         with disk(workdir):
             replace_file(workdir / REFERENCE, content)
@@ -155,5 +200,4 @@ def read(workdir: Place, sha256: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"{file} is not what the run wrote: restore it, or begin anew in another --workdir"
         )
-    with np.load(io.BytesIO(content), allow_pickle=False) as values:
-        return dict(values)
+    return _unpacked(content)

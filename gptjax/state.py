@@ -171,9 +171,10 @@ def update(
 
     Metrics, float32 scalars: those of the objective, gradient_norm (before the clip),
     learning_rate, tokens (the batch's weight), and skipped, 1 where objective or gradient was
-    not finite: such an update is left out whole, because one NaN under clip and AdamW would turn
-    every parameter NaN. The next update takes its place in schedule and averages, so that only
-    the data moves on.
+    not finite, or nothing of the batch is scored: such an update is left out whole, because one NaN
+    under clip and AdamW would turn every parameter NaN, and without a gradient momentum and decay
+    would move them all the same. The next update takes its place in schedule and averages, so that
+    only the data moves on. Of a batch of which nothing is scored the objective's metrics are 0.
     """
     optimizer = make_optimizer(config)
     schedule = optim.make_schedule(config.optim, config.train.steps)
@@ -188,7 +189,8 @@ def update(
         sums = objective.totals(config, all_params, micro, key if drops else None)
         return sums.objective * scale, sums
 
-    scale = 1 / jnp.maximum(objective.weight(batch), 1)
+    some = lambda weight: jnp.where(weight > 0, weight, 1)  # noqa: E731
+    scale = 1 / some(objective.weight(batch))
     grads, sums = _accumulate(totals, config.train.accumulation)(state.params, batch, key, scale)
     with jax.named_scope("optimizer"):
         norm = optax.global_norm(grads)
@@ -199,15 +201,16 @@ def update(
         if ema is not None and decay is not None:
             ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
+        accept = finite & (sums.weight != 0)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        accepted = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        frozen = _moved(config, state.frozen, sums.moves, finite)
-    weight = jnp.maximum(sums.weight, 1)
+        accepted = jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
+        frozen = _moved(config, state.frozen, sums.moves, accept)
+    weight = some(sums.weight)
     metrics = {name: value / weight for name, value in sums.metrics.items()} | {
         "gradient_norm": norm,
         "learning_rate": schedule(done),
         "tokens": sums.weight,
-        "skipped": 1.0 - finite,
+        "skipped": 1.0 - accept,
     }
     params, opt_state, ema = accepted
     return TrainState(state.step + 1, params, opt_state, ema, frozen), metrics

@@ -33,7 +33,7 @@ from gptjax.cluster import job, kubernetes, local, slurm, tpu_vm
 from gptjax.cluster.job import Job
 from gptjax.cluster.launch import TARGETS, read_site
 from gptjax.commands.command import without_launch
-from gptjax.config import EXIT_STOPPED
+from gptjax.config import EXIT_STOPPED, UserError
 from gptjax.records import read_metrics
 from tests import tiny
 from tests.child import REPO, Child
@@ -249,6 +249,25 @@ def test_a_site_is_found_as_a_recipe_is(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_site(None, "slurm") == slurm.Site()
 
 
+@pytest.mark.parametrize(
+    "time, told",
+    [
+        ("2", 120), ("2:30", 150), ("1:02:30", 3750), ("1-0", 86400), ("1-2:30", 95400),
+        ("1-02:30:01", 95401), ("0", None), ("UNLIMITED", None), ("1:2:3:4", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_limit_is_read_as_sbatch_reads_it(time: str, told: int | None) -> None:
+    assert slurm.seconds(time) == told
+
+
+def test_a_notice_is_shorter_than_the_limit() -> None:
+    slurm.Site(time="00:02:01")
+    slurm.Site(time="UNLIMITED", notice=10**6)
+    for limit in ("2", "00:02:00", "0-00:01:59"):
+        with pytest.raises(UserError, match="notice=120 seconds is no less than"):
+            slurm.Site(time=limit)
+
+
 TRAIN = ["train", f"--config={tiny.RECIPE}"]
 REFUSED = [
     ([*TRAIN, "--on=moon"], "", r"--on='moon' is not one of: local, slurm, kubernetes, tpu-vm"),
@@ -260,6 +279,7 @@ REFUSED = [
     ([*TRAIN, "--on=slurm", "--site=SITE"], "partion = 'a'", "did you mean 'partition'.*valid keys"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "notice = '1'", "notice must be int, got '1'"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "notice = 0", "notice must be at least 1, got 0"),
+    ([*TRAIN, "--on=slurm", "--site=SITE"], "time = '2'", "notice=120 .* time='2' .* is 120 seconds"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "bucket = 'runs'", "bucket='runs' must be such as gs://"),
     ([*TRAIN, "--on=slurm", "--site=SITE"], "bucket = 'gs://'", "gs:// is no place for files"),
     ([*TRAIN, "--on=slurm", "--site=SITE", "--workdir="], "bucket = 'gs://lab'", "an empty text"),

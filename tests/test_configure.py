@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import ConfigError
+from gptjax.config import ConfigError, flatten
 from gptjax.configure import RECIPES, difference, find, from_file
 
 REPO = Path(__file__).parents[1]
@@ -35,6 +36,30 @@ def test_ours_are_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert from_file("configs/gpt2.py:355m").model.layers == 24
     with pytest.raises(ConfigError, match="no config file base.py: .* configs/base.py, "):
         from_file("base.py")
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("--config.optim.peak_lr=1.0 --config.optim.peak_lr=2.0", 2.0),
+        ("--config.data.sources=('a',) --config.data.sources=('b','c')", ("b", "c")),
+        ("--config.data.sources ('a',) --config.seed=3 --config.data.sources ('b',)", ("b",)),
+        ("--config.optim.clip=None --config.optim.clip=2.0", 2.0),
+        ("--config.optim.clip=2.0 --config.optim.clip None", None),
+        ("--config.eval.context=8 --config.eval.context=None --config.eval.context 16", 16),
+    ],
+)
+def test_of_a_knob_that_is_named_again_the_last_value_counts(words: str, found: object) -> None:
+    """A number's, a tuple's and None."""
+    knob = words.partition(" ")[0].partition("=")[0].removeprefix("--config.")
+    config = flatten(dataclasses.asdict(from_file("configs/base.py", words.split())))
+    assert config[knob] == found
+
+
+def test_a_word_too_many_is_refused() -> None:
+    for words in (["a"], ["--config.seed=1", "a"], ["--config.seed=1", "None"]):
+        with pytest.raises(ConfigError, match=f"unexpected argument '{words[-1]}'"):
+            from_file("configs/base.py", words)
 
 
 def test_a_local_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

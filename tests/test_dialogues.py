@@ -19,7 +19,7 @@ from gptjax import chat, dialogues, model, state
 from gptjax.cli import main
 from gptjax.config import UserError
 from gptjax.data import Batches, Store, describe, prepare
-from gptjax.data.batches import Batch
+from gptjax.data.batches import PACKING, Batch
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import RowEvaluator
 from gptjax.study import runner
@@ -265,6 +265,47 @@ def test_a_row_that_is_refused_is_named_and_nothing_stays(
     assert "1 rows leave nothing scored for 'train'" in capsys.readouterr().err
     assert main([*words[:3], f"--out={out}", "--tokenizer=bytes"]) == 2
     assert "has no chat template" in capsys.readouterr().err
+    # A single row is not said to leave nothing when it is wrong.
+    jsonl(file, [{"message": TALK}])
+    assert main(words) == 2
+    assert f"{file} line 1 has neither 'messages' nor" in capsys.readouterr().err
+    assert main(["data", "pairs", *words[2:]]) == 2
+    assert f"{file} line 1 has no 'prompt'" in capsys.readouterr().err
+
+
+def test_a_packing_that_would_cut_or_mistake_what_a_store_holds_is_refused(
+    folder: str, tmp_path: Path
+) -> None:
+    """Dialogues cut at borders of rows, rejected texts taken as good ones, texts taken as pairs."""
+    tokenizer = load(folder)
+    talks = jsonl(tmp_path / "talks.jsonl", rows(20))
+    pair = {"prompt": "a?", "chosen": "b", "rejected": "c"}
+    pairs = jsonl(tmp_path / "pairs.jsonl", [pair] * 20)
+    (tmp_path / "text.txt").write_text("a text. " * 200)
+    dialogues.prepare_dialogues([talks], tmp_path / "dialogues", folder)
+    dialogues.prepare_pairs([pairs], tmp_path / "pairs", folder)
+    prepare([tmp_path / "text.txt"], tmp_path / "texts", folder)
+    takes = {
+        "texts": ["stream", "masked", "document", "whole"], "dialogues": ["whole"], "pairs": ["pairs"],
+    }  # fmt: skip
+    context = {"texts": 2000, "dialogues": 500, "pairs": 500}
+
+    def opened(kind: str, packing: str) -> Batches:
+        told = tiny.data(tokenizer=folder, packing=packing, sources=(str(tmp_path / kind),))
+        T = 16 if packing in ("stream", "masked") else context[kind]
+        return Batches(told, T, 0, "train", tokenizer)
+
+    for kind, packings in takes.items():
+        for packing in PACKING:
+            if packing in packings:
+                assert len(opened(kind, packing).sources[0])
+                continue
+            with pytest.raises(UserError) as told:
+                opened(kind, packing)
+            assert str(told.value) == (
+                f"data.packing={packing!r} does not take {kind}, which {tmp_path / kind} holds: set "
+                f"data.packing={' or '.join(packings)}"
+            )
 
 
 def test_parquet_has_the_same_store(folder: str, tmp_path: Path) -> None:

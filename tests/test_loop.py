@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import accounting, loop, setup, state, tokenizer
+from gptjax import accounting, loop, model, setup, state, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.cli import main
 from gptjax.config import Config, ConfigError, Mesh, UserError
@@ -267,6 +267,29 @@ def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match="has diverged"):
         loop.train(config, tmp_path)
     assert read_metrics(tmp_path)[-1]["skipped"] == 1
+
+
+def test_a_batch_without_scored_tokens_is_told_and_is_no_divergence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More in a row than may have no finite gradient, and nothing has moved."""
+    vocabulary = tokenizer.load("bytes")
+    for split, weight in (("train", 0.0), ("val", 1.0)):
+        writer = StoreWriter(tmp_path / "store" / split, vocabulary, weighted=True)
+        for document in range(8):
+            text = vocabulary.encode(f"document {document}")
+            writer.write(np.array(text), True, np.full(len(text), weight), weight)
+        writer.close()
+    steps = loop.MAX_SKIPPED + 2
+    told: dict[str, Any] = {"data__packing": "document", "train__steps": steps, "train__spike": 3.0}
+    train(tmp_path / "store", tmp_path / "run", **told)
+    lines = [line for line in read_metrics(tmp_path / "run") if "skipped" in line]
+    assert [line["skipped"] for line in lines] == [1.0] * steps
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert said.count("has nothing scored and is skipped; it read row") == steps
+    config = tiny.config(tmp_path / "store", **told)
+    ended = final_state(tmp_path / "store", tmp_path / "run", steps, **told)
+    assert bits(ended.params) == bits(model.init(config.model, config.seed))
 
 
 def test_a_skipped_batch_is_told_with_its_rows(

@@ -70,6 +70,23 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
             assert told.endswith("set GPTJAX_CACHE to a folder that can be")
 
 
+def test_what_is_kept_is_made_once_and_anew_where_it_was_altered(home: Path) -> None:
+    made: list[bytes] = []
+
+    def get(name: str, content: bytes) -> bytes:
+        return places.kept(name, lambda: made.append(content) or content)
+
+    assert get("a", b"one") == get("a", b"two") == b"one" and get("b", b"") == get("b", b"x") == b""
+    assert made == [b"one", b""]
+    (file,) = (cache() / "kept").glob("a")
+    for damaged in (b"", file.read_bytes()[:-1], file.read_bytes() + b"0", b"0" * 40):
+        file.write_bytes(damaged)
+        made.clear()
+        assert get("a", b"one") == get("a", b"two") == b"one" and made == [b"one"]
+    places.forget()
+    assert get("a", b"three") == b"three"
+
+
 def test_without_a_home_the_variable_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # who has no entry

@@ -287,6 +287,48 @@ def test_a_killed_run_goes_on_bit_for_bit_and_is_replayed(store: Path, tmp_path:
         run(config, tmp_path / "damaged")
 
 
+def test_a_reference_is_scored_once_for_all_runs_of_the_same(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another objective and beta take it, bit for bit; another model, rows at once or store do not."""
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    scored: list[str] = []
+    reference = preferences.reference
+    monkeypatch.setattr(preferences, "reference", lambda *how: scored.append("") or reference(*how))
+    few: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
+
+    def begun(name: str, **knobs: Any) -> bytes:
+        run(configure(store, **few, **knobs), tmp_path / name)
+        return (tmp_path / name / preferences.REFERENCE).read_bytes()
+
+    first = begun("first")
+    assert len(scored) == 1
+    for name, knobs in (
+        ("again", {}), ("beta", {"train__beta": 0.5}), ("ipo", {"objective": "ipo"}),
+        ("rate", {"optim__peak_lr": 1e-4}),
+    ):  # fmt: skip
+        assert begun(name, **knobs) == first
+    assert len(scored) == 1
+    assert begun("seed", seed=1) != first and len(scored) == 2
+    begun("rows", train__accumulation=2)
+    begun("chunk", optim__loss_vocab_chunk=100)
+    begun("adapters", train__trainable="lora")
+    assert len(scored) == 5
+    write(tmp_path / "other/train", PAIRS[1:])
+    write(tmp_path / "other/val", PAIRS[3::4])
+    run(configure(tmp_path / "other", **few), tmp_path / "others")
+    assert len(scored) == 6
+    # What is damaged there is found out, and made anew.
+    for file in (tmp_path / "cache/kept").iterdir():
+        content = bytearray(file.read_bytes())
+        content[-40] ^= 1
+        file.write_bytes(content)
+    assert begun("damaged") == first and len(scored) == 7
+    assert begun("mended") == first and len(scored) == 7
+    # A replay is no replay of what was kept.
+    assert replay.replay_run(tmp_path / "beta")["bitwise"] and len(scored) == 8
+
+
 @pytest.mark.parametrize("axes", tiny.MESHES, ids=str)
 def test_meshes_and_micro_batches_change_rounding_alone(
     axes: Any, store: Path, tmp_path: Path

@@ -220,11 +220,34 @@ def test_accumulation_changes_nothing(sizes, scored):
     assert one_metrics["tokens"] == counts.sum()
 
 
-def test_a_batch_without_scored_tokens_has_no_gradient():
-    whole = arrays(0, np.zeros((ROWS, T)))
-    _, metrics = state.make_train_step(CONFIG)(state.create(CONFIG), batch(CONFIG, whole))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_batch_without_scored_tokens_does_nothing(optimizer):
+    """Neither momentum nor decay moves a parameter, and the next update is as if it had not been."""
+    schedule = "constant" if optimizer == "schedule_free" else "cosine"
+    config = configure(optimizer=optimizer, schedule=schedule)
+    step, none = state.make_train_step(config), np.zeros((ROWS, T))
+    now, _ = step(state.create(config), batch(config, arrays(0)))
+    before = jax.device_get(now)
+    now, metrics = step(now, batch(config, arrays(1, none)))
     assert metrics["loss"] == metrics["tokens"] == metrics["gradient_norm"] == 0
-    assert metrics["skipped"] == 0
+    assert metrics["skipped"] == 1 and now.step == 2
+    same(now.replace(step=before.step), before)
+
+
+def test_an_update_depends_on_what_weighs_more_not_on_what_all_weighs():
+    """Weights of a batch that sum to less than 1 are shares of it as any are."""
+    found = []
+    for weight in (1.0, 2.0**-12):
+        weights = weight * np.arange(ROWS * T).reshape(ROWS, T) / (ROWS * T)
+        done = state.make_train_step(CONFIG)(
+            state.create(CONFIG), batch(CONFIG, arrays(0, weights))
+        )
+        found.append(done)
+        assert (float(done[1]["tokens"]) < 1) == (weight < 1)
+    (one, metrics), (small, theirs) = found
+    # By a power of 2, so that nothing is rounded otherwise.
+    alike(first_moment(one), first_moment(small), 1e-6)
+    assert theirs["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-6)
 
 
 # --- variants of one function ---------------------------------------------------------------

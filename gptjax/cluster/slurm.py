@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,24 @@ class Site:
         for option in (self.partition, self.account, self.time, *self.options):
             if option is not None and not option.isprintable():
                 raise UserError(f"{option!r} is not one line of an #SBATCH option")
+        limit = None if self.time is None else seconds(self.time)
+        if limit is not None and self.notice >= limit:
+            raise UserError(
+                f"notice={self.notice} seconds is no less than the limit time={self.time!r} of a start, "
+                f"which is {limit} seconds: lower notice, or raise time"
+            )
+
+
+def seconds(time: str) -> int | None:
+    """Of a limit as sbatch takes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, or any of
+    DAYS-HOURS[:MINUTES[:SECONDS]]. None where it is no limit, or nothing that is known here."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    units = (3600, 60, 1) if days is not None or parts[2] is not None else (60, 1, 0)
+    told = (int(part or 0) * unit for part, unit in zip(parts, units, strict=True))
+    return (86400 * int(days or 0) + sum(told)) or None
 
 
 TEMPLATE = """\

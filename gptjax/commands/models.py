@@ -137,7 +137,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="only the adapters, as peft opens them, of a run with train.trainable=lora",
+        help="only the adapters, as peft opens them, of a run with train.trainable=lora or qlora",
     )
 
 

@@ -58,11 +58,13 @@ class Packing(Protocol):
         segmented: whether a row's segments and positions say more than that it is one text.
         whole: whether a document is scored as it is read here alone, uncut, and is held out so too.
         paired: whether a row is a pair of documents, which has a reference.
+        takes: the kinds of stores, of those that `data` makes, that it does not read as something else.
     """
 
     segmented: bool
     whole: bool
     paired: bool
+    takes: tuple[str, ...]
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
@@ -84,6 +86,7 @@ class Stream:
     """
 
     segmented = whole = paired = False
+    takes: tuple[str, ...] = ("texts",)
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -154,6 +157,9 @@ class Document:
     """
 
     segmented, whole, paired = True, False, False
+    # Of a dialogue the first token would follow an end-of-text, and of a long one the end would be
+    # scored without its beginning.
+    takes: tuple[str, ...] = ("texts",)
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -202,6 +208,7 @@ class Whole:
     """
 
     segmented, whole, paired = True, True, False
+    takes: tuple[str, ...] = ("texts", "dialogues")
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -252,6 +259,7 @@ class Pairs(Whole):
     """
 
     paired = True
+    takes: tuple[str, ...] = ("pairs",)
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
         self.store, self.context, self.eot = store, context, eot
@@ -307,6 +315,17 @@ PACKING: dict[str, type[Packing]] = {
 }
 
 
+def _check_taken(name: str, store: Store, packing: str) -> None:
+    """Refuses a store that a packing would read as something else; one by `StoreWriter` may be any."""
+    made = store.manifest
+    kind = made.get("kind", "texts" if not made or "text_sha256" in made else None)
+    if kind is not None and kind not in PACKING[packing].takes:
+        fit = " or ".join(row for row, pack in PACKING.items() if kind in pack.takes)
+        raise UserError(
+            f"data.packing={packing!r} does not take {kind}, which {name} holds: set data.packing={fit}"
+        )
+
+
 class Origin(NamedTuple):
     """Where a row comes from: a source, which of its rows, and its first and last document."""
 
@@ -344,12 +363,14 @@ class Batches:
             tokenizer: the stores' own.
 
         Raises:
-            UserError: if a source cannot be opened or is too short for a row, or on a seed that
-                `check_seed` refuses.
+            UserError: if a source cannot be opened, is of another kind than the packing takes or
+                too short for a row, or on a seed that `check_seed` refuses.
         """
         check_seed(seed)
         pack = choose(PACKING, config.packing, "data.packing")
         stores = {name: open_source(name, tokenizer, split) for name in config.sources}
+        for name, store in stores.items():
+            _check_taken(name, store, config.packing)
         self.names = config.sources
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
         self.segmented, self.paired = pack.segmented, pack.paired
