@@ -436,10 +436,8 @@ class Log:
             self._run.log(step, values | self._cost)
             self._cost = {}
         if values["skipped"]:
-            read, why = (
-                spike.batch(self._spikes, step),
-                "nothing scored" if empty else "no finite gradient",
-            )
+            read = spike.batch(self._spikes, step)
+            why = "nothing scored" if empty else "no finite gradient"
             say(f"{self._run.folder}: {skipped(step, read, why, self._batches, self._run.folder)}")
         if self._skipped >= MAX_SKIPPED or self._skipped == step == t.steps:
             updates = f"{self._skipped} update{'s in a row' * (self._skipped > 1)}"
