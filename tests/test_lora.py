@@ -473,7 +473,7 @@ def test_a_run_on_8_bits_is_evaluated_written_and_gone_on_from(text, tmp_path, c
         assert same(*map(trainable.without_adapters, (params, at_hand.params)))
     first, last = (read_metrics(folder) for folder in (more, run))
     assert first[0]["loss"] < last[0]["loss"]
-    launch("replay", run)
+    launch("replay", run, f"--from={base}")
 
 
 @pytest.mark.parametrize(
