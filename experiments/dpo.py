@@ -303,8 +303,12 @@ def lines(results: Mapping[str, Mapping[str, Any]], reference: str) -> Iterator[
     for name, r in results.items():
         for number in ("win_rate", "right_more", "loss_more"):
             ends = {k.removeprefix(number): r[k] for k in r if k.startswith(f"{number}_by_")}
-            told = ", ".join(f"{low:+.4f} to {high:+.4f}{by}" for by, (low, high) in ends.items())
-            yield f"{name}: {number} {np.mean(r[number]):+.4f} ({told.replace('_', ' ')})"
+            told = [
+                f"{low:+.4f} to {high:+.4f}{by.replace('_', ' ')}"
+                for by, (low, high) in ends.items()
+                if low <= high  # not where all seeds have the same
+            ]
+            yield f"{name}: {number} {np.mean(r[number]):+.4f} ({', '.join(told)})"
         yield (
             f"{name}: habit {r['habit_before']:.3f} -> {np.mean(r['habit']):.3f}, right "
             f"{r['right_before']:.3f} -> {r['right_before'] + np.mean(r['right_more']):.3f}, perplexity "
