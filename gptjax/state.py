@@ -201,7 +201,7 @@ def update(
         if ema is not None and decay is not None:
             ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
-        accept = finite & (sums.weight != 0)
+        accept = finite & (sums.weight > 0)
         new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
         accepted = jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
         frozen = _moved(config, state.frozen, sums.moves, accept)
