@@ -309,7 +309,8 @@ def hidden(
         position_BT: int32 positions below `config.context`; None counts from the row's start.
         segments_BT: int32 document of each token; attention stays inside; None: one document.
         dropout_key: drops out with this key; None is evaluation.
-        cache: of `init_cache`, holding the tokens before `tokens_BT`; one document a row.
+        cache: of `init_cache`, holding the tokens before `tokens_BT`; one document a row. Where its
+            layers have other rows than `tokens_BT`, "row" says which of them each continues.
         listen: points of `layers.context.POINTS` to return in `heard`; or point -> what to
             return of the value (arrays), which is then all that is kept: {"scores": jnp.max}.
         edit: point -> (value, layer's number) -> the value to go on with. It is called once for
@@ -343,6 +344,7 @@ def hidden(
         tap,
         segments_BT,
         None if cache is None else cache["length"],
+        None if cache is None else cache.get("row"),
         dropout_key=dropout_key,
         order_T=order_T,
     )

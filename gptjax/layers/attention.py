@@ -81,8 +81,10 @@ def tiles(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
     Args:
         k_BSKH: a multiple of `TILE` keys. A query whose index is beyond them is idle: no tile is
             read for its sake, and what it gets means nothing.
+        scores: its `row_B` may choose among more rows of keys.
     """
     (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    row_B = jnp.arange(B) if scores.row_B is None else scores.row_B
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)  # as the cache has them
     mask_BTS, bias = scores.visible(), scores.bias()
@@ -95,8 +97,12 @@ def tiles(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
         def tile(x: jax.Array, dim: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, i * TILE, TILE, dim)
 
+        def kept(x_BKSH: jax.Array) -> jax.Array:
+            tiles = x_BKSH.reshape(-1, K, S // TILE, TILE, H)
+            return tiles.at[row_B, :, i].get(mode="promise_in_bounds")
+
         scores_BKGTS = jnp.einsum(
-            "BTKGH,BKSH->BKGTS", q_BTKGH, tile(k_BKSH, 2), preferred_element_type=jnp.float32
+            "BTKGH,BKSH->BKGTS", q_BTKGH, kept(k_BKSH), preferred_element_type=jnp.float32
         )
         if scores.softcap is not None:
             scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
@@ -110,7 +116,7 @@ def tiles(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
         added_BKGTH = jnp.einsum(
             "BKGTS,BKSH->BKGTH",
             weights_BKGTS.astype(v_BKSH.dtype),
-            tile(v_BKSH, 2),
+            kept(v_BKSH),
             preferred_element_type=jnp.float32,
         )
         new = (
@@ -515,8 +521,14 @@ def _refusal(name: str, lacking: str) -> ConfigError:
     )
 
 
-def _extend(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
-    """The cache with T new entries written from each row's own start, which leaves room for them."""
+def _extend(
+    cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array, row_B: jax.Array | None
+) -> jax.Array:
+    """The cache with T new entries written from each row's own start, which leaves room for them.
+
+    Args:
+        row_B: as in `Context`.
+    """
 
     def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(cache, new, (0, start, 0))
@@ -524,14 +536,21 @@ def _extend(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> j
     def one_by_one(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         def row(b: jax.Array, cache: jax.Array) -> jax.Array:
             one = jax.lax.dynamic_slice_in_dim(new, b, 1)
-            return jax.lax.dynamic_update_slice(cache, one, (b, 0, start[b], 0))
+            row = b if row_B is None else row_B[b]
+            return jax.lax.dynamic_update_slice(cache, one, (row, 0, start[b], 0))
 
         return jax.lax.fori_loop(0, len(start), row, cache)
+
+    def at_once(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        if row_B is None:
+            return jax.vmap(write)(cache, new, start)
+        place_BT = start[:, None] + jnp.arange(new.shape[2])
+        return cache.at[row_B[:, None], :, place_BT].set(new.swapaxes(1, 2), mode="drop")
 
     def rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         # Of rows at once XLA makes a scatter, which on CPUs copies the whole cache for each token.
         return jax.lax.platform_dependent(
-            cache, new.astype(cache.dtype), start, cpu=one_by_one, default=jax.vmap(write)
+            cache, new.astype(cache.dtype), start, cpu=one_by_one, default=at_once
         )
 
     if out("B") is None:
@@ -583,7 +602,8 @@ class Attention(nn.Module):
         if cache is not None:
             assert context.start_B is not None, "a cache needs context.start_B"
             new = {"key": k_BTKH.swapaxes(1, 2), "value": v_BTKH.swapaxes(1, 2)}
-            cache = {name: _extend(cache[name], new[name], context.start_B) for name in new}
+            start_B, row_B = context.start_B, context.row_B
+            cache = {name: _extend(cache[name], new[name], start_B, row_B) for name in new}
             k_BTKH, v_BTKH = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
             k_index_BS = jnp.arange(k_BTKH.shape[1])[None]
         scores = Scores(
@@ -595,6 +615,7 @@ class Attention(nn.Module):
             slopes_N=None if position.slopes is None else position.slopes(c),
             softcap=c.attention_softcap,
             cached=cache is not None,
+            row_B=context.row_B,
             order_T=context.order_T,
             tap=tap,
         )

@@ -152,7 +152,7 @@ def check_met(names: Sequence[str], met: set[str]) -> None:
 class Context(NamedTuple):
     """All that a layer reads besides the residual stream.
 
-    Positions, indices, segments and `start_B` are shared by all layers.
+    Positions, indices, segments, `start_B` and `row_B` are shared by all layers.
 
     Attributes:
         position_BT: what position encodings see, int32; restarts with each document.
@@ -160,6 +160,7 @@ class Context(NamedTuple):
         tap: hears and edits named points; each layer's own.
         segments_BT: document of each token; None: all is one document.
         start_B: where a cache row takes the new keys; None without a cache.
+        row_B: which row of the cache that is; None: each its own.
         window: keys that a query sees, see `scores.Scores`.
         layer: which layer this is, from 0.
         first_value_BTKH: the first layer's values, for the value residual.
@@ -173,6 +174,7 @@ class Context(NamedTuple):
     tap: Tap
     segments_BT: jax.Array | None = None
     start_B: jax.Array | None = None
+    row_B: jax.Array | None = None
     window: int | None = None
     layer: int | jax.Array = 0
     first_value_BTKH: jax.Array | None = None

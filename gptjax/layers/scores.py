@@ -33,6 +33,7 @@ class Scores:
         slopes_N: ALiBi slopes; None adds no bias.
         softcap: c turns scores z into c tanh(z / c); None leaves them.
         cached: keys come from a cache, so query t does not stand at key t.
+        row_B: which row of that cache each row of queries reads; None: its own. Only of `tiles`.
         order_T: q_index of every row where it is known while tracing; None: queries stand in order.
         tap: hears and edits "scores" and "weights" in a kernel that forms them whole.
     """
@@ -45,6 +46,7 @@ class Scores:
     slopes_N: np.ndarray | jax.Array | None = None
     softcap: float | None = None
     cached: bool = False
+    row_B: jax.Array | None = None
     order_T: np.ndarray | None = None
     tap: Tap = dataclasses.field(default_factory=Tap)
 

@@ -51,6 +51,7 @@ class Engine(Protocol):
     """What is asked of `serve.engine.Engine`."""
 
     counts: Any
+    sizes: list[int]
     failed: bool
 
     @property
@@ -98,6 +99,8 @@ class Metrics:
         total("cached_tokens", "Of these, not read anew", counts.cached_tokens)
         total("text_tokens", "Tokens drawn", counts.text_tokens)
         total("steps", "Steps of the engine", counts.steps)
+        writes = {f'{{rows="{size}"}}': counts.writes[size] for size in self._engine.sizes}
+        family("writes_total", "counter", "Steps that drew tokens, by rows computed", writes)
         family("busy", "gauge", "Texts being read or written", {"": self._engine.busy})
         family("waiting", "gauge", "Texts that wait for a slot", {"": self._engine.waiting})
         for name, help in self.seconds.items():

@@ -9,6 +9,9 @@ it came, or on what the cache held of its prompt:
 - There is one program for each thing that is done, whose shapes never change, so that nothing is
   compiled once `Engine.warm_up` is done and no sum is ever split otherwise. A program's rows do
   not see one another.
+- Tokens are written by a program for so many rows, of a few for more and more rows. Before the
+  first text each is tried on the model's weights: one by which a row has other bits than by that
+  for all slots is not used.
 - Attention goes over the cache by tiles, of which a row passes over those that it does not see
   (`layers.attention.tiles`).
 - A prompt, all but its last token, is read in pieces that begin at multiples of `PIECE`, whatever
@@ -17,8 +20,8 @@ it came, or on what the cache held of its prompt:
 - The token at index i of a text is drawn with a key folded from (seed, choice, i), as in
   `decode`, and how a row is drawn from is an array, not another program.
 
-What rests on the compiler is that a row of a product has the same bits at every place of a batch
-of one size, whatever stands in the other rows. Tests hold it for what they run on.
+What rests on the compiler is that a row of a product has the same bits at every place of a batch,
+whatever stands in the other rows. It is tried at some places, and tests hold it for what they run on.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,13 +46,15 @@ from gptjax.model import Params
 from gptjax.serve.job import TOP, Job, Knobs, News, Scored
 
 PIECE = 64  # tokens of a prompt that are read at once; the cache of prompts holds multiples of it
+TRIES = 4  # sets of rows on which a program has to agree
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Slot:
     """A row of the cache.
 
     Attributes:
+        index: which.
         job: whose text it is; None: it is free.
         tokens: of prompt and text.
         read: how many of them the cache holds.
@@ -58,6 +63,7 @@ class _Slot:
         used: when it was taken last, on the engine's own clock.
     """
 
+    index: int
     job: Job | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     read: int = 0
@@ -80,10 +86,12 @@ class Counts:
         prompt_tokens: of prompts that were begun; cached_tokens of them were not read.
         text_tokens: drawn.
         steps: of `Engine.step` that did something.
+        writes: steps that drew tokens, by the number of rows that were computed.
     """
 
     def __init__(self) -> None:
         self.prompt_tokens = self.cached_tokens = self.text_tokens = self.steps = 0
+        self.writes: collections.Counter[int] = collections.Counter()
 
 
 class Engine:
@@ -93,7 +101,12 @@ class Engine:
         config: the architecture, settled.
         weights: of `decode.cast`.
         vocab_size: ids the tokenizer knows, at most `config.vocab_size`; no other is drawn.
-        slots: texts that are written at once. All of them are computed at each step.
+        slots: texts that are written at once.
+
+    Attributes:
+        sizes: the numbers of rows that may be computed at a step, rising to `slots`; of
+            `warm_up`. A step takes the least that is enough.
+        sure: whether a row had the same bits at each place where it was tried, by each of them.
 
     Raises:
         ConfigError: on a model whose answers would depend on what is beside them.
@@ -111,7 +124,8 @@ class Engine:
         self._room = -(-config.context // TILE) * TILE
         # As every later one, so that none is another argument to a program.
         self._layers = jax.device_put(decode.empty_layers(self._config, slots, self._room), here)
-        self._slots = [_Slot() for _ in range(slots)]
+        self._slots = [_Slot(index) for index in range(slots)]
+        self.sizes, self.sure = [slots], False
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
         self._clock = 0
@@ -164,14 +178,46 @@ class Engine:
             self._changed.notify()
 
     def warm_up(self) -> None:
-        """Compiles all programs, by running each once."""
-        job = Job([0] * 2, 2, lambda news: None, Knobs(1.0, 1, 0.5, 2.0), top=True, echo=True)
-        self._waiting.append(job)
-        while self.step():
-            pass
+        """Chooses `sizes`, and compiles all programs, by running each once."""
+        slots = len(self._slots)
+        same = self._same([*(2**i for i in range(1, slots.bit_length()) if 2**i < slots), slots])
+        for size in same | {slots}:
+            self.sizes = [size]
+            job = Job([0] * 2, 2, lambda news: None, Knobs(1.0, 1, 0.5, 2.0), top=True, echo=True)
+            self._waiting.append(job)
+            while self.step():
+                pass
         self._layers = _copy(self._layers, np.int32(0), np.int32(0))
-        self._slots = [_Slot() for _ in self._slots]
+        self._slots = [_Slot(index) for index in range(slots)]
+        self.sizes, self.sure = sorted(same | {slots}), slots in same
         self.counts = Counts()
+
+    def _same(self, sizes: Sequence[int]) -> set[int]:
+        """The sizes by which rows have the bits that they have by all slots in their order.
+
+        Some of the rows at a time, each at any place, after a random token and random keys and
+        values: what they write into the cache, and their logits.
+        """
+        rng, slots = np.random.default_rng(0), len(self._slots)
+        self._layers = _noise(self._layers)
+        last, length = (rng.integers(0, n, slots) for n in (self._vocab_size, self.context))
+
+        def bits(rows: np.ndarray) -> dict[int, list[bytes]]:
+            row_B, last_B, length_B = (a.astype(np.int32) for a in (rows, last[rows], length[rows]))
+            self._layers, logits_BV = _advance(
+                self._config, self._params, self._layers, row_B, last_B, length_B
+            )
+            made = [logits_BV, *_written(self._layers, row_B, length_B)]
+            each = [[row.tobytes() for row in np.asarray(a)] for a in made]
+            return dict(zip(rows.tolist(), map(list, zip(*each, strict=True)), strict=True))
+
+        whole = bits(np.arange(slots))
+
+        def agrees(size: int) -> bool:
+            tries = (rng.permutation(slots)[:size] for _ in range(TRIES))
+            return all(bits(rows).items() <= whole.items() for rows in tries)
+
+        return {size for size in sizes if agrees(size)}
 
     def start(self) -> None:
         """Works in a thread of its own from here on."""
@@ -232,12 +278,11 @@ class Engine:
                 job = self._waiting.popleft()
             hits = [0 if job.echo else _hit(job.prompt, slot.kept) for slot in self._slots]
             best = max(hits)
-            inside = [slot for slot in free if hits[self._slots.index(slot)] == best]
+            inside = [slot for slot in free if hits[slot.index] == best]
             slot = min(inside or free, key=lambda slot: slot.used)
             if best and not inside:
                 source = hits.index(best)
-                to = self._slots.index(slot)
-                self._layers = _copy(self._layers, np.int32(source), np.int32(to))
+                self._layers = _copy(self._layers, np.int32(source), np.int32(slot.index))
             self._clock += 1
             slot.job, slot.tokens, slot.read, slot.used = job, list(job.prompt), best, self._clock
             slot.kept = job.prompt[:best]
@@ -261,7 +306,7 @@ class Engine:
             self._config,
             self._params,
             self._layers,
-            np.int32(self._slots.index(slot)),
+            np.full(1, slot.index, np.int32),
             piece,
             np.full(1, start, np.int32),
         )
@@ -273,7 +318,7 @@ class Engine:
             next_T = np.zeros(PIECE, np.int32)
             next_T[: stop - start] = job.prompt[start + 1 : stop + 1]
             logits = _logits(self._config, self._params, x_BTD)
-            scored = self._told(logits, next_T, stop - start, job.top)
+            scored = self._told(logits, jnp.asarray(next_T), stop - start, job.top)
         ended = "length" if job.most == 0 and not slot.reading else None
         if ended:
             self._end(slot, News(scored, [], ended))
@@ -282,15 +327,16 @@ class Engine:
 
     def _write(self, writing: Sequence[_Slot]) -> None:
         """A token of each of these slots."""
-        rows = len(self._slots)
-        last_B, choice_B = np.zeros((2, rows), np.int32)
-        seed_B = np.zeros(rows, np.uint32)
-        length_B = np.full(rows, self._room, np.int32)  # beyond the cache: idle
-        tokens_BS = np.full((rows, self._room), self._vocab_size, np.int32)  # none
-        knobs = [np.full(rows, value, np.float32) for value in Knobs()]
-        for row, slot in enumerate(self._slots):
-            if not slot.writing:
-                continue
+        size = next(size for size in self.sizes if size >= len(writing))
+        # No two rows are of one slot, whatever an idle one writes.
+        idle = [slot for slot in self._slots if not slot.writing][: size - len(writing)]
+        row_B = np.array([slot.index for slot in (*writing, *idle)], np.int32)
+        last_B, choice_B = np.zeros((2, size), np.int32)
+        seed_B = np.zeros(size, np.uint32)
+        length_B = np.full(size, self._room, np.int32)  # beyond the cache: idle
+        tokens_BS = np.full((size, self._room), self._vocab_size, np.int32)  # none
+        knobs = [np.full(size, value, np.float32) for value in Knobs()]
+        for row, slot in enumerate(writing):
             assert slot.job is not None
             last_B[row], length_B[row] = slot.tokens[-1], slot.read
             tokens_BS[row, : len(slot.tokens)] = slot.tokens
@@ -298,15 +344,15 @@ class Engine:
             for knob, value in zip(knobs, slot.job.knobs, strict=True):
                 knob[row] = value
         self._layers, logits_BV = _advance(
-            self._config, self._params, self._layers, last_B, length_B
+            self._config, self._params, self._layers, row_B, last_B, length_B
         )
         each: Any = Knobs(*knobs)  # type: ignore[arg-type]
-        drawn = _draw(self._vocab_size, logits_BV, tokens_BS, length_B, each, seed_B, choice_B)
-        new_B = np.asarray(drawn)
+        new_B = _draw(self._vocab_size, logits_BV, tokens_BS, length_B, each, seed_B, choice_B)
         some_want_top = any(slot.job is not None and slot.job.top for slot in writing)
-        scored = self._told(logits_BV, new_B, rows, some_want_top)
-        for slot in writing:
-            job, token = slot.job, scored[self._slots.index(slot)]
+        scored = self._told(logits_BV, new_B, len(writing), some_want_top)
+        self.counts.writes[size] += 1
+        for slot, token in zip(writing, scored, strict=True):
+            job = slot.job
             assert job is not None
             slot.read += 1
             slot.tokens.append(token.id)
@@ -324,10 +370,10 @@ class Engine:
             elif not job.cancelled:
                 job.send(news)
 
-    def _told(self, logits_BV: jax.Array, id_B: np.ndarray, count: int, top: bool) -> list[Scored]:
+    def _told(self, logits_BV: jax.Array, id_B: jax.Array, count: int, top: bool) -> list[Scored]:
         """What is said of the first `count` tokens of `id_B`, drawn or given."""
         logprob_B, scale_B = _logprob(logits_BV, id_B)
-        logprobs = np.asarray(logprob_B)
+        new, logprobs = np.asarray(id_B).tolist(), np.asarray(logprob_B).tolist()
         tops: list[list[tuple[int, float]]] = [[]] * count
         if top:
             values, ids = (np.asarray(a) for a in _top(self._vocab_size, logits_BV, scale_B))
@@ -335,7 +381,7 @@ class Engine:
                 list(zip(i.tolist(), v.tolist(), strict=True))
                 for i, v in zip(ids[:count], values[:count], strict=True)
             ]
-        return [Scored(int(id_B[i]), float(logprobs[i]), tops[i]) for i in range(count)]
+        return [Scored(new[i], logprobs[i], tops[i]) for i in range(count)]
 
     def _end(self, slot: _Slot, news: News) -> None:
         job = slot.job
@@ -387,23 +433,21 @@ def _read(
     config: Model,
     params: Params,
     layers: Any,
-    slot: jax.Array,
+    row_B: jax.Array,
     tokens_BT: jax.Array,
     start_B: jax.Array,
 ) -> tuple[Any, jax.Array]:
     """A piece of the prompt of one slot, B = 1: the cache with it, and x_BTD."""
-    own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), layers)
     x_BTD, cache, _ = gpt.hidden(
         config,
         params,
         tokens_BT,
         # What pads the last piece has a position that there is, too.
         position_BT=jnp.minimum(start_B[:, None] + jnp.arange(PIECE), config.context - 1),
-        cache={"layers": own, "length": start_B},
+        cache={"layers": layers, "length": start_B, "row": row_B},
     )
     assert cache is not None
-    put = lambda a, row: jax.lax.dynamic_update_slice_in_dim(a, row, slot, 0)  # noqa: E731
-    return jax.tree.map(put, layers, cache["layers"]), x_BTD
+    return cache["layers"], x_BTD
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="layers")
@@ -412,10 +456,14 @@ def _advance(
     config: Model,
     params: Params,
     layers: Any,
+    row_B: jax.Array,
     last_B: jax.Array,
     length_B: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """Reads the last token of each row, which stands at `length_B`; logits of the next, float32.
+    """Reads the last token of each of these slots, which stands at `length_B`.
+
+    Returns:
+        The cache with it, and logits_BV of the next, float32.
 
     A row beyond the cache is idle: what it writes falls on the last place of its row, which
     whoever needs it writes first.
@@ -426,7 +474,7 @@ def _advance(
         last_B[:, None],
         # Idle rows too have a position that there is.
         position_BT=jnp.minimum(length_B, config.context - 1)[:, None],
-        cache={"layers": layers, "length": length_B},
+        cache={"layers": layers, "length": length_B, "row": row_B},
     )
     assert cache is not None
     return cache["layers"], gpt.logits(config, params, x_BTD)[:, 0]
@@ -439,11 +487,28 @@ def _logits(config: Model, params: Params, x_BTD: jax.Array) -> jax.Array:
     return gpt.logits(config, params, x_BTD)[0]
 
 
+@functools.partial(jax.jit, donate_argnames="layers")
+def _noise(layers: Any) -> Any:
+    """An empty cache with random keys and values, in all rows the same."""
+    leaves, tree = jax.tree.flatten(layers)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    noise = [
+        jax.random.normal(key, a.shape[1:], a.dtype) for key, a in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, [a + x for a, x in zip(leaves, noise, strict=True)])
+
+
+@jax.jit
+def _written(layers: Any, row_B: jax.Array, at_B: jax.Array) -> list[jax.Array]:
+    """Each layer's key and value of one place of each of these rows, (B, K, H)."""
+    return [a[row_B, :, at_B] for a in jax.tree.leaves(layers)]
+
+
 @jax.jit
 def _logprob(logits_BV: jax.Array, id_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """That of each row's token, and the logarithm of what the softmax divides by."""
     picked_B = jnp.take_along_axis(logits_BV, id_B[:, None], axis=1)[:, 0]
-    scale_B = jax.nn.logsumexp(logits_BV, axis=1)
+    scale_B = jax.lax.map(jax.nn.logsumexp, logits_BV)  # as in `_draw`
     return picked_B - scale_B, scale_B
 
 
@@ -466,42 +531,28 @@ def _draw(
 ) -> jax.Array:
     """The next token of each row, as `decode` draws it.
 
-    What no row asks for is left out, and changes no row that does not ask for it.
+    Row after row: so no sum is another among more rows, and a row pays for what it asks for.
     """
-    temperature_B, k_B, p_B, penalty_B = (jnp.asarray(knob) for knob in knobs)
-    logits_BV, V = logits_BV[:, :vocab_size], vocab_size
 
-    def apply(
-        wanted_B: jax.Array, change: Callable[..., jax.Array], x_BV: jax.Array, *rest: jax.Array
-    ) -> jax.Array:
-        def changed() -> jax.Array:
-            return jnp.where(wanted_B[:, None], jax.vmap(change)(x_BV, *rest), x_BV)
+    def draw(row: Any) -> jax.Array:
+        logits_V, tokens_S, length, (temperature, k, p, penalty), seed, choice = row
+        x_V = logits_V[:vocab_size]
 
-        return jax.lax.cond(wanted_B.any(), changed, lambda: x_BV)
+        def penalised() -> jax.Array:
+            seen_V = jnp.zeros(vocab_size, bool).at[tokens_S].set(True, mode="drop")
+            return decode.penalise(x_V, seen_V, penalty)
 
-    def penalise(x_V: jax.Array, tokens_S: jax.Array, penalty: jax.Array) -> jax.Array:
-        seen_V = jnp.zeros(V, bool).at[tokens_S].set(True, mode="drop")
-        return decode.penalise(x_V, seen_V, penalty)
+        x_V = jax.lax.cond(penalty != 1, penalised, lambda: x_V)
 
-    def top_k(x_V: jax.Array, k: jax.Array) -> jax.Array:
-        return decode.keep_largest(x_V, jnp.ones_like(x_V), k)
+        def by_chance() -> jax.Array:
+            y_V = x_V / temperature
+            keep = decode.keep_largest
+            y_V = jax.lax.cond(k > 0, lambda y: keep(y, jnp.ones_like(y), k), lambda y: y, y_V)
+            y_V = jax.lax.cond(p < 1, lambda y: keep(y, jax.nn.softmax(y), p), lambda y: y, y_V)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), choice), length + 1)
+            return jax.random.categorical(key, y_V)
 
-    def top_p(x_V: jax.Array, p: jax.Array) -> jax.Array:
-        return decode.keep_largest(x_V, jax.nn.softmax(x_V), p)
+        drawn = jax.lax.cond(temperature > 0, by_chance, lambda: jnp.argmax(x_V))
+        return drawn.astype(jnp.int32)
 
-    def draw(x_V: jax.Array, seed: jax.Array, choice: jax.Array, length: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), choice), length + 1)
-        return jax.random.categorical(key, x_V)
-
-    x_BV = apply(penalty_B != 1, penalise, logits_BV, tokens_BS, penalty_B)
-    greedy_B = jnp.argmax(x_BV, axis=1)
-    warm_B = temperature_B > 0
-    x_BV = jnp.where(warm_B[:, None], x_BV / jnp.where(warm_B, temperature_B, 1)[:, None], x_BV)
-    x_BV = apply(warm_B & (k_B > 0), top_k, x_BV, k_B)
-    x_BV = apply(warm_B & (p_B < 1), top_p, x_BV, p_B)
-    drawn_B = jax.lax.cond(
-        warm_B.any(),
-        lambda: jnp.where(warm_B, jax.vmap(draw)(x_BV, seed_B, choice_B, length_B), greedy_B),
-        lambda: greedy_B,
-    )
-    return drawn_B.astype(jnp.int32)
+    return jax.lax.map(draw, (logits_BV, tokens_BS, length_B, knobs, seed_B, choice_B))

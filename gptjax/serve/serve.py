@@ -62,6 +62,9 @@ def serve(
     began = time.monotonic()
     texts.warm_up()
     say(f"compiled in {time.monotonic() - began:.0f} s")
+    say(f"rows computed at once: {', '.join(map(str, texts.sizes))}")
+    if not texts.sure:
+        say("here a row's last bits depend on its place, and so may an answer on what is beside it")
     name = str(model.folder).rstrip("/").rpartition("/")[2]
     served = api.Served(name, tokenizer, config.model.context, int(time.time()))
     hosts = NAMES if host in NAMES else None
