@@ -27,7 +27,7 @@ from gptjax.layers.attention import (
 from gptjax.layers.context import Tap
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward, hidden_width
 from gptjax.layers.linear import PRODUCTS, keep, linear, on_grid
-from gptjax.layers.norm import NORM, HeadNorm, Norm
+from gptjax.layers.norm import NORM, HeadNorm, Norm, row_sums
 from gptjax.layers.parameter import INIT, Scaled, Spec, draw
 from gptjax.layers.position import alibi_slopes, rope, sinusoid
 from gptjax.layers.scores import Scores
@@ -265,6 +265,34 @@ def test_tiles_are_attention_to_a_cache_whatever_its_room(changes, monkeypatch):
     for other in (20, 2 * S):
         np.testing.assert_array_equal(run(2 * S, np.array([6, other]))[0], o[0])
         assert np.isfinite(run(2 * S, np.array([6, other]))).all()
+
+
+def test_tiles_read_the_rows_of_a_cache_that_they_are_told(monkeypatch):
+    monkeypatch.setattr(attention, "TILE", 4)
+    q = normal(2, 1, 4, 8, seed=1)
+    k, v = (normal(5, 12, 2, 8, seed=i) for i in (2, 3))
+    row_B = np.array([3, 1])
+    scores = Scores(np.array([[7], [2]]), np.arange(12)[None], cached=True)
+    chosen = tiles(q, k, v, dataclasses.replace(scores, row_B=row_B))
+    np.testing.assert_array_equal(chosen, tiles(q, k[row_B], v[row_B], scores))
+
+
+@pytest.mark.parametrize("width", [3, 64, 576])
+def test_a_row_has_one_sum_however_many_rows_there_are(width):
+    """While text is generated, also where the compiler orders the sum of few numbers otherwise."""
+    x = normal(64, width)
+
+    @jax.jit
+    @sharding.phase("decoding")
+    def sums(x):
+        return row_sums(x)
+
+    whole = sums(x)
+    assert whole.shape == (64, 1)
+    np.testing.assert_allclose(whole[:, 0], np.sum(x, -1, np.float64), atol=1e-4)
+    for rows in (1, 2, 3, 8, 33):
+        np.testing.assert_array_equal(sums(x[:rows]), whole[:rows])
+        np.testing.assert_array_equal(sums(x[:rows].reshape(1, rows, width))[0], whole[:rows])
 
 
 # Which kernel, and what it refuses.

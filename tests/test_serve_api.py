@@ -635,6 +635,8 @@ def test_metrics_are_prometheus(running: Serving) -> None:
     assert value["gptjax_prompt_tokens_total",] == counts.prompt_tokens
     assert value["gptjax_cached_tokens_total",] >= 128
     assert value["gptjax_text_tokens_total",] == counts.text_tokens
+    assert [int(k[1]) for k in value if k[0] == "gptjax_writes_total"] == running.engine.sizes
+    assert value["gptjax_writes_total", str(running.engine.sizes[0])] >= 2
     assert value["gptjax_requests_total", "/v1/completions", "200"] >= 2
     assert value["gptjax_requests_total", "/v1/completions", "400"] >= 1
     assert families["gptjax_request_seconds"].type == "histogram"

@@ -18,6 +18,7 @@ import pytest
 from gptjax import decode
 from gptjax import model as gpt
 from gptjax.config import ConfigError, Model, UserError
+from gptjax.layers.attention import TILES
 from gptjax.serve import engine
 from gptjax.serve.engine import PIECE, Engine
 from gptjax.serve.job import TOP, Job, Knobs, News
@@ -159,7 +160,10 @@ def again(job: Heard) -> Heard:
 
 
 def mixed(config: Model, slots: int, known: int, jobs: int, seed: int, most: int = 40) -> None:
-    """Texts that come and go at random have the bits that each has alone, and nothing compiles."""
+    """Texts that come and go at random have the bits that each has alone, and nothing compiles.
+
+    So do texts of which as few rows as are enough are computed, in the middle of one more or fewer.
+    """
     rng = np.random.default_rng(seed)
     heads = [prompt_of(rng, 200, known), prompt_of(rng, 70, known)]
     texts, alone = engine_of(config, slots, known + 1), engine_of(config, slots, known + 1)
@@ -179,7 +183,8 @@ def mixed(config: Model, slots: int, known: int, jobs: int, seed: int, most: int
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     assert [event for event in compiled if "compile" in event] == []
-    assert texts.counts.cached_tokens > 0
+    assert texts.counts.cached_tokens > 0 and texts.sure
+    assert set(texts.counts.writes) == set(texts.sizes)
     checked = 0
     for job in came:
         job_alone = again(job)
@@ -192,7 +197,7 @@ def mixed(config: Model, slots: int, known: int, jobs: int, seed: int, most: int
             assert job.bits == job_alone.bits and job.ended == job_alone.ended
             checked += 1
         assert job.bits == job_alone.bits[: len(job.bits)]
-    assert checked > jobs // 2
+    assert checked > jobs // 2 and set(alone.counts.writes) == {alone.sizes[0]}
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -200,24 +205,36 @@ def test_a_text_does_not_depend_on_what_is_beside_it(changes: dict[str, Any]) ->
     mixed(dataclasses.replace(MODEL, **changes), SLOTS, KNOWN - 1, jobs=12, seed=len(str(changes)))
 
 
-def as_users_compile(slots: int) -> None:
+def as_users_compile(slots: int, changes: dict[str, Any]) -> None:
     """For a process of its own: a model whose products are large enough to be split."""
     config = tiny.model(
         vocab_size=2048, context=512, width=320, layers=3, ff_dim=864, heads=5, kv_heads=5,
         position="rope", norm="rmsnorm", feedforward="swiglu", bias=False,
     )  # fmt: skip
-    for seed in range(2):
-        mixed(config, slots, 2000, jobs=20, seed=seed)
-    every_slot(config, slots, 2000)
+    config = dataclasses.replace(config, **changes)
+    mixed(config, slots, 2000, jobs=12 + slots, seed=slots, most=150)
+    if not changes:
+        every_slot(config, slots, 2000)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [8, 32])
-def test_it_holds_as_users_compile(slots: int) -> None:
+@pytest.mark.parametrize(
+    "slots, changes",
+    [
+        (8, {}),
+        (32, {}),
+        (8, {"dtype": "bfloat16"}),
+        (8, {"products": "int8"}),
+        (8, {"feedforward": "swiglu_experts", "experts": 4, "ff_dim": 192}),
+        (8, {"qk_norm": True, "kv_heads": 1}),
+    ],
+    ids=str,
+)
+def test_it_holds_as_users_compile(slots: int, changes: dict[str, Any]) -> None:
     """The tests compile with fewer optimisations."""
     hidden = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    code = f"from tests import test_serve_engine as t; t.as_users_compile({slots})"
+    code = f"from tests import test_serve_engine as t; t.as_users_compile({slots}, {changes})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
@@ -226,6 +243,62 @@ def test_it_holds_as_users_compile(slots: int) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "fault, sizes",
+    [(None, [2, 4, 8, 9]), ("logits", [4, 8, 9]), ("key", [2, 8, 9]), ("place", [9])],
+)
+def test_rows_are_computed_by_programs_that_agree(
+    fault: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that gives a row other bits, as made here, is left out."""
+
+    def advance(
+        config: Model, params: Any, layers: Any, row_B: Any, last_B: Any, length_B: Any
+    ) -> tuple[Any, jax.Array]:
+        size = len(row_B)
+        logits_BV = np.sin(np.outer(last_B + 1, np.arange(V))).astype(np.float32)
+        written_B = np.cos(last_B).astype(np.float32)
+        if fault == "logits" and size == 2:
+            logits_BV[1, 7] = np.nextafter(logits_BV[1, 7], 2)
+        if fault == "key" and size == 4:
+            written_B[0] = np.nextafter(written_B[0], 2)
+        if fault == "place":
+            logits_BV[0] *= 2
+        put = lambda a: a.at[row_B, :, length_B].set(written_B[:, None, None], mode="drop")  # noqa: E731
+        return jax.tree.map(put, layers), jax.numpy.asarray(logits_BV)
+
+    monkeypatch.setattr(engine, "_advance", advance)
+    texts = engine_of(slots=9)
+    assert texts.sizes == sizes and texts.sure == (fault != "place")
+
+
+def test_no_more_rows_are_computed_than_are_enough() -> None:
+    texts = engine_of(slots=8)
+    for at_once in (1, 2, 3, 5, 8):
+        texts.counts.writes.clear()
+        finish(texts, *(Heard([i], 3) for i in range(at_once)))
+        assert set(texts.counts.writes) == {min(n for n in texts.sizes if n >= at_once)}
+
+
+def test_a_step_copies_no_cache() -> None:
+    """It is written in place, and what it takes beside it is less than a layer's keys."""
+    config = dataclasses.replace(MODEL, context=64 * 128)
+    weights, arrays = weights_of(config), [np.zeros(2, np.int32)] * 3
+    layers = decode.empty_layers(config, 8, config.context)
+    size = sum(a.nbytes for a in jax.tree.leaves(layers))
+    advance = engine._advance.lower(config_of_tiles(config), weights.params, layers, *arrays)
+    piece = (np.zeros(1, np.int32), np.zeros((1, PIECE), np.int32), np.zeros(1, np.int32))
+    read = engine._read.lower(config_of_tiles(config), weights.params, layers, *piece)
+    for lowered in (advance, read):
+        memory = lowered.compile().memory_analysis()
+        assert memory.alias_size_in_bytes == size
+        assert memory.temp_size_in_bytes < size / (2 * config.layers)
+
+
+def config_of_tiles(config: Model) -> Model:
+    return dataclasses.replace(config, attention=TILES)
 
 
 def every_slot(config: Model, slots: int, known: int) -> None:

@@ -24,7 +24,7 @@ from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
 from gptjax.layers.context import Cache, Context
 from gptjax.layers.linear import linear
-from gptjax.layers.norm import HeadNorm
+from gptjax.layers.norm import HeadNorm, row_sums
 from gptjax.layers.parameter import add_bias, parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from gptjax.layers.scores import Kernel, Scores, on_shards
@@ -121,7 +121,7 @@ def tiles(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
         )
         new = (
             new_most,
-            sum_BKGT * shrink + weights_BKGTS.sum(-1),
+            sum_BKGT * shrink + row_sums(weights_BKGTS)[..., 0],
             o_BKGTH * shrink[..., None] + added_BKGTH,
         )
         any_BKGT = sees_BKGTS.any(-1)

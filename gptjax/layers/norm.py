@@ -15,7 +15,7 @@ from gptjax.config import Model, choose
 from gptjax.layers.parameter import add_bias, parameter
 from gptjax.sharding import decoding, out
 
-ROWS = 8  # what is generated is normalised so many rows at once at least
+FEW = 4096  # fewer numbers at once XLA sums in another order, on CPUs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -33,19 +33,21 @@ Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 def _forward(x: jax.Array, eps: float, centre: bool) -> tuple[jax.Array, Residuals]:
     wide = x.astype(jnp.float32)
-    mean = _mean(wide) if centre else jnp.zeros_like(wide[..., :1])
-    scale = jax.lax.rsqrt(_mean(jnp.square(wide - mean)) + eps)
+    mean = row_sums(wide) / x.shape[-1] if centre else jnp.zeros_like(wide[..., :1])
+    scale = jax.lax.rsqrt(row_sums(jnp.square(wide - mean)) / x.shape[-1] + eps)
     return (wide - mean) * scale, (x, mean, scale)
 
 
-def _mean(x: jax.Array) -> jax.Array:
-    """Over the last dim, which stays as 1."""
-    rows = math.prod(x.shape[:-1])
-    if rows >= ROWS or not decoding() or out("B") is not None:
-        return x.mean(-1, keepdims=True)
-    # On CPUs XLA sums few rows in another order: so a text has the same bits alone and among others.
-    padded = jnp.pad(x.reshape(rows, -1), ((0, ROWS - rows), (0, 0)))
-    return padded.mean(-1)[:rows].reshape(*x.shape[:-1], 1)
+def row_sums(x: jax.Array) -> jax.Array:
+    """The sums over the last dim, which stays as 1.
+
+    While text is generated a row's sum has the same bits however many rows there are.
+    """
+    width, rows = x.shape[-1], math.prod(x.shape[:-1])
+    if x.size >= FEW or not decoding() or out("B") is not None:
+        return x.sum(-1, keepdims=True)
+    padded = jnp.pad(x.reshape(rows, width), ((0, -(-FEW // width) - rows), (0, 0)))
+    return padded.sum(-1)[:rows].reshape(*x.shape[:-1], 1)
 
 
 def _backward(eps: float, centre: bool, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array]:
