@@ -277,6 +277,18 @@ def test_tiles_read_the_rows_of_a_cache_that_they_are_told(monkeypatch):
     np.testing.assert_array_equal(chosen, tiles(q, k[row_B], v[row_B], scores))
 
 
+@pytest.mark.parametrize("row_B", [None, np.array([2, 0, 3])])
+def test_keys_are_kept_alike_whatever_the_platform(row_B, monkeypatch):
+    cache, new = normal(3 if row_B is None else 5, 2, 6, 4), normal(3, 2, 1, 4, seed=1)
+    rows, start_B = np.arange(3) if row_B is None else row_B, np.array([3, 0, 5])
+    want = np.array(cache)
+    want[rows, :, start_B] = new[:, :, 0]
+    np.testing.assert_array_equal(attention._extend(cache, new, start_B, row_B), want)
+    elsewhere = lambda *arrays, default, **_: default(*arrays)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+    np.testing.assert_array_equal(attention._extend(cache, new, start_B, row_B), want)
+
+
 @pytest.mark.parametrize("width", [3, 64, 576])
 def test_a_row_has_one_sum_however_many_rows_there_are(width):
     """While text is generated, also where the compiler orders the sum of few numbers otherwise."""

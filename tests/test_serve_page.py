@@ -202,6 +202,7 @@ def command(folder: Path, *words: str, **more: str) -> Iterator[tuple[subprocess
                 break
         else:
             raise AssertionError("".join(lines))
+        assert any(line.startswith("rows computed at once: ") for line in lines)
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield process, line.rpartition(" ")[2].strip()
     finally:
