@@ -284,7 +284,7 @@ def test_no_more_rows_are_computed_than_are_enough() -> None:
 
 def test_a_step_copies_no_cache() -> None:
     """It is written in place; beside it less is taken than half a slot's row."""
-    config = dataclasses.replace(MODEL, context=64 * 128)
+    config = dataclasses.replace(MODEL, context=64 * 128, head_dim=32)
     weights, arrays = weights_of(config), [np.zeros(2, np.int32)] * 3
     layers = decode.empty_layers(config, 8, config.context)
     size = sum(a.nbytes for a in jax.tree.leaves(layers))
@@ -304,8 +304,9 @@ def config_of_tiles(config: Model) -> Model:
 def every_slot(config: Model, slots: int, known: int) -> None:
     rng = np.random.default_rng(0)
     prompt, told, first = prompt_of(rng, 150, known), [], None
+    texts = engine_of(config, slots, known)
     for number in range(slots):
-        texts = engine_of(config, slots, known)
+        texts._slots = [engine._Slot(index) for index in range(slots)]
         before = [Heard(prompt_of(rng, 3, known), 200, knobs=Knobs(1.0)) for _ in range(number)]
         for job in before:
             texts.submit(job)
