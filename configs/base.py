@@ -114,9 +114,11 @@ def get_config() -> ConfigDict:
     d.weights = placeholder(tuple)  # sampling shares of the sources; None: by their tokens
     d.tokenizer = "gpt2"  # bytes, any tiktoken encoding, or a folder with a tokenizer.json
     # masked: attention stays in its document; document: one a row; whole: as many documents a row as
-    # fit, none cut, as dialogues; pairs: two a row, the chosen and the rejected text.
-    d.packing = "stream"  # stream | masked | document | whole | pairs
+    # fit, none cut, as dialogues; pairs: two a row, the chosen and the rejected text; prompts: one a
+    # row, which the model answers.
+    d.packing = "stream"  # stream | masked | document | whole | pairs | prompts
     d.batch_size = 8  # rows of an optimiser step, over all devices and accumulation
+    d.group = 1  # grpo: rows that answer the same prompt, one after another
 
     c.mesh = ConfigDict()
     c.mesh.data = placeholder(int)  # batch-parallel replicas; None: all remaining devices
@@ -129,12 +131,18 @@ def get_config() -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.steps = 500
-    # next_token counts by the weights of the store, as of dialogues; the others compare pairs.
-    t.objective = "next_token"  # next_token | dpo | ipo | simpo
+    # next_token counts by the weights of the store, as of dialogues; dpo, ipo and simpo compare pairs;
+    # grpo draws answers to prompts and learns by their reward.
+    t.objective = "next_token"  # next_token | dpo | ipo | simpo | grpo
     # How much a difference between the chosen and the rejected text counts. Of dpo and ipo: the more,
-    # the nearer the model stays to what it was when training began. simpo has about 2.
+    # the nearer the model stays to what it was when training began. simpo has about 2. Of grpo: the
+    # weight of the divergence from the base of adapters; else 0.
     t.beta = 0.1
     t.gamma = 0.5  # simpo: by how much the chosen reward is to be higher; half of beta or less
+    # grpo: FILE.py:FUNCTION of (row of the data, answer), which says what an answer is worth, a number
+    # that is the same each time. Its file's content is a part of the run.
+    t.reward = placeholder(str)
+    t.answer_tokens = 128  # grpo: of an answer, at most; it is drawn at temperature 1
     # What is not trained stays as it begins. unfrozen: all but train.frozen; lora: adapters of the
     # blocks' matrices; qlora: the same, with these matrices in 8 bits; last_n_layers: train.last_layers
     # blocks and nothing else; heads_only: the output projection.

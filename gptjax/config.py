@@ -285,10 +285,15 @@ class Data:
     tokenizer: str
     packing: str
     batch_size: int
+    group: int = field(metadata=off(1))
 
     def __post_init__(self) -> None:
         _numbers(self)
-        _positive(self, "batch_size")
+        _positive(self, "batch_size", "group")
+        _require(
+            self.batch_size % self.group == 0,
+            f"data.batch_size={self.batch_size} is not divisible by data.group={self.group}",
+        )
         _require(bool(self.sources), "data.sources is empty: name a token store or a built-in text")
         if self.weights is not None:
             _require(
@@ -335,6 +340,8 @@ class Train:
     objective: str = field(metadata=off("next_token"))
     beta: float = field(metadata=off(0.1))
     gamma: float = field(metadata=off(0.5))
+    reward: str | None = field(metadata=off(None))
+    answer_tokens: int = field(metadata=off(128))
     trainable: str = field(metadata=off("all"))
     frozen: tuple[str, ...] = field(metadata=off(()))
     last_layers: int = field(metadata=off(1))
@@ -358,9 +365,9 @@ class Train:
         _numbers(self)
         _positive(self, "steps", "accumulation", "log_every", "eval_every", "checkpoint_every")
         _positive(self, "keep_checkpoints", "keep_every", "watch_every", "spike", "hang_seconds")
-        _positive(self, "last_layers", "lora_rank", "lora_alpha")
+        _positive(self, "last_layers", "lora_rank", "lora_alpha", "answer_tokens")
         _fraction(self, "lora_dropout")
-        _positive(self, "beta")
+        _require(self.beta >= 0, f"train.beta must not be negative, got {self.beta}")
         _require(
             (self.keep_every or 0) % self.checkpoint_every == 0,
             f"train.keep_every={self.keep_every} is not a multiple of train.checkpoint_every="

@@ -45,10 +45,15 @@ class Text:
         ids: the new tokens, without the one that stopped the text.
         ended: "stop": a stop token was drawn; "length": `sample.max_new_tokens` is reached;
             "context": prompt and text fill `model.context`; None: it goes on.
+        drawn: the new tokens with the one that stopped the text.
+        log_likelihood: of each of `drawn`, in nats, under the model itself: whatever changed the
+            draw (temperature, top_k, ...) does not count. Empty where it was not asked for.
     """
 
     ids: list[int]
     ended: str | None
+    drawn: list[int] = dataclasses.field(default_factory=list)
+    log_likelihood: list[float] = dataclasses.field(default_factory=list)
 
 
 class Sampling(NamedTuple):
@@ -123,12 +128,14 @@ class State(NamedTuple):
         tokens_BS: int32 prompts and texts, each token at its index.
         end_B: int32 tokens at which a row ends.
         done_B: whether it has ended. Such a row is computed along, to no effect.
+        said_BS: float32 log-likelihood of each token that was drawn; None: it is not asked for.
     """
 
     cache: Params
     tokens_BS: jax.Array
     end_B: jax.Array
     done_B: jax.Array
+    said_BS: jax.Array | None = None
 
 
 class Weights(NamedTuple):
@@ -190,7 +197,7 @@ def empty_layers(config: Model, rows: int, room: int) -> Any:
     return gpt.init_cache(config, rows, room)["layers"]
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="layers")
+@functools.partial(jax.jit, static_argnames=("config", "scored"), donate_argnames="layers")
 @sharding.phase("decoding")
 def _begin(
     config: Model,
@@ -201,6 +208,7 @@ def _begin(
     tokens_BS: jax.Array,
     n_B: jax.Array,
     end_B: jax.Array,
+    scored: bool,
 ) -> State:
     """Reads what a cache of `start_B` tokens lacks of all but the last of each row's n_B tokens."""
     tokens_BS = sharding.shard(tokens_BS, "BS")
@@ -209,7 +217,8 @@ def _begin(
     if unread_BT.shape[1]:
         unread_BT = sharding.shard(unread_BT, "BT")
         cache = gpt.hidden(config, params, unread_BT, cache=cache).cache
-    return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B)
+    said_BS = sharding.shard(jnp.zeros(tokens_BS.shape), "BS") if scored else None
+    return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B, said_BS)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
@@ -223,14 +232,14 @@ def _advance(
     stop_ids: jax.Array,
     key: jax.Array,
     count: jax.Array,
-) -> tuple[State, tuple[jax.Array, ...]]:
+) -> tuple[State, tuple[jax.Array | None, ...]]:
     """At most `count` more tokens a row. Returns the state, and what the host reads of it."""
 
     def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
         return (carry[0] < count) & ~carry[1].done_B.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        tokens_made, (cache, tokens_BS, end_B, done_B) = carry
+        tokens_made, (cache, tokens_BS, end_B, done_B, said_BS) = carry
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
@@ -240,19 +249,29 @@ def _advance(
         length_B = jnp.where(done_B, length_B, length_B + 1)
         here_BS = (index_S == length_B[:, None]) & ~done_B[:, None]
         tokens_BS = jnp.where(here_BS, new_B[:, None], tokens_BS)
+        if said_BS is not None:
+            said_BS = jnp.where(here_BS, _said(logits_BV, new_B)[:, None], said_BS)
         done_B |= (new_B[:, None] == stop_ids).any(1) | (length_B + 1 >= end_B)
         new_cache |= {"length": length_B}
-        return tokens_made + 1, State(new_cache, tokens_BS, end_B, done_B)
+        return tokens_made + 1, State(new_cache, tokens_BS, end_B, done_B, said_BS)
 
     _, state = jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), state))
-    view = (state.tokens_BS, state.cache["length"], state.done_B)
+    view = (state.tokens_BS, state.cache["length"], state.done_B, state.said_BS)
     # Whole on every device, so that every process of a cluster can read it.
     return state, view if sharding.out("B") is None else jax.reshard(view, P())
 
 
+def _said(logits_BV: jax.Array, id_B: jax.Array) -> jax.Array:
+    """The log-likelihood of each row's token, float32, by the operations of `losses.token_nll`."""
+    top_B = logits_BV.max(-1)
+    log_z_B = top_B + jnp.log(jnp.exp(logits_BV - top_B[:, None]).sum(-1))
+    hit_BV = jnp.arange(logits_BV.shape[1]) == id_B[:, None]
+    return jnp.sum(logits_BV, axis=-1, where=hit_BV) - log_z_B
+
+
 @functools.partial(jax.jit, static_argnames="room")
 def _grow(arrays: Any, room: int) -> Any:
-    """A cache, or tokens_BS too, with room for more tokens a row."""
+    """A cache, or arrays BS too, with room for more tokens a row."""
 
     def pad(a: jax.Array) -> jax.Array:
         before = [(0, 0)] * (2 if a.ndim == 4 else 1)  # BKSH, or BS
@@ -313,6 +332,7 @@ def stream(
     stop_ids: Collection[int] = (),
     chunk: int = 1,
     kept: Kept | None = None,
+    scored: bool = False,
 ) -> Iterator[list[Text]]:
     """Continues each prompt and yields the new tokens of every row as they are made.
 
@@ -332,6 +352,7 @@ def stream(
         kept: the cache of the prompts and texts of an earlier call with these weights. Of
             prompts that begin like them only the rest is read; it is brought up to date at each
             yield.
+        scored: also `Text.drawn` and its log-likelihood.
 
     Raises:
         UserError: without a prompt, on one longer than the context or with an id outside the
@@ -372,7 +393,7 @@ def stream(
     end_B[len(texts) :] = 0  # surplus rows have ended before they begin
     params, start_B = weights.params, np.full(len(n_B), start, np.int32)
     unread_BT = tokens_BS[:, start : start + width]
-    state = _begin(config, params, layers, start_B, unread_BT, tokens_BS, n_B, end_B)
+    state = _begin(config, params, layers, start_B, unread_BT, tokens_BS, n_B, end_B, scored)
     key, stop_array = jax.random.key(seed), np.array(stops, np.int32)
     length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
@@ -384,26 +405,36 @@ def stream(
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
-                layers, tokens_BS = _grow((state.cache["layers"], state.tokens_BS), room)
+                layers, tokens_BS, said_BS = _grow(
+                    (state.cache["layers"], state.tokens_BS, state.said_BS), room
+                )
                 cache = state.cache | {"layers": layers}
-                state = state._replace(cache=cache, tokens_BS=tokens_BS)
+                state = state._replace(cache=cache, tokens_BS=tokens_BS, said_BS=said_BS)
             count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
             )
-            tokens, length_B, done_B = jax.device_get(view)
+            tokens, length_B, done_B, said = jax.device_get(view)
             left -= count
             if not left or done_B.all():
                 break
         new = []
         for row, n in enumerate(n_B[: len(texts)]):
-            ids, ended = tokens[row, n : length_B[row] + 1].tolist(), None
+            made = int(length_B[row]) + 1
+            more = {}
+            if scored:
+                here = slice(n + sent[row], made)
+                more = {
+                    "drawn": tokens[row, here].tolist(),
+                    "log_likelihood": said[row, here].tolist(),
+                }
+            ids, ended = tokens[row, n:made].tolist(), None
             if done_B[row]:
                 ended = "length" if len(ids) == most else "context"
             if ids and ids[-1] in stops:
                 ids, ended = ids[:-1], "stop"
-            new.append(Text(ids[sent[row] :], ended))
-            sent[row] = len(ids)
+            new.append(Text(ids[sent[row] :], ended, **more))
+            sent[row] = made - n
         if kept is not None:
             kept.layers, kept.tokens_read = state.cache["layers"], read
             kept.texts = [tokens[row, : length_B[row]].tolist() for row in range(len(texts))]

@@ -188,18 +188,57 @@ def prepare_pairs(
 
 
 PAIR = ("prompt", "chosen", "rejected")
-# What a row of each kind of store is read for.
-KEYS = {"dialogues": ("messages", "prompt", "completion"), "pairs": PAIR}
+# What a row of each kind of store is read for; prompts are read with all that there is.
+KEYS: dict[str, tuple[str, ...]] = {
+    "dialogues": ("messages", "prompt", "completion"),
+    "pairs": PAIR,
+    "prompts": (),
+}
+
+
+def prepare_prompts(
+    files: Sequence[Path], out: Path, tokenizer_name: str, val_fraction: float = 0.1
+) -> dict[str, Any]:
+    """Prompts into OUT/train and OUT/val, as `prepare_dialogues`, each with its whole row beside it.
+
+    Prompt i, up to where its answer begins, is document i, for `data.Prompts`.
+
+    Args:
+        files: as there; a row has `prompt`, a text or messages, and whatever a reward is to know.
+        tokenizer_name: one without a chat template takes texts as they are.
+
+    Raises:
+        UserError: as there.
+    """
+
+    def encoded(tokenizer: Tokenizer, row: Mapping[str, Any], place: str) -> list[Dialogue]:
+        if row.get("prompt") is None:
+            raise UserError(f"{place} has no 'prompt': its keys are {', '.join(row) or 'none'}")
+        if _has_template(tokenizer, row["prompt"], place):
+            ids = chat.encode(tokenizer, said(row["prompt"], "user", place))
+        else:
+            ids = tokenizer.encode(row["prompt"]) or [tokenizer.eot]
+        return [Dialogue(ids, np.zeros(len(ids), bool))]
+
+    return prepare_rows(files, out, tokenizer_name, val_fraction, "prompts", encoded)
+
+
+def _has_template(tokenizer: Tokenizer, value: Any, place: str) -> bool:
+    """Whether the chat template renders a prompt or an answer; else it is to be a text."""
+    if tokenizer.chat_template is not None or tokenizer.template_choice:
+        return True
+    if not isinstance(value, str):
+        raise UserError(
+            f"{place} holds messages, but tokenizer {tokenizer.name!r} has no chat template: give "
+            "texts"
+        )
+    return False
 
 
 def _answered(tokenizer: Tokenizer, row: Mapping[str, Any], key: str, place: str) -> Dialogue:
     """The prompt of a row of preferences with its answer `key`, which is what is scored."""
-    if tokenizer.chat_template is None and not tokenizer.template_choice:
-        if not all(isinstance(row[name], str) for name in ("prompt", key)):
-            raise UserError(
-                f"{place} holds messages, but tokenizer {tokenizer.name!r} has no chat template: give "
-                "texts"
-            )
+    templated = [_has_template(tokenizer, row[name], place) for name in ("prompt", key)]
+    if not all(templated):
         # Apart, as they are when an answer is generated.
         ids = tokenizer.encode(row["prompt"]) or [tokenizer.eot]
         answer = [*tokenizer.encode(row[key]), tokenizer.eot]
@@ -272,6 +311,9 @@ def prepare_rows(
                 f"{total} rows leave nothing scored for '{writer.folder.name}' with "
                 f"val_fraction={val_fraction}: give more rows or another fraction"
             )
+        if kind == "prompts":
+            rows = itertools.chain.from_iterable(read() for read in readers)
+            writer.keep_rows(row for _, row in itertools.islice(rows, start, stop))
 
     recipe = {
         "kind": kind,

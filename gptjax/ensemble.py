@@ -52,7 +52,7 @@ def key(config: Config) -> str:
     knobs = flatten(to_dict(config))
     t = config.train
     alone = config.mesh.splits or jax.process_count() > 1 or t.watch or t.branch or t.spike
-    alone = alone or choose(OBJECTIVE, t.objective, "train.objective").reference
+    alone = alone or choose(OBJECTIVE, t.objective, "train.objective").alone
     if not alone:
         knobs = {name: value for name, value in knobs.items() if name not in VARIED}
     return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
@@ -74,9 +74,11 @@ def check_together(configs: Sequence[Config]) -> None:
     first, *others = (flatten(to_dict(config)) for config in configs)
     if first["train.watch"]:
         raise UserError("runs that train together are not watched: set train.watch=()")
-    for name in ("train.branch", "train.spike"):
-        if first[name]:
-            raise UserError(f"a run with {name} trains alone: start such runs one after another")
+    alone = [name for name in ("train.branch", "train.spike") if first[name]]
+    if OBJECTIVE[objective := first["train.objective"]].alone:
+        alone.append(f"train.objective={objective!r}")
+    for name in alone:
+        raise UserError(f"a run with {name} trains alone: start such runs one after another")
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:

@@ -31,11 +31,11 @@ from gptjax.config import LESS_MEMORY, Config, Train, UserError, choose, out_of_
 from gptjax.data.batches import Batches
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import Evaluator, RowEvaluator, Score
-from gptjax.preferences import PairEvaluator, PairScore
+from gptjax.preferences import Means, PairEvaluator
 from gptjax.profile import NOTHING, Profiler
 from gptjax.progress import Progress, from_process_0, readable, say
 from gptjax.records import DIVERGED, Run, open_run, read_metrics
-from gptjax.setup import Setup, Start, describe, load_batch, set_up, settle
+from gptjax.setup import Setup, Start, answered, describe, load_batch, set_up, settle
 from gptjax.storage import Place, patient, replace_file
 from gptjax.trainable import trainable
 from gptjax.watch import make_watch
@@ -191,12 +191,13 @@ def _attempt(
             profiler.start(step, train_state)
             alive.moves("reading the batch", step)
             batch = load_batch(setup, spike.batch(spikes, step))
+            batch, answers = answered(setup, train_state, spike.batch(spikes, step), batch)
             alive.moves("training", step)
             watching = watch is not None and step % config.train.watch_every == 0
             before = jax.tree.map(jnp.copy, train_state.params) if watching else {}
             train_state, metrics = train_step(train_state, batch)  # donates the state
             watched = watch(before, train_state, batch) if watch and watching else {}
-            meter.add(step, (metrics, watched))
+            meter.add(step, (metrics | answers, watched))
             due = due_at(step, config.train, stop.requested(step))
             pause = due.evaluate or due.save or profiler.ends(step)
             if pause:
@@ -358,7 +359,7 @@ def score(
     evaluators: Mapping[str, Evaluator | RowEvaluator | PairEvaluator],
     params: model.Params,
     advance: Callable[[int], None],
-) -> dict[str, Score] | dict[str, PairScore]:
+) -> dict[str, Score] | dict[str, Means]:
     """The score of each source, and their sum as "all" where there are several."""
     scores: dict[str, Any] = {name: e(params, advance) for name, e in evaluators.items()}
     if len(scores) > 1:
@@ -368,7 +369,7 @@ def score(
 
 
 def log_scores(
-    run: Run, step: int, scores: Mapping[str, Score | PairScore], whose: str = ""
+    run: Run, step: int, scores: Mapping[str, Score | Means], whose: str = ""
 ) -> dict[str, float]:
     """Writes, says and returns held-out scores; "val_loss" is that of all sources together."""
     *_, overall = scores.values()

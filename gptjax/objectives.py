@@ -18,6 +18,7 @@ from gptjax.config import Config, ConfigError, Train
 from gptjax.data.batches import Batch
 from gptjax.layers.context import LOSS, METRIC, MOVE
 from gptjax.losses import cross_entropy, token_nll
+from gptjax.trainable import without_adapters
 
 
 class Totals(NamedTuple):
@@ -28,12 +29,20 @@ class Totals(NamedTuple):
         metrics: what is reported beside it, divided likewise; "loss" is the one that is plotted.
         weight: of the micro-batch.
         moves: path of a parameter without gradient -> where it is to move, see `Tap.move`.
+        largest: what is reported of the whole batch by its largest value, at least 0.
     """
 
     objective: jax.Array
     metrics: dict[str, jax.Array]
     weight: jax.Array
     moves: dict[str, jax.Array] | None = None
+    largest: dict[str, jax.Array] | None = None
+
+    def __add__(self, other: Totals) -> Totals:  # type: ignore[override]
+        """Those of both micro-batches."""
+        largest = jax.tree.map(jnp.maximum, self.largest, other.largest)
+        sums: Totals = jax.tree.map(jnp.add, self, other)
+        return sums._replace(largest=largest)
 
 
 class Objective(NamedTuple):
@@ -44,12 +53,19 @@ class Objective(NamedTuple):
         totals: (config, the model's parameters, a micro-batch, dropout key or None) -> sums.
         check: refuses a config that it does not go with.
         reference: whether it reads `Batch.reference`.
+        rollouts: whether it learns from what the model answers to prompts, `Batch.advantages`.
     """
 
     weight: Callable[[Batch[jax.Array]], jax.Array]
     totals: Callable[[Config, model.Params, Batch[jax.Array], jax.Array | None], Totals]
     check: Callable[[Config], None] = lambda config: None
     reference: bool = False
+    rollouts: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether a run does more than step after step, so that none trains together with it."""
+        return self.reference or self.rollouts
 
 
 def next_token(
@@ -83,6 +99,19 @@ def _check_next_token(config: Config) -> None:
         raise ConfigError(
             "data.packing='pairs' holds rejected texts too: set train.objective to dpo, ipo or simpo"
         )
+    if config.data.packing == "prompts":
+        raise ConfigError(
+            "data.packing='prompts' holds no answers to learn: set train.objective='grpo'"
+        )
+    _check_no_group(config)
+
+
+def _check_no_group(config: Config) -> None:
+    if config.data.group > 1:
+        raise ConfigError(
+            f"data.group={config.data.group} repeats each row, which train.objective="
+            f"{config.train.objective!r} has no use for: set it to 1"
+        )
 
 
 def _hidden(
@@ -102,7 +131,7 @@ def _hidden(
 
 def _with_layers(totals: Totals, heard: Mapping[str, jax.Array]) -> Totals:
     """With what layers add, report and move."""
-    objective, metrics, weight, _ = totals
+    objective, metrics, weight, _, largest = totals
     auxiliary = {n: weight * x.sum() for n, x in heard.items() if n.startswith(LOSS)}
     reported = {
         n.removeprefix(METRIC): weight * x.mean() for n, x in heard.items() if n.startswith(METRIC)
@@ -111,7 +140,7 @@ def _with_layers(totals: Totals, heard: Mapping[str, jax.Array]) -> Totals:
         f"blocks/{n.removeprefix(MOVE)}": weight * x for n, x in heard.items() if n.startswith(MOVE)
     }
     objective = sum(auxiliary.values(), start=objective)
-    return Totals(objective, metrics | auxiliary | reported, weight, moves)
+    return Totals(objective, metrics | auxiliary | reported, weight, moves, largest)
 
 
 class Text(NamedTuple):
@@ -215,10 +244,18 @@ def _check_preference(config: Config) -> None:
     objective = f"train.objective={config.train.objective!r}"
     if config.data.packing != "pairs":
         raise ConfigError(f"{objective} compares two texts: set data.packing='pairs'")
+    if not config.train.beta:
+        raise ConfigError(f"train.beta must be above 0 for {objective}")
+    _check_no_group(config)
+    _check_no_noise(config, "with dropout a model differs from itself, and is no longer compared "
+                    "with its reference")  # fmt: skip
+
+
+def _check_no_noise(config: Config, why: str) -> None:
+    objective = f"train.objective={config.train.objective!r}"
     if config.model.dropout or config.train.lora_dropout:
         raise ConfigError(
-            f"{objective} goes with model.dropout=0 and train.lora_dropout=0 only: with dropout a "
-            "model differs from itself, and is no longer compared with its reference"
+            f"{objective} goes with model.dropout=0 and train.lora_dropout=0 only: {why}"
         )
     if config.optim.z_loss:
         raise ConfigError(f"{objective} has no z-loss: set optim.z_loss=0")
@@ -230,9 +267,89 @@ def preference(loss_of_pair: PairLoss, reference: bool = True) -> Objective:
     return Objective(count_pairs, totals, _check_preference, reference)
 
 
+CLIP = 0.2  # by how much a token may have become likelier or less likely, as in PPO
+
+
+def grpo(
+    config: Config, params: model.Params, batch: Batch[jax.Array], dropout_key: jax.Array | None
+) -> Totals:
+    """Group relative policy optimisation: Shao et al. 2024 (arXiv:2402.03300), eq. 3, from answers
+    with their advantages (`rollouts.advantages`), one update for each batch of them.
+
+    What is drawn and what is trained is the model's own distribution, at temperature 1. The sum is
+    over all scored tokens of the batch and divided by their number, as in DAPO (Yu et al. 2025,
+    arXiv:2503.14476, eq. 8). The paper divides each answer by its own length first, which makes the
+    tokens of a long wrong answer count less; and so micro-batches add up to the same.
+
+    With adapters and `train.beta` above 0, beta times the paper's estimator of the divergence from
+    the base (eq. 4) is added, which takes one more forward pass.
+
+    Metrics, means over scored tokens: loss; clipped, the share whose ratio the clip holds back; with
+    beta kl, nats; sampler_gap_mean, how far the log-likelihood is from what it was when the token
+    was drawn, by the same parameters, nats; and sampler_gap, the largest of these.
+    """
+    assert batch.sampled is not None
+    assert batch.advantages is not None
+
+    def said(params: model.Params) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        """Each target's log-likelihood."""
+        x_BTD, heard = _hidden(config, params, batch, dropout_key)
+        x_BTD, kernel, dims = model.unembedding(config.model, params, x_BTD)
+        chunk, softcap = config.optim.loss_vocab_chunk, config.model.logit_softcap
+        nll_BT, _ = token_nll(x_BTD, kernel, dims, batch.targets, chunk=chunk, softcap=softcap)
+        return -nll_BT, heard
+
+    with jax.named_scope("loss"):
+        said_BT, heard = said(params)
+        scored_BT = batch.weights > 0
+        log_ratio_BT = jnp.where(scored_BT, said_BT - batch.sampled, 0)
+        gain_BT = jnp.exp(log_ratio_BT) * batch.advantages
+        held_BT = jnp.clip(jnp.exp(log_ratio_BT), 1 - CLIP, 1 + CLIP) * batch.advantages
+        values = {
+            "loss": -jnp.minimum(gain_BT, held_BT),
+            "clipped": (held_BT < gain_BT).astype(jnp.float32),
+            "sampler_gap_mean": jnp.abs(log_ratio_BT),
+        }
+        if config.train.beta:
+            base_BT = jax.lax.stop_gradient(said(without_adapters(params))[0])
+            apart_BT = jnp.where(scored_BT, base_BT - said_BT, 0)
+            values["kl"] = jnp.exp(apart_BT) - apart_BT - 1
+            values["loss"] += config.train.beta * values["kl"]
+        metrics = {name: (batch.weights * x_BT).sum() for name, x_BT in values.items()}
+        largest = {"sampler_gap": jnp.abs(log_ratio_BT).max()}
+    totals = Totals(metrics["loss"], metrics, batch.weights.sum(), largest=largest)
+    return _with_layers(totals, heard)
+
+
+def _check_grpo(config: Config) -> None:
+    t, d = config.train, config.data
+    if d.packing != "prompts":
+        raise ConfigError("train.objective='grpo' answers prompts: set data.packing='prompts'")
+    if t.reward is None:
+        raise ConfigError(
+            "train.objective='grpo' learns by a reward: set train.reward='FILE.py:FUNCTION'"
+        )
+    if d.group < 2:
+        raise ConfigError(
+            "train.objective='grpo' compares the answers to a prompt with each other: set data.group "
+            "to 2 or more"
+        )
+    if t.beta and t.trainable != "lora":
+        raise ConfigError(
+            f"train.beta={t.beta} holds the model near its base, which only adapters leave as it was: "
+            "set train.trainable='lora', or train.beta=0"
+        )
+    _check_no_noise(config, "with dropout the model that answers is not the one that is trained")
+
+
+def scored_tokens(batch: Batch[jax.Array]) -> jax.Array:
+    return batch.weights.sum()
+
+
 OBJECTIVE: dict[str, Objective] = {
-    "next_token": Objective(lambda batch: batch.weights.sum(), next_token, _check_next_token),
+    "next_token": Objective(scored_tokens, next_token, _check_next_token),
     "dpo": preference(dpo),
     "ipo": preference(ipo),
     "simpo": preference(simpo, reference=False),
+    "grpo": Objective(scored_tokens, grpo, _check_grpo, rollouts=True),
 }

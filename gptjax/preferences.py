@@ -37,15 +37,21 @@ REFERENCE = "reference.npz"
 
 
 @dataclasses.dataclass(frozen=True)
-class PairScore:
-    """Sums over held-out pairs, which add up over sources: the metrics of the objective."""
+class Means:
+    """Sums over held-out rows, which add up over sources, by the names of their means.
+
+    Attributes:
+        rows: so many.
+        kind: what they are, in the plural.
+    """
 
     sums: Mapping[str, float]
-    pairs: float
+    rows: float
+    kind: str
 
     def __add__(self, other: Self) -> Self:
         sums = {name: total + other.sums[name] for name, total in self.sums.items()}
-        return dataclasses.replace(self, sums=sums, pairs=self.pairs + other.pairs)
+        return dataclasses.replace(self, sums=sums, rows=self.rows + other.rows)
 
     @property
     def loss(self) -> float:
@@ -53,12 +59,11 @@ class PairScore:
 
     @property
     def values(self) -> dict[str, float]:
-        """Means: those of a step, of held-out pairs."""
-        return {name: total / self.pairs for name, total in self.sums.items()}
+        return {name: total / self.rows for name, total in self.sums.items()}
 
     def __str__(self) -> str:
         told = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
-        return f"{told} ({self.pairs:,.0f} pairs)"
+        return f"{told} ({self.rows:,.0f} {self.kind})"
 
 
 class PairEvaluator(RowEvaluator):
@@ -79,12 +84,12 @@ class PairEvaluator(RowEvaluator):
     def __call__(
         self, params: model.Params, advance: Callable[[int], None] = lambda tokens: None
     ) -> Any:
-        """The `PairScore` of all rows; `advance` hears of every so many places scored."""
+        """The `Means` of all pairs, of a step's metrics; `advance` hears of every so many places scored."""
         scores = []
         for first in range(0, self._count, self._at_once):
             metrics, weight = jax.device_get(self.program(params, self.batch(first)))
             sums = {name: float(value) for name, value in metrics.items()}
-            scores.append(PairScore(sums, float(weight)))
+            scores.append(Means(sums, float(weight), "pairs"))
             advance(min(self._at_once, self._count - first) * self.rows.context)
         return sum(scores[1:], start=scores[0])
 

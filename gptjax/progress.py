@@ -115,6 +115,10 @@ class Progress:
 def readable(values: Mapping[str, float]) -> str:
     """The numbers of a training step as a person reads them."""
     parts = [f"loss {values['loss']:.4f}"]
+    if "reward" in values:
+        parts.append(f"reward {values['reward']:.4f}")
+    if "sampler_gap" in values:
+        parts.append(f"sampler's gap {values['sampler_gap']:.1e}")
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in values:

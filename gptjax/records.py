@@ -100,6 +100,8 @@ def meant(knob: str, value: Any) -> Any:
         return [whole(source) for source in value]
     if knob == "data.tokenizer":
         return whole(value)
+    if knob == "train.reward":  # its file is told by its content
+        return value and value.rpartition(":")[2]
     return value and value.rpartition("@")[2] if knob == "train.branch" else value
 
 
@@ -113,7 +115,7 @@ def by_place(fingerprints: Mapping[str, str]) -> dict[str, str]:
 # run records by itself (its config). Every other source file counts, so a new one does.
 NOT_COMPUTING = (
     *("cluster", "commands", "evaluation", "plan", "report", "serve", "sizes", "study"),
-    *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py", "decode.py"),
+    *("accounting.py", "alive.py", "chat.py", "cli.py", "configure.py"),
     *("dialogues.py", "doctor.py", "ledger.py", "positions.py", "profile.py", "progress.py"),
     *("records.py", "replay.py", "signals.py", "speak.py", "status.py", "trained.py"),
 )

@@ -40,6 +40,7 @@ from gptjax.config import (
 from gptjax.data.sources import open_source
 from gptjax.locks import scratch
 from gptjax.progress import say
+from gptjax.rollouts import load_reward
 from gptjax.sharding import AXES, make_mesh, section
 from gptjax.storage import Place
 
@@ -267,6 +268,8 @@ def verify_content(
         for name, split in (("data", "train"), ("held_out", "val")):
             store = open_source(source, vocabulary, split)  # checks each file by the manifest
             _same(f"{store.path}", fingerprints[f"{name}.{source}"], store.fingerprint)
+    if (reward := config.train.reward) is not None and "reward" in fingerprints:
+        _same(f"train.reward={reward}", fingerprints["reward"], load_reward(reward).sha256)
     initial = fingerprints.get("initial")
     if initial is None and begin is not None:
         raise UserError("the run began with random parameters: leave --from out")

@@ -19,6 +19,8 @@ from gptjax.layers import attention
 from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator, RowEvaluator
 from gptjax.preferences import PairEvaluator
+from gptjax.rollouts import Reward, RewardEvaluator, Rollouts, load_reward
+from gptjax.trainable import trainable
 from gptjax.watch import STATISTICS
 
 
@@ -30,13 +32,15 @@ class Setup:
     tokenizer: tokenizer.Tokenizer
     batches: Batches
     evaluators: dict[str, Evaluator | RowEvaluator | PairEvaluator]  # by source
+    rollouts: Rollouts | None = None  # of an objective that learns from them
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the tokenizer and both splits of each source: what the config only names."""
+        """Of the tokenizer, both splits of each source and the reward: what the config only names."""
         data = {f"data.{name}": value for name, value in self.batches.fingerprint.items()}
         held_out = {f"held_out.{name}": e.fingerprint for name, e in self.evaluators.items()}
-        return {"tokenizer": self.tokenizer.fingerprint} | data | held_out
+        reward = {} if self.rollouts is None else {"reward": self.rollouts.reward.sha256}
+        return {"tokenizer": self.tokenizer.fingerprint} | data | held_out | reward
 
     @property
     def pairs(self) -> dict[str, Pairs]:
@@ -109,11 +113,16 @@ def load_tokenizer(config: Config) -> tokenizer.Tokenizer:
 
 
 def make_evaluators(
-    config: Config, vocabulary: tokenizer.Tokenizer
+    config: Config, vocabulary: tokenizer.Tokenizer, reward: Reward | None = None
 ) -> dict[str, Evaluator | RowEvaluator | PairEvaluator]:
-    """One for the held-out split of each source: pairs are scored by the objective."""
+    """One for the held-out split of each source: pairs are scored by the objective, answers to prompts
+    by their reward."""
     packing = PACKING[config.data.packing]
-    kind = PairEvaluator if packing.paired else RowEvaluator if packing.whole else Evaluator
+    kind: Callable[..., Evaluator | RowEvaluator | PairEvaluator] = Evaluator
+    if reward is not None:
+        kind = functools.partial(RewardEvaluator, reward=reward)
+    elif packing.whole:
+        kind = PairEvaluator if issubclass(packing, Pairs) else RowEvaluator
     return {
         source: kind(config, open_source(source, vocabulary, "val"), vocabulary)
         for source in config.data.sources
@@ -129,13 +138,37 @@ def set_up(config: Config) -> Setup:
     sharding.check_divisible(config, specs, jax.sharding.get_mesh().shape)
     vocabulary = load_tokenizer(config)
     batches = Batches(config.data, config.model.context, config.seed, "train", vocabulary)
-    return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary))
+    reward = rollouts = None
+    if OBJECTIVE[config.train.objective].rollouts and config.train.reward is not None:
+        reward = load_reward(config.train.reward)
+        rollouts = Rollouts(config, batches, vocabulary, reward)
+    return Setup(config, vocabulary, batches, make_evaluators(config, vocabulary, reward), rollouts)
 
 
 def load_batch(setup: Setup, step: int) -> Batch[jax.Array]:
     """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
-    rows = setup.config.data.batch_size // setup.config.train.accumulation
-    return sharding.place(functools.partial(read_rows, setup, step), rows, "BAT")
+    return _place(setup.config, functools.partial(read_rows, setup, step))
+
+
+def answered(
+    setup: Setup, now: state.TrainState, step: int, batch: Batch[jax.Array]
+) -> tuple[Batch[jax.Array], dict[str, float]]:
+    """The batch of a step with what the model as it is `now` answers, and metrics of the answers.
+
+    Where the objective does not learn from answers the batch is as it was.
+    """
+    if setup.rollouts is None:
+        return batch, {}
+    params = trainable(setup.config).whole(now.params, now.frozen)
+    rows, metrics = setup.rollouts(params, step)
+    A = setup.config.train.accumulation
+    rows = jax.tree.map(lambda x: x.reshape(-1, A, x.shape[-1]), rows)
+    part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], rows)  # noqa: E731
+    return _place(setup.config, part), metrics
+
+
+def _place(config: Config, read: Callable[[int, int], Batch[np.ndarray]]) -> Batch[jax.Array]:
+    return sharding.place(read, config.data.batch_size // config.train.accumulation, "BAT")
 
 
 def read_rows(setup: Setup, step: int, start: int, stop: int) -> Batch[np.ndarray]:

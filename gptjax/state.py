@@ -206,7 +206,8 @@ def update(
         accepted = jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
         frozen = _moved(config, state.frozen, sums.moves, accept)
     weight = some(sums.weight)
-    metrics = {name: value / weight for name, value in sums.metrics.items()} | {
+    metrics = {name: value / weight for name, value in sums.metrics.items()}
+    metrics |= (sums.largest or {}) | {
         "gradient_norm": norm,
         "learning_rate": schedule(done),
         "tokens": sums.weight,
@@ -251,9 +252,9 @@ def _accumulate(totals: Callable[..., tuple[jax.Array, Totals]], micros: int) ->
             return grad(params, micro, jax.random.fold_in(key, index), scale)
 
         def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-            gradient_and_sums = part(index)
+            (gradient, sums), (more, more_sums) = total, part(index)
             with jax.named_scope("gradients"):
-                return jax.tree.map(jnp.add, total, gradient_and_sums), None
+                return (jax.tree.map(jnp.add, gradient, more), sums + more_sums), None
 
         _, sums = jax.eval_shape(part, jnp.zeros((), jnp.int32))
         no_sums = jax.tree.map(lambda s: jnp.zeros(s.shape), sums)

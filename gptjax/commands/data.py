@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from gptjax.commands.command import (
@@ -87,6 +88,14 @@ def data_pairs(arguments: argparse.Namespace, overrides: list[str]) -> None:
     _print_stores(prepare_pairs(a.files, a.out, a.tokenizer, a.val_fraction))
 
 
+def data_prompts(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    no_more(overrides)
+    from gptjax.dialogues import prepare_prompts
+
+    a = arguments
+    _print_stores(prepare_prompts(a.files, a.out, a.tokenizer, a.val_fraction))
+
+
 def _add_dialogues(parser: argparse.ArgumentParser) -> None:
     _add_files(parser, ".jsonl .parquet", "the store to make")
     parser.add_argument(
@@ -135,8 +144,11 @@ def data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
         styles = {"scored": "\x1b[32m{}\x1b[0m".format, "read": "\x1b[2m{}\x1b[0m".format}
     texts = describe(batches.rows(arguments.step, 0, rows), vocabulary, **styles)
     origins = batches.origins(arguments.step)[:rows]
+    kept = batches.prompts(arguments.step) if config.data.packing == "prompts" else []
     for row, (text, origin) in enumerate(zip(texts, origins, strict=True)):
         print(f"--- step {arguments.step}, row {row} of {all_rows}: {origin}\n{text}")
+        for _, source in kept[row : row + 1]:
+            print(json.dumps(source, ensure_ascii=False))
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +217,21 @@ the token that ends each. Teach a model by them with packing=pairs:
   train --config=configs/dpo.py --from=models/smollm2 --config.data.sources="('data/pairs',)" ...
 """,
     ),
+    "data prompts": Command(
+        data_prompts,
+        _add_dialogues,
+        "Make a token store of prompts that a model is to answer, with their rows.",
+        """\
+A row has a `prompt`, a text or messages, which the model's own chat template renders up to where an
+answer begins; with a tokenizer that has none, a text as it is. The whole row is kept beside it
+(rows.jsonl): the reward that a model learns by is a function of the row and the answer. With
+packing=prompts:
+
+  data prompts questions.jsonl --out=data/questions --tokenizer=models/smollm2
+  train --config=configs/grpo.py --from=models/smollm2 --config.train.reward=mine.py:reward \\
+      --config.data.sources="('data/questions',)" ...
+""",
+    ),
     "data show": Command(
         data_show,
         _add_show,
@@ -213,7 +240,7 @@ the token that ends each. Teach a model by them with packing=pairs:
 A batch is a pure function of (seed, step): step 100 of a run reads batch 99. Before each row stands
 where it comes from: the source, its row there, and its documents, counted from 0. What is scored is
 green and what is read alone is dim; without colours it stands in double brackets. A double bar
-begins another document.
+begins another document. Below a prompt stands its row.
 
   data show --config=configs/shakespeare.py --step=100 --rows=2
   data show --workdir=runs/mine --step=99

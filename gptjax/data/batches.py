@@ -16,7 +16,7 @@ import numpy as np
 from gptjax.config import Data, UserError, check_seed, choose
 from gptjax.data.order import key, mix_sources, permute
 from gptjax.data.sources import open_source
-from gptjax.data.store import Store
+from gptjax.data.store import ROWS, Store
 from gptjax.progress import say
 from gptjax.tokenizer import Tokenizer
 
@@ -38,6 +38,9 @@ class Batch(NamedTuple, Generic[A]):
         positions: int32, counted from the segment's start; None: from the row's.
         reference: float32, each target's negative log-likelihood in nats under the model that
             training began with; NaN before it is known (`Pairs.reference`). None: rows are no pairs.
+        sampled: float32, each target's log-likelihood in nats when it was drawn; NaN before it is.
+            None: rows are no prompts.
+        advantages: float32, what the answer that a target is of was worth; likewise.
     """
 
     tokens: A
@@ -46,6 +49,8 @@ class Batch(NamedTuple, Generic[A]):
     segments: A | None = None
     positions: A | None = None
     reference: A | None = None
+    sampled: A | None = None
+    advantages: A | None = None
 
 
 class Packing(Protocol):
@@ -57,19 +62,19 @@ class Packing(Protocol):
     Attributes:
         segmented: whether a row's segments and positions say more than that it is one text.
         whole: whether a document is scored as it is read here alone, uncut, and is held out so too.
-        paired: whether a row is a pair of documents, which has a reference.
+        extra: the fields that rows have beyond those of each packing.
         takes: the kinds of stores, of those that `data` makes, that it does not read as something else.
     """
 
     segmented: bool
     whole: bool
-    paired: bool
+    extra: tuple[str, ...]
     takes: tuple[str, ...]
 
     def __init__(self, store: Store, context: int, eot: int) -> None: ...
     def __len__(self) -> int: ...
     def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
-        """Rows `index`, int64 (R,) in range(len), all fields given, but a reference to pairs alone."""
+        """Rows `index`, int64 (R,) in range(len), with all fields up to `positions`, and `extra`."""
         ...
 
     def documents(self, index: np.ndarray) -> np.ndarray:
@@ -85,7 +90,8 @@ class Stream:
     target, as nothing stands before it.
     """
 
-    segmented = whole = paired = False
+    segmented, whole = False, False
+    extra: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("texts",)
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
@@ -156,7 +162,8 @@ class Document:
     rows are padded: token end-of-text, weight 0, segment -1, position 0.
     """
 
-    segmented, whole, paired = True, False, False
+    segmented, whole = True, False
+    extra: tuple[str, ...] = ()
     # Of a dialogue the first token would follow an end-of-text, and of a long one the end would be
     # scored without its beginning.
     takes: tuple[str, ...] = ("texts",)
@@ -207,7 +214,8 @@ class Whole:
     targets is left out, which a line tells.
     """
 
-    segmented, whole, paired = True, True, False
+    segmented, whole = True, True
+    extra: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("texts", "dialogues")
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
@@ -258,7 +266,7 @@ class Pairs(Whole):
             is known.
     """
 
-    paired = True
+    extra: tuple[str, ...] = ("reference",)
     takes: tuple[str, ...] = ("pairs",)
 
     def __init__(self, store: Store, context: int, eot: int) -> None:
@@ -290,6 +298,58 @@ class Pairs(Whole):
         return batch._replace(reference=reference)
 
 
+class Prompts:
+    """A prompt a row, a document that a model is to answer; what is left of the row is for that.
+
+    As an input each of its tokens is there, as a target none is scored. A prompt that leaves no token
+    of the context for an answer is left out, which a line tells.
+    """
+
+    segmented, whole = False, True
+    extra: tuple[str, ...] = ("sampled", "advantages")
+    takes: tuple[str, ...] = ("prompts",)
+
+    def __init__(self, store: Store, context: int, eot: int) -> None:
+        self.store, self.context, self.eot = store, context, eot
+        if len(store.row_ends) != len(store.document_ends):
+            raise UserError(
+                f"{store.path} does not hold the rows that its documents were made of: "
+                "data.packing='prompts' takes a store of prompts, which `data prompts` makes"
+            )
+        starts = np.append(0, store.document_ends[:-1])
+        # In place of the end-of-text, which is not read, there is to be a token of the answer.
+        self.kept = _fitting(store, store.document_ends - starts, context, "prompt")
+        self.bounds = np.stack([starts, store.document_ends - 1], axis=1)[self.kept]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
+        shape = (len(index), self.context)
+        tokens, targets = np.full(shape, self.eot, np.int32), np.full(shape, self.eot, np.int32)
+        place, lengths = (
+            np.arange(self.context, dtype=np.int32),
+            np.zeros((len(index), 1), np.int32),
+        )
+        for row, (start, stop) in enumerate(self.bounds[index].tolist()):
+            tokens[row, : stop - start] = self.store.tokens(start, stop)
+            lengths[row] = stop - start
+        targets[:, :-1] = tokens[:, 1:]
+        segments = np.where(place < lengths, 0, PAD).astype(np.int32)
+        unknown = np.full(shape, np.nan, np.float32)
+        return Batch(
+            tokens, targets, np.zeros(shape, np.float32), segments, place * (segments != PAD),
+            sampled=unknown, advantages=unknown,
+        )  # fmt: skip
+
+    def documents(self, index: np.ndarray) -> np.ndarray:
+        return np.stack([self.kept[index]] * 2, axis=1)
+
+    def source(self, document: int) -> tuple[str, dict[str, Any]]:
+        """The row that a document's prompt is of, and where it stands, in words."""
+        return f"{self.store.path / ROWS} line {document + 1}", self.store.row(document)
+
+
 def _fitting(store: Store, lengths: np.ndarray, context: int, what: str) -> np.ndarray:
     """Which of the documents or pairs, of `lengths` targets, fit a row; tells of those that do not."""
     kept = np.flatnonzero(lengths <= context)
@@ -312,6 +372,7 @@ PACKING: dict[str, type[Packing]] = {
     "document": Document,
     "whole": Whole,
     "pairs": Pairs,
+    "prompts": Prompts,
 }
 
 
@@ -345,7 +406,7 @@ class Batches:
     Attributes:
         names, sources: each source of the config, and it under its packing; `len` is its rows an
             epoch.
-        segmented, paired: see `Packing`.
+        segmented: see `Packing`.
         fingerprint: source -> its store's fingerprint, to be recorded and checked on resume.
     """
 
@@ -373,18 +434,19 @@ class Batches:
             _check_taken(name, store, config.packing)
         self.names = config.sources
         self.sources = [pack(stores[name], context, tokenizer.eot) for name in config.sources]
-        self.segmented, self.paired = pack.segmented, pack.paired
+        self.segmented, self._extra = pack.segmented, pack.extra
         self.fingerprint = {name: store.fingerprint for name, store in stores.items()}
         self.batch_size, self.context, self.seed = config.batch_size, context, seed
+        self._group = config.group
         self.weights = config.weights or [len(source) for source in self.sources]
 
     def rows(self, step: int, start: int, stop: int) -> Batch[np.ndarray]:
         """Rows [start, stop) of the batch at `step`, R of them, each array (R, T)."""
         shape = (stop - start, self.context)
-        fields = [name for name in Batch._fields if name != "reference" or self.paired]
-        floats = ("weights", "reference")
+        *ids, weights = "tokens", "targets", "segments", "positions", "weights"
+        fields = [*ids, weights, *self._extra]
         batch: Any = Batch(
-            **{f: np.empty(shape, np.float32 if f in floats else np.int32) for f in fields}
+            **{f: np.empty(shape, np.int32 if f in ids else np.float32) for f in fields}
         )
         for source, rows_of_source, index in self._drawn(step, start, stop):
             drawn = self.sources[source].rows(index)
@@ -403,11 +465,16 @@ class Batches:
                 origins[row] = Origin(self.names[i], of_source, first, last)
         return [origins[row] for row in sorted(origins)]
 
+    def prompts(self, step: int) -> list[tuple[str, dict[str, Any]]]:
+        """Of each row of the batch at `step` what `Prompts.source` says, for the packing of prompts."""
+        packed: Any = dict(zip(self.names, self.sources, strict=True))
+        return [packed[origin.source].source(origin.first) for origin in self.origins(step)]
+
     def _drawn(
         self, step: int, start: int, stop: int
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(source, which of the rows [start, stop) are its, which of its own rows they are)."""
-        rows = step * self.batch_size + np.arange(start, stop)
+        rows = (step * self.batch_size + np.arange(start, stop)) // self._group
         source_R, draw_R = mix_sources(rows, self.weights, self.seed)
         for i, source in enumerate(self.sources):
             rows_of_source = np.flatnonzero(source_R == i)

@@ -300,7 +300,10 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def open_rows(file: Path, keys: Sequence[str]) -> Callable[[], Rows]:
-    """Rows of a .jsonl or .parquet file or a data set of the hub, with those of `keys` they have."""
+    """Rows of a .jsonl or .parquet file or a data set of the hub, with those of `keys` they have.
+
+    Without `keys` rows are whole.
+    """
     if str(file).startswith(HUB):
         return _kept(str(file), keys, required=False)
     read = choose(ROW_READERS, file.suffix, f"the file ending of {file}")
@@ -309,7 +312,7 @@ def open_rows(file: Path, keys: Sequence[str]) -> Callable[[], Rows]:
 
     def rows() -> Rows:
         for place, row in read(file, keys):
-            yield place, {key: row[key] for key in keys if key in row}
+            yield place, {key: row[key] for key in keys or row if key in row}
 
     return rows
 
@@ -328,8 +331,8 @@ def _kept(source: str, keys: Sequence[str], required: bool) -> Callable[[], Rows
             return
         kept.truncate()
         for number, row in enumerate(hub_rows(source, keys if required else ())):
-            row = {key: row[key] for key in keys if key in row}
-            kept.write(json.dumps(row) + "\n")
+            row = {key: row[key] for key in keys or row if key in row}
+            kept.write(json.dumps(row, default=str) + "\n")
             yield f"{source} row {number}", row
         whole = True
 

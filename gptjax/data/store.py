@@ -7,6 +7,7 @@ A store is a folder, one for each split:
     document_ends.bin    little-endian int64, one past the last token of each document
     weights-00000.bin    little-endian float32, what each token counts as a target, shard by shard;
                          only in a store that was written with weights: else each counts 1
+    rows.jsonl           what each document was made of, a line each; only where it is kept
 
 Every document is followed by exactly one end-of-text token, which its bounds include.
 nanoGPT's `train.bin` (raw uint16, no manifest) opens as a store too.
@@ -15,11 +16,12 @@ nanoGPT's `train.bin` (raw uint16, no manifest) opens as a store too.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from gptjax.tokenizer import Tokenizer
 FORMAT = 1
 MANIFEST = "manifest.json"
 ENDS = "document_ends.bin"
+ROWS = "rows.jsonl"
 NOTE = "note.npz"  # of a writer that has not closed
 ANEW = "delete the store and prepare the text anew"
 SHARD_TOKENS = 1 << 26
@@ -59,6 +62,18 @@ class Store:
     _shards: list[np.ndarray] = field(repr=False)
     _starts: list[int] = field(repr=False)
     _weights: list[np.ndarray] = field(repr=False, default_factory=list)
+    _rows: np.ndarray | None = field(repr=False, default=None)
+
+    @functools.cached_property
+    def row_ends(self) -> np.ndarray:
+        """int64 (documents,), one past the last byte of each line of `ROWS`; empty without it."""
+        return np.flatnonzero(np.array([] if self._rows is None else self._rows) == ord("\n")) + 1
+
+    def row(self, document: int) -> dict[str, Any]:
+        """What a document was made of, where `row_ends` says that it is kept."""
+        assert self._rows is not None
+        start = self.row_ends[document - 1] if document else 0
+        return json.loads(bytes(self._rows[start : self.row_ends[document]]))
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +147,11 @@ class Store:
                 weights.append(_checked(file, np.dtype("<f4"), count, sha256))
         sha256, count = manifest["document_ends_sha256"], manifest["documents"]
         ends = _checked(path / ENDS, np.dtype("<i8"), count, sha256)
-        return cls(path, fingerprint(manifest), ends, manifest, shards, _starts(shards), weights)
+        rows = None
+        if (entry := manifest.get("rows")) is not None:
+            rows = _checked(path / ROWS, np.dtype("u1"), entry["bytes"], entry["sha256"])
+        starts = _starts(shards)
+        return cls(path, fingerprint(manifest), ends, manifest, shards, starts, weights, rows)
 
     @classmethod
     def _open_bin(cls, path: Path, tokenizer: Tokenizer | None) -> Store:
@@ -174,6 +193,7 @@ class StoreWriter:
         self._held: list[np.ndarray] = []
         self._held_weights: list[np.ndarray] = []
         self._held_tokens = 0
+        self._rows: dict[str, Any] = {}
         if (folder / NOTE).is_file():
             self._go_on()
 
@@ -236,6 +256,12 @@ class StoreWriter:
             self._document_start = self.tokens
             self._ends.append(self.tokens)
 
+    def keep_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes what each document was made of, in their order, for `Store.row`."""
+        lines = [json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows]
+        content = np.frombuffer("".join(lines).encode(), np.uint8)
+        self._rows = {"rows": {"bytes": len(content), "sha256": self._write(content, ROWS)}}
+
     def close(self, **provenance: Any) -> None:
         """Writes what is left and the manifest, with `provenance` added."""
         if self._held_tokens:
@@ -254,6 +280,7 @@ class StoreWriter:
             "bytes": self.bytes,
             "shards": self._shards,
             "document_ends_sha256": hashlib.sha256(ends).hexdigest(),
+            **self._rows,
             **provenance,
         }
         (self.folder / NOTE).unlink(missing_ok=True)

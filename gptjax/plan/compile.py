@@ -186,9 +186,8 @@ def abstract_batch(config: Config) -> Batch[jax.ShapeDtypeStruct]:
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     packing = PACKING[config.data.packing]
-    return Batch(
-        ids, ids, weights, *([ids, ids] if packing.segmented else []), *[weights] * packing.paired
-    )
+    segments = [ids, ids] if packing.segmented else []
+    return Batch(ids, ids, weights, *segments, **dict.fromkeys(packing.extra, weights))
 
 
 def compile_for(config: Config, devices: Sequence[jax.Device], domains: Sequence[int]) -> Compiled:
