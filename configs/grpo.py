@@ -10,8 +10,6 @@ Expected: the metrics `reward` and, of held-out prompts, `val_reward` rise. `rew
           exact answers; name your own by --config.train.reward=FILE.py:FUNCTION.
 """
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,13 +17,11 @@ from ml_collections import ConfigDict
 from configs import base
 
 
-def reward(row: Mapping[str, Any], answer: str) -> float:
-    """1 if the last number of the answer is that of the row's `answer`, else 0."""
-    said, right = (
-        re.findall(r"-?\d+(?:\.\d+)?", str(text).replace(",", ""))
-        for text in (answer, row["answer"])
-    )
-    return float(bool(said) and float(said[-1]) == float(right[-1]))
+def reward(row: dict[str, Any], answer: str) -> float:
+    """1 if the last word of the answer is that of the row's `answer`, but for marks, else 0."""
+    said, right = (str(text).replace(",", "").split() for text in (answer, row["answer"]))
+    marks = ".:;!?$*()"
+    return float(bool(said) and said[-1].strip(marks) == right[-1].strip(marks))
 
 
 def get_config() -> ConfigDict:

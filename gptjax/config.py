@@ -290,10 +290,6 @@ class Data:
     def __post_init__(self) -> None:
         _numbers(self)
         _positive(self, "batch_size", "group")
-        _require(
-            self.batch_size % self.group == 0,
-            f"data.batch_size={self.batch_size} is not divisible by data.group={self.group}",
-        )
         _require(bool(self.sources), "data.sources is empty: name a token store or a built-in text")
         if self.weights is not None:
             _require(

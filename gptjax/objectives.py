@@ -334,6 +334,11 @@ def _check_grpo(config: Config) -> None:
             "train.objective='grpo' compares the answers to a prompt with each other: set data.group "
             "to 2 or more"
         )
+    if d.batch_size % d.group:
+        raise ConfigError(
+            f"data.batch_size={d.batch_size} is not divisible by data.group={d.group}: the answers to "
+            "a prompt are rows of one batch"
+        )
     if t.beta and t.trainable != "lora":
         raise ConfigError(
             f"train.beta={t.beta} holds the model near its base, which only adapters leave as it was: "

@@ -102,9 +102,15 @@ def advantages(rewards_B: np.ndarray, group: int) -> np.ndarray:
     Shao et al. 2024, section 4.1.2. The deviation is that of a sample, with group - 1 below, as TRL
     has it; 1e-4 is TRL's too.
     """
-    groups = rewards_B.reshape(-1, group)
+    groups = in_groups(rewards_B, group)
     above = groups - groups.mean(1, keepdims=True)
     return (above / (groups.std(1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
+
+
+def in_groups(rewards_B: np.ndarray, group: int) -> np.ndarray:
+    """By how much each reward is above the first of its group, a row: 0 where all are equal."""
+    groups = rewards_B.reshape(-1, group)
+    return groups - groups[:, :1]
 
 
 def lay(
@@ -164,7 +170,7 @@ class Rollouts:
                 for (place, row), text in zip(self._batches.prompts(step), texts, strict=True)
             ]
         )
-        spread = rewards_B.reshape(-1, config.data.group).std(1, ddof=1)
+        spread = in_groups(rewards_B, config.data.group).std(1, ddof=1)
         told = {
             "reward": rewards_B.mean(),
             "reward_std": spread.mean(),

@@ -129,6 +129,9 @@ def test_the_commands_run_in_their_order(
     (tmp_path / "talks.jsonl").write_text(20 * talks)
     pairs = {"prompt": "Who is it?", "chosen": "The king!", "rejected": "It is the king."}
     (tmp_path / "pairs.jsonl").write_text(20 * (json.dumps(pairs) + "\n"))
+    question = {"prompt": "Who is it?", "answer": "king"}
+    (tmp_path / "questions.jsonl").write_text(20 * (json.dumps(question) + "\n"))
+    (tmp_path / "mine.py").write_text(blocks(FEATURES, "python")[0])
     (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": "It was a dark night"}) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     # It would serve for ever; tests/test_serve_page.py lets it.

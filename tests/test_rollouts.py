@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax import decode, ensemble, loop, model, objectives, replay, rollouts, setup, state
+from gptjax.cli import main
 from gptjax.config import Config, ConfigError, UserError
 from gptjax.data.batches import Batch, Batches, Prompts
 from gptjax.data.store import ROWS, Store
@@ -140,6 +141,21 @@ def test_a_group_is_rows_of_one_prompt(store: Path) -> None:
     np.testing.assert_array_equal(batches.rows(3, 5, 9).tokens, rows.tokens[5:9])
 
 
+def test_commands_make_and_show_prompts(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "share.py").write_text(SHARE)
+    rows = [{"prompt": f"n{i}", "letter": "é"} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = ["data", "prompts", str(tmp_path / "rows.jsonl"), f"--out={tmp_path / 'store'}"]
+    assert main([*made, "--tokenizer=bytes"]) == 0
+    assert "9 documents" in capsys.readouterr().out
+    shown = tiny.overrides(tmp_path / "store", **words(tmp_path / "store"))
+    assert main(["data", "show", f"--config={tiny.RECIPE}", "--rows=5", *shown]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15 and lines[1].startswith("⟦n⟧⟦") and "padding" in lines[1]
+    assert lines[2] == lines[5] == lines[8] == lines[11] != lines[14]  # a group, and the next
+    assert json.loads(lines[2]) in rows
+
+
 # --- advantages and the loss ------------------------------------------------------------------
 
 
@@ -150,6 +166,7 @@ def test_advantages_are_of_the_group_alone() -> None:
     np.testing.assert_allclose(got[:4], np.array([0.75, -0.25, -0.25, -0.25]) / 0.5001)
     assert not got[4:8].any()
     np.testing.assert_allclose(got[8:], np.array([1, -1, 0, 0]) / (np.sqrt(2 / 3) + 1e-4))
+    assert not rollouts.advantages(np.full(6, 0.7), 6).any()  # whose mean is not 0.7
 
 
 def test_an_answer_is_scored_with_the_token_that_ends_it_and_nothing_else() -> None:
@@ -175,14 +192,15 @@ def drawn(config: Config, params: Any, seed: int = 0, off: float = 0.0) -> Batch
     """Eight answers at random; `off` is how far what they were drawn by lies from `params`."""
     rng = np.random.default_rng(seed)
     B, T = 8, config.model.context
-    tokens, targets = (rng.integers(257, size=(B, T)).astype(np.int32) for _ in range(2))
+    ids = rng.integers(257, size=(B, T + 1)).astype(np.int32)
+    tokens, targets = ids[:, :-1], ids[:, 1:]
     weights = np.zeros((B, T), np.float32)
     for row in weights:
         start = rng.integers(1, 8)
         row[start : start + rng.integers(1, 8)] = 1
     said_BT = log_likelihood(config, params, tokens, targets)
     sampled = said_BT + off * rng.normal(size=(B, T))
-    worth = np.repeat(rng.normal(size=(B, 1)), T, 1) * weights
+    worth = np.abs(rng.normal(size=(B, 1))) * np.tile([[1.0], [-1.0]], (B // 2, 1)) * weights
     return Batch(
         tokens, targets, weights,
         sampled=(sampled * weights).astype(np.float32), advantages=worth.astype(np.float32),
@@ -301,6 +319,7 @@ def test_the_divergence_is_from_the_base_of_the_adapters(store: Path) -> None:
     [
         ({"data__packing": "document", "data__group": 1}, "set data.packing='prompts'"),
         ({"data__group": 1}, "set data.group to 2 or more"),
+        ({"data__group": 3}, "data.batch_size=16 is not divisible by data.group=3"),
         ({"train__reward": None}, "set train.reward='FILE.py:FUNCTION'"),
         ({"train__beta": 0.1}, "set train.trainable='lora', or train.beta=0"),
         ({"model__dropout": 0.1}, "model.dropout=0 and train.lora_dropout=0 only"),
@@ -325,11 +344,6 @@ def test_what_grpo_does_not_go_with_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         setup.check_names(configure(store, **knobs))
-
-
-def test_groups_that_do_not_fill_a_batch_are_refused(store: Path) -> None:
-    with pytest.raises(ConfigError, match="data.batch_size=16 is not divisible by data.group=3"):
-        configure(store, data__group=3)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +461,7 @@ def test_adapters_learn_from_answers_near_their_base(store: Path, tmp_path: Path
 
 def test_the_recipe_rewards_exact_answers() -> None:
     reward = rollouts.load_reward("configs/grpo.py:reward")
-    for answer, worth in (("It is 1,200.", 1), ("1200, or 7", 0), ("none", 0), ("So: 1200.0", 1)):
+    for answer, worth in (("It is 1,200.", 1), ("1200, or 7", 0), ("", 0), ("$**1200**", 1)):
         assert reward({"answer": "#### 1200"}, answer, "line 1") == worth
 
 
