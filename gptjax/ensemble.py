@@ -77,8 +77,8 @@ def check_together(configs: Sequence[Config]) -> None:
     alone = [name for name in ("train.branch", "train.spike") if first[name]]
     if OBJECTIVE[objective := first["train.objective"]].alone:
         alone.append(f"train.objective={objective!r}")
-    for name in alone:
-        raise UserError(f"a run with {name} trains alone: start such runs one after another")
+    if alone:
+        raise UserError(f"a run with {alone[0]} trains alone: start such runs one after another")
     for other in others:
         differ = [name for name in first if first[name] != other[name] and name not in VARIED]
         if differ:
