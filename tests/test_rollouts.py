@@ -384,6 +384,25 @@ def test_prompts_that_nobody_answered_train_nothing(store: Path) -> None:
     assert metrics["skipped"] == 1
 
 
+def test_each_step_of_each_seed_draws_anew_and_each_time_alike(store: Path) -> None:
+    config = configure(store)
+    params = model.init(config.model, 0)
+    with jax.set_mesh(tiny.mesh()):
+        opened = setup.set_up(config)
+        assert opened.rollouts is not None
+        first, again = (opened.rollouts(params, 1)[0] for _ in range(2))
+        prompts = [row[:2].tolist() for row in first.tokens]
+        texts = [
+            [t.drawn for t in rollouts.answer(config, params, BYTES, prompts, draw)]
+            for draw in ((0, 1), (0, 2), (1, 1))
+        ]
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    behind = [row[1 : 1 + len(t)].tolist() for row, t in zip(first.targets, texts[0], strict=True)]
+    assert behind == texts[0]
+    for other in texts[1:]:
+        assert sum(a == b for a, b in zip(texts[0], other, strict=True)) == 0
+
+
 # --- runs -------------------------------------------------------------------------------------
 
 
