@@ -339,10 +339,10 @@ def _check_grpo(config: Config) -> None:
             f"data.batch_size={d.batch_size} is not divisible by data.group={d.group}: the answers to "
             "a prompt are rows of one batch"
         )
-    if t.beta and t.trainable != "lora":
+    if t.beta and t.trainable not in ("lora", "qlora"):
         raise ConfigError(
             f"train.beta={t.beta} holds the model near its base, which only adapters leave as it was: "
-            "set train.trainable='lora', or train.beta=0"
+            "set train.trainable to lora or qlora, or train.beta=0"
         )
     _check_no_noise(config, "with dropout the model that answers is not the one that is trained")
 

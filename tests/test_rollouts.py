@@ -321,7 +321,7 @@ def test_the_divergence_is_from_the_base_of_the_adapters(store: Path) -> None:
         ({"data__group": 1}, "set data.group to 2 or more"),
         ({"data__group": 3}, "data.batch_size=16 is not divisible by data.group=3"),
         ({"train__reward": None}, "set train.reward='FILE.py:FUNCTION'"),
-        ({"train__beta": 0.1}, "set train.trainable='lora', or train.beta=0"),
+        ({"train__beta": 0.1}, "set train.trainable to lora or qlora, or train.beta=0"),
         ({"model__dropout": 0.1}, "model.dropout=0 and train.lora_dropout=0 only"),
         ({"optim__z_loss": 1e-4}, "set optim.z_loss=0"),
         ({"train__objective": "next_token"}, "holds no answers to learn: set train.objective"),
@@ -472,10 +472,14 @@ def close(plain: list[dict[str, float]], other: list[dict[str, float]]) -> None:
             assert now[name] == pytest.approx(was[name], rel=2e-5, abs=2e-6), name
 
 
-def test_adapters_learn_from_answers_near_their_base(store: Path, tmp_path: Path) -> None:
-    config = configure(store, train__trainable="lora", train__beta=0.01, train__steps=12)
+@pytest.mark.parametrize("trainable", ["lora", "qlora"])
+def test_adapters_learn_from_answers_near_their_base(
+    trainable: str, store: Path, tmp_path: Path
+) -> None:
+    config = configure(store, train__trainable=trainable, train__beta=0.01, train__steps=12)
     lines = [line for line in run(config, tmp_path / "run") if "kl" in line]
     assert lines[0]["kl"] == 0 and lines[-1]["kl"] > 0
+    assert max(line["sampler_gap"] for line in lines) < 5e-6
 
 
 def test_the_recipe_rewards_exact_answers() -> None:
