@@ -208,7 +208,7 @@ def _begin(
     tokens_BS: jax.Array,
     n_B: jax.Array,
     end_B: jax.Array,
-    scored: bool,
+    scored: bool = False,
 ) -> State:
     """Reads what a cache of `start_B` tokens lacks of all but the last of each row's n_B tokens."""
     tokens_BS = sharding.shard(tokens_BS, "BS")
