@@ -7,16 +7,13 @@ worth; an answer's advantage is by how much it is worth more than the others of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import math
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gptjax import alive, decode, model
@@ -29,6 +26,7 @@ from gptjax.storage import local
 from gptjax.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
+MOST = 1e100  # of a reward, so that the squares of a group's can be added
 HELD_OUT = 2**32  # in place of a seed, which is below that: all runs are scored by the same draws
 
 
@@ -55,13 +53,15 @@ class Reward(NamedTuple):
         """
         try:
             value = float(self.function(row, answer))
-        except Exception as error:  # whatever the user's code raises
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
                 f"train.reward={self.name} failed on {place}: {type(error).__name__}: {reason}"
             ) from error
-        if not math.isfinite(value):
-            raise UserError(f"train.reward={self.name} gave {value} on {place}: a reward is finite")
+        if not abs(value) < MOST:
+            raise UserError(
+                f"train.reward={self.name} gave {value} on {place}: a reward is a number below {MOST:g}"
+            )
         return value
 
 
@@ -72,28 +72,20 @@ def load_reward(name: str) -> Reward:
         UserError: if there is no such file or function, or the file cannot be run.
     """
     path, _, function = name.rpartition(":")
-    file = local(path)
-    if not file.is_file():
-        raise UserError(f"train.reward={name}: no file {path}; it is FILE.py:FUNCTION")
-    with _importing(str(file.absolute().parent), str(file.absolute().parents[1])):
-        try:
-            names = runpy.run_path(str(file))
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise UserError(f"train.reward={name}: the file cannot be run: {reason}") from error
+    file = local(path or name).absolute()
+    if not path or not file.is_file():
+        raise UserError(f"train.reward={name}: no file {file}; it is FILE.py:FUNCTION")
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    # For good: it may import its neighbours when it is called, too.
+    sys.path += [f for f in map(str, file.parents[:2]) if f not in sys.path]
+    try:
+        names = runpy.run_path(str(file))
+    except (Exception, SystemExit) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"train.reward={name}: the file cannot be run: {reason}") from error
     if not callable(names.get(function)):
         raise UserError(f"train.reward={name}: the file has no function {function}")
-    return Reward(name, hashlib.sha256(file.read_bytes()).hexdigest(), names[function])
-
-
-@contextlib.contextmanager
-def _importing(*folders: str) -> Any:
-    before = list(sys.path)
-    sys.path[:0] = folders
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+    return Reward(name, sha256, names[function])
 
 
 def advantages(rewards_B: np.ndarray, group: int) -> np.ndarray:
@@ -241,14 +233,3 @@ class RewardEvaluator(RowEvaluator):
             advance(len(index) * self.rows.context)
         sums = {"loss": -rewards, "reward": rewards, "answer_tokens": float(tokens)}
         return Means(sums, float(self._count), "answers")
-
-    def program(self, params: model.Params, batch: Batch[jax.Array]) -> Any:
-        """Refused: what is computed is no program of one batch.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "whether other code answers prompts alike cannot be told: go on with the code that the "
-            "run began with, or use another --store"
-        )

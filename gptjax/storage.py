@@ -290,11 +290,12 @@ def expand(path: str | Place) -> Place:
     mistyped = re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", text)  # which pathlib makes of a URL, too
     if match is None and not mistyped:
         try:
-            return Path(text).expanduser()
+            named = Path(text).expanduser()
         except RuntimeError:
             raise UserError(
                 f"{text}: its home directory is not known, write the whole path"
             ) from None
+        return named.resolve() if ".." in named.parts else named  # tensorstore refuses ".."
     scheme, bucket, key = match.groups() if match else ("", "", "")
     if scheme not in SCHEMES or len(bucket) < 3:
         raise UserError(

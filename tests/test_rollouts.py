@@ -20,6 +20,8 @@ from gptjax.data.store import ROWS, Store
 from gptjax.dialogues import prepare_prompts
 from gptjax.objectives import CLIP, OBJECTIVE, Totals
 from gptjax.records import read_metrics
+from gptjax.study import runner
+from gptjax.study import store as study_store
 from gptjax.tokenizer import load
 from tests import tiny
 from tests.test_preferences import TEMPLATE, tokenizer_folder
@@ -352,6 +354,9 @@ def test_what_grpo_does_not_go_with_is_refused(
         ("def reward(row, answer):\n    return row['gold']\n", r"failed on .*KeyError: 'gold'"),
         ("def reward(row, answer):\n    return 'much'\n", r"failed on .*ValueError"),
         ("def reward(row, answer):\n    return float('nan')\n", "gave nan on .*rows.jsonl line"),
+        ("def reward(row, answer):\n    return 1e200\n", "gave 1e\\+200 on .*a number below 1e"),
+        ("def reward(row, answer):\n    raise SystemExit(0)\n", "failed on .*SystemExit: 0"),
+        ("raise SystemExit(0)\n", "the file cannot be run: 0"),
         ("def other(row, answer):\n    return 1\n", "the file has no function reward"),
         ("import nothing_like_this\n", "cannot be run: No module named 'nothing_like_this'"),
         (None, "no file .*; it is FILE.py:FUNCTION"),
@@ -366,6 +371,38 @@ def test_a_reward_that_is_none_ends_the_run_in_a_line(
     with pytest.raises(UserError, match=told) as raised:
         run(config, tmp_path / "run")
     assert "\n" not in str(raised.value)
+
+
+def test_a_reward_imports_its_neighbours_when_it_is_called(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "beside_the_reward.py").write_text("WORTH = 3\n")
+    code = "def reward(row, answer):\n    import beside_the_reward as b\n    return b.WORTH\n"
+    (tmp_path / "mine.py").write_text(code)
+    assert rollouts.load_reward(f"{tmp_path / 'mine.py'}:reward")({}, "", "line 1") == 3
+    with pytest.raises(UserError, match="it is FILE.py:FUNCTION"):
+        rollouts.load_reward("mine")
+
+
+def test_a_study_of_rewarded_runs(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arms = {"slow": {"optim.peak_lr": 1e-4}}
+    done = runner.run_study(tiny.study(store, arms, words(store), seeds=1), tmp_path).outcomes
+    assert [o.status for o in done] == ["finished"] * 2
+    folder, cell = done[0].folder, done[0].cell
+    assert "val_reward" in read_metrics(folder)[-1]
+    assert main(["eval", f"--workdir={folder}"]) == 2
+    assert "are no text to score: name one by --set NAME=PATH" in capsys.readouterr().err
+    assert study_store.differences(folder, cell) == []
+    # Another code may answer otherwise.
+    other = {"code": "other", "versions": {}}
+    monkeypatch.setattr(study_store, "current_code_and_versions", lambda: other)
+    monkeypatch.setattr(study_store, "code_fingerprint", lambda: "other")
+    study_store._evaluation.cache_clear()
+    assert study_store.differences(folder, cell) == ["evaluation"]
+    study_store._evaluation.cache_clear()
 
 
 def test_runs_with_answers_do_not_train_together(store: Path) -> None:

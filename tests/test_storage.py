@@ -77,6 +77,18 @@ def test_other_urls_are_no_places(text: str) -> None:
         storage.expand(text)
 
 
+def test_the_folder_above_is_named_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tensorstore refuses "..", of which a checkpoint would be called damaged."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = storage.expand("../run")
+    assert place == tmp_path.resolve() / "run" and storage.expand("run") == Path("run")
+    storage.open_kvstore(storage.kvstore(place), None).write("x", b"1").result()
+    assert (tmp_path / "run" / "x").read_bytes() == b"1"
+
+
 def test_an_empty_text_is_no_place() -> None:
     """Of `--workdir=$RUN` where RUN is not set: not the folder that one happens to be in."""
     with pytest.raises(UserError, match="an empty text: write a path"):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import model, setup, trained
-from gptjax.config import Model
+from gptjax.config import Model, UserError
 from gptjax.data.sources import open_source
 from gptjax.evaluation.measure import Scored, blocks, joined, score, summary, units
 from gptjax.evaluation.texts import Reading, Text, open_text
@@ -47,9 +47,14 @@ def audit(model: Trained, sets: Mapping[str, str], how: Reading) -> Audit:
         sets: {name: source} of `texts.open_text`; empty: the held-out text of data.sources.
 
     Raises:
-        UserError: on whatever `texts`, `measure.score` or `trained.opened` refuse.
+        UserError: on whatever `texts`, `measure.score` or `trained.opened` refuse; on prompts.
     """
     setup.check_names(model.config)
+    if not sets and model.config.data.packing == "prompts":
+        raise UserError(
+            "the run's held-out prompts are no text to score: name one by --set NAME=PATH; what its "
+            "answers are worth is val_reward in its metrics.jsonl"
+        )
     tokenizer = setup.load_tokenizer(model.config)
     with ExitStack() as stack:
         # Then texts: a mistake in them shows before a model is loaded.

@@ -228,6 +228,8 @@ def _evaluation(config: Config, mesh: jax.sharding.Mesh) -> str:
     with jax.set_mesh(mesh):
         opened = setup.set_up(config)
         c = opened.config
+        if opened.rollouts is not None:  # answers are no one program: only the same code gives them
+            return code_fingerprint()
 
         def lower(evaluator: Any) -> jax.stages.Lowered:
             def score(train_state: state.TrainState, batch: Batch[jax.Array]) -> Any:
