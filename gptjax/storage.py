@@ -260,7 +260,9 @@ def open_kvstore(spec: dict[str, Any], context: Any) -> Any:
 def kvstore(folder: Place) -> dict[str, Any]:
     """A folder as tensorstore is told of it."""
     if isinstance(folder, Path):
-        return {"driver": "file", "path": f"{folder.absolute()}/"}
+        # It refuses "..", of which a checkpoint would be called damaged.
+        whole = folder.resolve() if ".." in folder.parts else folder.absolute()
+        return {"driver": "file", "path": f"{whole}/"}
     path = f"{folder.key}/" if folder.key else ""
     if folder.scheme == "gs":
         return {"driver": "gcs", "bucket": folder.bucket, "path": path}
@@ -290,12 +292,11 @@ def expand(path: str | Place) -> Place:
     mistyped = re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", text)  # which pathlib makes of a URL, too
     if match is None and not mistyped:
         try:
-            named = Path(text).expanduser()
+            return Path(text).expanduser()
         except RuntimeError:
             raise UserError(
                 f"{text}: its home directory is not known, write the whole path"
             ) from None
-        return named.resolve() if ".." in named.parts else named  # tensorstore refuses ".."
     scheme, bucket, key = match.groups() if match else ("", "", "")
     if scheme not in SCHEMES or len(bucket) < 3:
         raise UserError(
