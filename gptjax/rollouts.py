@@ -105,6 +105,12 @@ def in_groups(rewards_B: np.ndarray, group: int) -> np.ndarray:
     return groups - groups[:, :1]
 
 
+def prompts_of(read: Batch[np.ndarray]) -> list[list[int]]:
+    """The tokens of each row's prompt."""
+    assert read.segments is not None
+    return [t[s == 0].tolist() for t, s in zip(read.tokens, read.segments, strict=True)]
+
+
 def lay(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[decode.Text],
@@ -153,8 +159,7 @@ class Rollouts:
         alive.moves("answering prompts", step)
         config = self._config
         read = self._batches.rows(step, 0, config.data.batch_size)
-        assert read.segments is not None
-        prompts = [t[s == 0].tolist() for t, s in zip(read.tokens, read.segments, strict=True)]
+        prompts = prompts_of(read)
         texts = answer(config, params, self._tokenizer, prompts, (config.seed, step))
         rewards_B = np.array(
             [
@@ -219,9 +224,7 @@ class RewardEvaluator(RowEvaluator):
         rewards, tokens = 0.0, 0
         for first in range(0, self._count, self._at_once):
             index = np.arange(first, min(first + self._at_once, self._count))
-            prompts = [
-                self.rows.store.tokens(*bounds).tolist() for bounds in self.rows.bounds[index]
-            ]
+            prompts = prompts_of(self.rows.rows(index))
             # As many each time, which is one program.
             prompts += prompts[:1] * (self._at_once - len(index))
             texts = answer(self._config, params, self._tokenizer, prompts, (HELD_OUT, first))

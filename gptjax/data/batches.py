@@ -298,14 +298,14 @@ class Pairs(Whole):
         return batch._replace(reference=reference)
 
 
-class Prompts:
+class Prompts(Whole):
     """A prompt a row, a document that a model is to answer; what is left of the row is for that.
 
-    As an input each of its tokens is there, as a target none is scored. A prompt that leaves no token
-    of the context for an answer is left out, which a line tells.
+    As in `Whole`, but that none of its tokens is scored, and that a prompt that leaves no token of
+    the context for an answer is left out.
     """
 
-    segmented, whole = False, True
+    segmented = False
     extra: tuple[str, ...] = ("sampled", "advantages")
     takes: tuple[str, ...] = ("prompts",)
 
@@ -319,31 +319,15 @@ class Prompts:
         starts = np.append(0, store.document_ends[:-1])
         # In place of the end-of-text, which is not read, there is to be a token of the answer.
         self.kept = _fitting(store, store.document_ends - starts, context, "prompt")
-        self.bounds = np.stack([starts, store.document_ends - 1], axis=1)[self.kept]
-
-    def __len__(self) -> int:
-        return len(self.kept)
+        self.bounds = np.stack([starts, store.document_ends], axis=1)[self.kept]
+        self.first = np.arange(len(self.kept) + 1)
 
     def rows(self, index: np.ndarray) -> Batch[np.ndarray]:
-        shape = (len(index), self.context)
-        tokens, targets = np.full(shape, self.eot, np.int32), np.full(shape, self.eot, np.int32)
-        place, lengths = (
-            np.arange(self.context, dtype=np.int32),
-            np.zeros((len(index), 1), np.int32),
+        batch = super().rows(index)
+        unknown = np.full(batch.tokens.shape, np.nan, np.float32)
+        return batch._replace(
+            weights=np.zeros_like(batch.weights), sampled=unknown, advantages=unknown
         )
-        for row, (start, stop) in enumerate(self.bounds[index].tolist()):
-            tokens[row, : stop - start] = self.store.tokens(start, stop)
-            lengths[row] = stop - start
-        targets[:, :-1] = tokens[:, 1:]
-        segments = np.where(place < lengths, 0, PAD).astype(np.int32)
-        unknown = np.full(shape, np.nan, np.float32)
-        return Batch(
-            tokens, targets, np.zeros(shape, np.float32), segments, place * (segments != PAD),
-            sampled=unknown, advantages=unknown,
-        )  # fmt: skip
-
-    def documents(self, index: np.ndarray) -> np.ndarray:
-        return np.stack([self.kept[index]] * 2, axis=1)
 
     def source(self, document: int) -> tuple[str, dict[str, Any]]:
         """The row that a document's prompt is of, and where it stands, in words."""
