@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import scipy.stats
+from scipy.special import stdtrit
 
 from gptjax import configure
 from gptjax.config import UserError
@@ -122,6 +122,6 @@ def forecast(entries: Sequence[Entry]) -> Forecast | None:
     mean, n = statistics.fmean(logs), len(logs)
     if n == 1:
         return Forecast(math.exp(mean), None, 1)
-    t = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    t = stdtrit(n - 1, (1 + CONFIDENCE) / 2)
     width = t * statistics.stdev(logs) * math.sqrt(1 + 1 / n)
     return Forecast(math.exp(mean), Interval(math.exp(mean - width), math.exp(mean + width)), n)
