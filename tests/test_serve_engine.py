@@ -208,11 +208,11 @@ def test_a_text_does_not_depend_on_what_is_beside_it(changes: dict[str, Any]) ->
 def as_users_compile(slots: int, changes: dict[str, Any]) -> None:
     """For a process of its own: a model whose products are large enough to be split."""
     config = tiny.model(
-        vocab_size=2048, context=512, width=320, layers=3, ff_dim=864, heads=5, kv_heads=5,
+        vocab_size=2048, context=512, width=320, layers=2, ff_dim=864, heads=5, kv_heads=5,
         position="rope", norm="rmsnorm", feedforward="swiglu", bias=False,
     )  # fmt: skip
     config = dataclasses.replace(config, **changes)
-    mixed(config, slots, 2000, jobs=12 + slots, seed=slots, most=150)
+    mixed(config, slots, 2000, jobs=12 + slots, seed=slots, most=100)
     if not changes:
         every_slot(config, slots, 2000)
 
@@ -310,7 +310,7 @@ def every_slot(config: Model, slots: int, known: int) -> None:
         before = [Heard(prompt_of(rng, 3, known), 200, knobs=Knobs(1.0)) for _ in range(number)]
         for job in before:
             texts.submit(job)
-        job = Heard(prompt, 20, knobs=Knobs(1.0), top=True, echo=number % 2 == 1)
+        job = Heard(prompt, 8, knobs=Knobs(1.0), top=True, echo=number % 2 == 1)
         texts.submit(job)
         while job.ended is None:
             texts.step()
