@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.sharding import out, shard, ways
+from gptjax.sharding import merge_tokens, out, shard, ways
 
 
 class Sums(NamedTuple):
@@ -265,10 +265,10 @@ def _nll_backward(
             # On a CPU the order of the operands that needs no transpose is up to 3 times faster.
             operands = ("BTD", x_BTD), ("BTVC", d_BTVC)
             (a_dims, a), (b_dims, b) = operands if dims[0] == "D" else operands[::-1]
+            to_kernel, factors = merge_tokens(f"{a_dims},{b_dims}->{dims}", a, b)
             dkernel = jnp.einsum(
-                f"{a_dims},{b_dims}->{dims}",
-                a,
-                b,
+                to_kernel,
+                *factors,
                 preferred_element_type=jnp.float32,
                 out_sharding=out(dims),
             )

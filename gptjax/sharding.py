@@ -212,6 +212,23 @@ def shard(x: jax.Array, dims: str) -> jax.Array:
     return x if target is None or jax.typeof(x).sharding.spec == target else jax.reshard(x, target)
 
 
+def merge_tokens(equation: str, *operands: jax.Array) -> tuple[str, list[jax.Array]]:
+    """A product that sums over all tokens, of operands "BT...", as one of operands (B T, ...).
+
+    A CPU multiplies these as they lie, where XLA would first write (B, T, F) as (F, B T). Where T is
+    split, or tokens have one dim already, the product stays as it is.
+    """
+    if ways("T") > 1 or "BT" not in equation:
+        return equation, list(operands)
+
+    def merged(x: jax.Array) -> jax.Array:
+        where = like(x)
+        to = None if where is None else P(where[0], *where[2:])
+        return jnp.reshape(x, (-1, *x.shape[2:]), out_sharding=to)
+
+    return equation.replace("BT", "B"), [merged(x) for x in operands]
+
+
 def store(parameter: jax.Array, dims: str) -> jax.Array:
     """A parameter laid as it is kept between uses; itself where no mesh is set."""
     return parameter if out("") is None else jax.reshard(parameter, parameter_spec(dims))

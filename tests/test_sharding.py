@@ -23,6 +23,7 @@ from gptjax.sharding import (
     check_divisible,
     gather,
     make_mesh,
+    merge_tokens,
     out,
     parameter_spec,
     place,
@@ -226,6 +227,31 @@ def test_gather_casts_before_it_moves():
 def test_gather_without_a_mesh_only_casts():
     p = jnp.ones((4, 4))
     assert gather(p, "DF", jnp.bfloat16).dtype == jnp.bfloat16
+
+
+# --- products over all tokens -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", tiny.MESHES, ids=str)
+def test_merged_tokens_are_summed_over_alike_and_move_nowhere(sizes):
+    rng = np.random.default_rng(0)
+    # Small whole numbers: their sums are exact in any order.
+    x, g = (rng.integers(-9, 10, (8, 16, width)).astype(np.float32) for width in (8, 32))
+    equation = "BTF,BTD->FD"
+
+    def product(x, g):
+        x, g = sharding.shard(x, "BTF"), sharding.shard(g, "BTD")
+        merged, operands = merge_tokens(equation, x, g)
+        assert (merged == equation) == (sizes.sequence > 1)
+        return jnp.einsum(merged, *operands, out_sharding=out("FD"))
+
+    with jax.set_mesh(make_mesh(sizes)):
+        where = [NamedSharding(jax.sharding.get_mesh(), spec(dims)) for dims in ("BTF", "BTD")]
+        compiled = jax.jit(product).lower(*map(jax.device_put, (x, g), where)).compile()
+        result = compiled(*map(jax.device_put, (x, g), where))
+    assert (np.asarray(result) == np.einsum(equation, x, g)).all()
+    text = compiled.as_text()
+    assert not any(collectives(text, kind) for kind in ("all-gather", "all-to-all"))
 
 
 # --- place ------------------------------------------------------------------------------------

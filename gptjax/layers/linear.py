@@ -193,7 +193,8 @@ def _linear(
 
     The gradients are the usual ones, of what is multiplied. jax's own rule writes that of the
     kernel as (g^T x)^T, here it is x^T g: of products that share an input, XLA then transposes
-    that input once and not each g, which is up to four times as wide.
+    that input once and not each g, which is up to four times as wide. It need not transpose any on
+    a CPU, see `merge_tokens`.
     """
     return _forward(equation, x, kernel, products, dtype)[0]
 
@@ -236,6 +237,8 @@ def _backward(
     dx = _multiply(to_x, g_scaled, kernel, g.dtype, like(x.values), exact)
     if trained is None:
         return dx, None
+    to_kernel, (rows, g_rows) = sharding.merge_tokens(to_kernel, x.values, g_scaled.values)
+    x, g_scaled = Scaled(rows, x.scale), Scaled(g_rows, g_scaled.scale)
     dkernel = _multiply(to_kernel, x, g_scaled, g.dtype, like(kernel.values), exact)
     return dx, dkernel
 
