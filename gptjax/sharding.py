@@ -216,9 +216,11 @@ def merge_tokens(equation: str, *operands: jax.Array) -> tuple[str, list[jax.Arr
     """A product that sums over all tokens, of operands "BT...", as one of operands (B T, ...).
 
     A CPU multiplies these as they lie, where XLA would first write (B, T, F) as (F, B T). Where T is
-    split, or tokens have one dim already, the product stays as it is.
+    split, or tokens have one dim already, the product stays as it is, and so do others than those of
+    float32: jax 0.10.2 refuses bfloat16 as it lies where the sum is float32.
     """
-    if ways("T") > 1 or "BT" not in equation:
+    wide = all(x.dtype == jnp.float32 for x in operands)
+    if ways("T") > 1 or "BT" not in equation or not wide:
         return equation, list(operands)
 
     def merged(x: jax.Array) -> jax.Array:
