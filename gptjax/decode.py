@@ -45,15 +45,10 @@ class Text:
         ids: the new tokens, without the one that stopped the text.
         ended: "stop": a stop token was drawn; "length": `sample.max_new_tokens` is reached;
             "context": prompt and text fill `model.context`; None: it goes on.
-        drawn: the new tokens with the one that stopped the text.
-        log_likelihood: of each of `drawn`, in nats, under the model itself: whatever changed the
-            draw (temperature, top_k, ...) does not count. Empty where it was not asked for.
     """
 
     ids: list[int]
     ended: str | None
-    drawn: list[int] = dataclasses.field(default_factory=list)
-    log_likelihood: list[float] = dataclasses.field(default_factory=list)
 
 
 class Sampling(NamedTuple):
@@ -128,14 +123,12 @@ class State(NamedTuple):
         tokens_BS: int32 prompts and texts, each token at its index.
         end_B: int32 tokens at which a row ends.
         done_B: whether it has ended. Such a row is computed along, to no effect.
-        said_BS: float32 log-likelihood of each token that was drawn; None: it is not asked for.
     """
 
     cache: Params
     tokens_BS: jax.Array
     end_B: jax.Array
     done_B: jax.Array
-    said_BS: jax.Array | None = None
 
 
 class Weights(NamedTuple):
@@ -197,7 +190,7 @@ def empty_layers(config: Model, rows: int, room: int) -> Any:
     return gpt.init_cache(config, rows, room)["layers"]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "scored"), donate_argnames="layers")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="layers")
 @sharding.phase("decoding")
 def _begin(
     config: Model,
@@ -208,7 +201,6 @@ def _begin(
     tokens_BS: jax.Array,
     n_B: jax.Array,
     end_B: jax.Array,
-    scored: bool = False,
 ) -> State:
     """Reads what a cache of `start_B` tokens lacks of all but the last of each row's n_B tokens."""
     tokens_BS = sharding.shard(tokens_BS, "BS")
@@ -217,8 +209,7 @@ def _begin(
     if unread_BT.shape[1]:
         unread_BT = sharding.shard(unread_BT, "BT")
         cache = gpt.hidden(config, params, unread_BT, cache=cache).cache
-    said_BS = sharding.shard(jnp.zeros(tokens_BS.shape), "BS") if scored else None
-    return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B, said_BS)
+    return State(cache | {"length": n_B - 1}, tokens_BS, end_B, n_B >= end_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="state")
@@ -232,46 +223,37 @@ def _advance(
     stop_ids: jax.Array,
     key: jax.Array,
     count: jax.Array,
-) -> tuple[State, tuple[jax.Array | None, ...]]:
+) -> tuple[State, tuple[jax.Array, ...]]:
     """At most `count` more tokens a row. Returns the state, and what the host reads of it."""
 
     def goes_on(carry: tuple[jax.Array, State]) -> jax.Array:
         return (carry[0] < count) & ~carry[1].done_B.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        tokens_made, (cache, tokens_BS, end_B, done_B, said_BS) = carry
+        tokens_made, (cache, tokens_BS, end_B, done_B) = carry
         new_cache: Any
         length_B, index_S = cache["length"], jnp.arange(tokens_BS.shape[1])
         last_B = jnp.where(index_S == length_B[:, None], tokens_BS, 0).sum(1)
         x_BTD, new_cache, _ = gpt.hidden(config, params, last_B[:, None], cache=cache)
         logits_BV = gpt.logits(config, params, x_BTD)[:, 0]
-        new_B = _draw(logits_BV, tokens_BS, length_B, sampling, vocab_size, key)
+        row_B = jnp.arange(len(length_B))
+        new_B = _draw(logits_BV, tokens_BS, length_B, row_B, sampling, vocab_size, key)
         length_B = jnp.where(done_B, length_B, length_B + 1)
         here_BS = (index_S == length_B[:, None]) & ~done_B[:, None]
         tokens_BS = jnp.where(here_BS, new_B[:, None], tokens_BS)
-        if said_BS is not None:
-            said_BS = jnp.where(here_BS, _said(logits_BV, new_B)[:, None], said_BS)
         done_B |= (new_B[:, None] == stop_ids).any(1) | (length_B + 1 >= end_B)
         new_cache |= {"length": length_B}
-        return tokens_made + 1, State(new_cache, tokens_BS, end_B, done_B, said_BS)
+        return tokens_made + 1, State(new_cache, tokens_BS, end_B, done_B)
 
     _, state = jax.lax.while_loop(goes_on, step, (jnp.zeros((), jnp.int32), state))
-    view = (state.tokens_BS, state.cache["length"], state.done_B, state.said_BS)
+    view = (state.tokens_BS, state.cache["length"], state.done_B)
     # Whole on every device, so that every process of a cluster can read it.
     return state, view if sharding.out("B") is None else jax.reshard(view, P())
 
 
-def _said(logits_BV: jax.Array, id_B: jax.Array) -> jax.Array:
-    """The log-likelihood of each row's token, float32, by the operations of `losses.token_nll`."""
-    top_B = logits_BV.max(-1)
-    log_z_B = top_B + jnp.log(jnp.exp(logits_BV - top_B[:, None]).sum(-1))
-    hit_BV = jnp.arange(logits_BV.shape[1]) == id_B[:, None]
-    return jnp.sum(logits_BV, axis=-1, where=hit_BV) - log_z_B
-
-
 @functools.partial(jax.jit, static_argnames="room")
 def _grow(arrays: Any, room: int) -> Any:
-    """A cache, or arrays BS too, with room for more tokens a row."""
+    """A cache, or tokens_BS too, with room for more tokens a row."""
 
     def pad(a: jax.Array) -> jax.Array:
         before = [(0, 0)] * (2 if a.ndim == 4 else 1)  # BKSH, or BS
@@ -285,6 +267,7 @@ def _draw(
     logits_BV: jax.Array,
     tokens_BS: jax.Array,
     length_B: jax.Array,
+    row_B: jax.Array,
     sampling: Sampling,
     vocab_size: int,
     key: jax.Array,
@@ -311,13 +294,51 @@ def _draw(
         return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
     rows: Any = jax.vmap(one, in_axes=(0, 0, 0, 0, None, None))
-    operands = (logits_BV, tokens_BS, length_B, jnp.arange(len(length_B)))
+    operands = (logits_BV, tokens_BS, length_B, row_B)
     if sharding.out("B") is None:
         return rows(*operands, sampling, key)
     # A row is drawn from all its logits, so their second dim is whole, like that of "BS".
     specs = tuple(sharding.spec(dims) for dims in ("BS", "BS", "B", "B"))
     draw: Any = jax.shard_map(rows, in_specs=(*specs, P(), P()), out_specs=sharding.spec("B"))
     return draw(*jax.reshard(operands, specs), sampling, key)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
+def draw_again(
+    config: Model,
+    vocab_size: int,
+    params: Params,
+    x_BTD: jax.Array,
+    row_B: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """What `stream` draws at temperature 1 after each token of texts, had it their stream x_BTD.
+
+    Args:
+        params: whose logits they are.
+        x_BTD: of `model.hidden`.
+        row_B: the number that each text has among those of `stream`.
+        key: of the seed of `stream`.
+
+    Returns:
+        The token after each, and its log-likelihood in nats, float32: both (B, T).
+    """
+    logits_BTV = sharding.shard(gpt.logits(config, params, x_BTD), "BSV")  # rows whole
+    B, T = x_BTD.shape[:2]
+
+    def at(index: jax.Array) -> jax.Array:
+        logits_BV = logits_BTV.at[:, index].get(out_sharding=sharding.out("BV"))
+        length_B, no_tokens = jnp.full(B, index), jnp.zeros((B, 1), jnp.int32)
+        return _draw(logits_BV, no_tokens, length_B, row_B, Sampling(1.0), vocab_size, key)
+
+    ids_BT = jax.lax.map(at, jnp.arange(T)).T
+    # By the operations of `losses.token_nll`, so that a loss has the same bits.
+    top_BT = logits_BTV.max(-1)
+    log_z_BT = top_BT + jnp.log(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1))
+    hit_BTV = jnp.arange(logits_BTV.shape[-1]) == ids_BT[..., None]
+    drawn = ids_BT, jnp.sum(logits_BTV, axis=-1, where=hit_BTV) - log_z_BT
+    # Whole on every device, so that every process of a cluster can read it.
+    return drawn if sharding.out("B") is None else jax.reshard(drawn, P())
 
 
 def stream(
@@ -332,7 +353,6 @@ def stream(
     stop_ids: Collection[int] = (),
     chunk: int = 1,
     kept: Kept | None = None,
-    scored: bool = False,
 ) -> Iterator[list[Text]]:
     """Continues each prompt and yields the new tokens of every row as they are made.
 
@@ -352,7 +372,6 @@ def stream(
         kept: the cache of the prompts and texts of an earlier call with these weights. Of
             prompts that begin like them only the rest is read; it is brought up to date at each
             yield.
-        scored: also `Text.drawn` and its log-likelihood.
 
     Raises:
         UserError: without a prompt, on one longer than the context or with an id outside the
@@ -393,7 +412,7 @@ def stream(
     end_B[len(texts) :] = 0  # surplus rows have ended before they begin
     params, start_B = weights.params, np.full(len(n_B), start, np.int32)
     unread_BT = tokens_BS[:, start : start + width]
-    state = _begin(config, params, layers, start_B, unread_BT, tokens_BS, n_B, end_B, scored)
+    state = _begin(config, params, layers, start_B, unread_BT, tokens_BS, n_B, end_B)
     key, stop_array = jax.random.key(seed), np.array(stops, np.int32)
     length_B, done_B = n_B - 1, n_B >= end_B
     sent, going = [0] * len(texts), True
@@ -405,36 +424,26 @@ def stream(
             longest = int(length_B.max(initial=0, where=~done_B)) + 1  # of those that go on
             if longest >= room:
                 room = _room(longest, size)
-                layers, tokens_BS, said_BS = _grow(
-                    (state.cache["layers"], state.tokens_BS, state.said_BS), room
-                )
+                layers, tokens_BS = _grow((state.cache["layers"], state.tokens_BS), room)
                 cache = state.cache | {"layers": layers}
-                state = state._replace(cache=cache, tokens_BS=tokens_BS, said_BS=said_BS)
+                state = state._replace(cache=cache, tokens_BS=tokens_BS)
             count = min(left, room - longest)
             state, view = _advance(
                 config, vocab_size, params, state, _sampling(sample), stop_array, key, count
             )
-            tokens, length_B, done_B, said = jax.device_get(view)
+            tokens, length_B, done_B = jax.device_get(view)
             left -= count
             if not left or done_B.all():
                 break
         new = []
         for row, n in enumerate(n_B[: len(texts)]):
-            made = int(length_B[row]) + 1
-            more = {}
-            if scored:
-                here = slice(n + sent[row], made)
-                more = {
-                    "drawn": tokens[row, here].tolist(),
-                    "log_likelihood": said[row, here].tolist(),
-                }
-            ids, ended = tokens[row, n:made].tolist(), None
+            ids, ended = tokens[row, n : length_B[row] + 1].tolist(), None
             if done_B[row]:
                 ended = "length" if len(ids) == most else "context"
             if ids and ids[-1] in stops:
                 ids, ended = ids[:-1], "stop"
-            new.append(Text(ids[sent[row] :], ended, **more))
-            sent[row] = made - n
+            new.append(Text(ids[sent[row] :], ended))
+            sent[row] = len(ids)
         if kept is not None:
             kept.layers, kept.tokens_read = state.cache["layers"], read
             kept.texts = [tokens[row, : length_B[row]].tolist() for row in range(len(texts))]

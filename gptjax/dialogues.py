@@ -308,7 +308,7 @@ def prepare_rows(
                 for place, row in read():
                     documents_of(place, row)
             raise UserError(
-                f"{total} rows leave nothing scored for '{writer.folder.name}' with "
+                f"{total} rows leave nothing for '{writer.folder.name}' with "
                 f"val_fraction={val_fraction}: give more rows or another fraction"
             )
         if kind == "prompts":

@@ -114,7 +114,7 @@ class Progress:
 
 def readable(values: Mapping[str, float]) -> str:
     """The numbers of a training step as a person reads them."""
-    parts = [f"loss {values['loss']:.4f}"]
+    parts = [f"loss {values['loss']:z.4f}"]
     if "reward" in values:
         parts.append(f"reward {values['reward']:.4f}")
     if "sampler_gap" in values:

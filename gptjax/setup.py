@@ -20,7 +20,6 @@ from gptjax.objectives import OBJECTIVE
 from gptjax.perplexity import DOCUMENTS, PREFIX, Evaluator, RowEvaluator
 from gptjax.preferences import PairEvaluator
 from gptjax.rollouts import Reward, RewardEvaluator, Rollouts, load_reward
-from gptjax.trainable import trainable
 from gptjax.watch import STATISTICS
 
 
@@ -147,7 +146,8 @@ def set_up(config: Config) -> Setup:
 
 def load_batch(setup: Setup, step: int) -> Batch[jax.Array]:
     """The batch of a step on the mesh, (B, A, T): row r of the step is micro-batch r % A."""
-    return _place(setup.config, functools.partial(read_rows, setup, step))
+    rows = setup.config.data.batch_size // setup.config.train.accumulation
+    return sharding.place(functools.partial(read_rows, setup, step), rows, "BAT")
 
 
 def answered(
@@ -159,16 +159,7 @@ def answered(
     """
     if setup.rollouts is None:
         return batch, {}
-    params = trainable(setup.config).whole(now.params, now.frozen)
-    rows, metrics = setup.rollouts(params, step)
-    A = setup.config.train.accumulation
-    rows = jax.tree.map(lambda x: x.reshape(-1, A, x.shape[-1]), rows)
-    part = lambda start, stop: jax.tree.map(lambda x: x[start:stop], rows)  # noqa: E731
-    return _place(setup.config, part), metrics
-
-
-def _place(config: Config, read: Callable[[int, int], Batch[np.ndarray]]) -> Batch[jax.Array]:
-    return sharding.place(read, config.data.batch_size // config.train.accumulation, "BAT")
+    return setup.rollouts(now, step)
 
 
 def read_rows(setup: Setup, step: int, start: int, stop: int) -> Batch[np.ndarray]:

@@ -161,6 +161,30 @@ def _jitted_update(config: Config) -> Callable[..., tuple[TrainState, Metrics]]:
     return jax.jit(functools.partial(update, config), donate_argnums=0)
 
 
+def make_forward(config: Config) -> Callable[[TrainState, jax.Array, int], jax.Array]:
+    """(state, tokens_BAT, index) -> x_BTD of that micro-batch, as `update` computes it.
+
+    On one CPU to the last bit: what the backward pass is to read decides which operations XLA
+    fuses, and so how they round. So all of that is computed, and thrown away.
+    """
+    forward = _jitted_forward(dataclasses.replace(config, seed=0))
+    return lambda state, *batch: forward(state.params, state.frozen, *batch)[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted_forward(config: Config) -> Callable[..., tuple[jax.Array, Any]]:
+    realise = trainable(config).realise
+
+    def forward(
+        params: model.Params, frozen: model.Params | None, tokens_BAT: jax.Array, index: int
+    ) -> tuple[jax.Array, Any]:
+        tokens_BT = tokens_BAT.at[:, index].get(out_sharding=out("BT"))
+        hidden = lambda p: model.hidden(config.model, realise(p, frozen), tokens_BT).x_BTD  # noqa: E731
+        return jax.vjp(hidden, params)
+
+    return jax.jit(forward)
+
+
 def update(
     config: Config, state: TrainState, batch: Batch[jax.Array]
 ) -> tuple[TrainState, Metrics]:

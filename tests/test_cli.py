@@ -470,6 +470,7 @@ def test_a_config_file_that_does_not_work(tmp_path: Path) -> None:
         ("a.txt", b"abc", ["--config.seed=1"], "unexpected argument '--config.seed=1'"),
         ("a.jsonl", b'{"body": "x"}', [], r"no key 'text': .* \(body\)"),
         ("a.jsonl", b"{", [], "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "a", "n": NaN}', [], "NaN is no number of JSON"),
         ("a.parquet", b"abc", [], "cannot be read as parquet"),
     ],
 )

@@ -108,30 +108,6 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(changes, penalty):
         )
 
 
-@pytest.mark.parametrize("sample", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("chunk", [3, 12])
-def test_the_models_own_log_likelihood_is_told_of_each_token_drawn(chunk, sample, monkeypatch):
-    """Whatever changed the draw; the token that stopped a text is told too, and only once."""
-    monkeypatch.setattr(decode, "ROOM", 8)  # the cache grows meanwhile
-    params = parameters(MODEL)
-    options = OPTIONS | {"stop_ids": [7, 9, 11]}
-    parts = list(
-        stream(MODEL, cast(MODEL, params), PROMPTS, sample, chunk=chunk, scored=True, **options)
-    )
-    plain = generate(MODEL, params, PROMPTS, sample, **options)
-    for prompt, *texts, text in zip(PROMPTS, *parts, plain, strict=True):
-        drawn = [i for t in texts for i in t.drawn]
-        assert [i for t in texts for i in t.ids] == text.ids == drawn[: len(text.ids)]
-        assert len(drawn) == len(text.ids) + (text.ended == "stop")
-        assert not text.drawn and not text.log_likelihood
-        logits_TV = full_logits(MODEL, params, [[*prompt, *drawn]])[0]
-        log_p_TV = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV)))
-        wanted = log_p_TV[np.arange(len(drawn)) + len(prompt) - 1, drawn]
-        told = [x for t in texts for x in t.log_likelihood]
-        np.testing.assert_allclose(told, wanted, atol=1e-5)  # float32 sums of 64 terms
-    assert any(text.ended == "stop" for text in plain)
-
-
 @pytest.mark.parametrize("chunk", [1, 5, 12])
 def test_a_cache_grows_with_its_texts(chunk, monkeypatch):
     """One row is full from the start, one ends in a cache of 2, 8 and then 24 slots."""

@@ -262,7 +262,7 @@ def test_a_row_that_is_refused_is_named_and_nothing_stays(
     assert list(tmp_path.iterdir()) == [file]
     jsonl(file, [{"messages": [user("?")]}])
     assert main([*words, "--val_fraction=0"]) == 2
-    assert "1 rows leave nothing scored for 'train'" in capsys.readouterr().err
+    assert "1 rows leave nothing for 'train'" in capsys.readouterr().err
     assert main([*words[:3], f"--out={out}", "--tokenizer=bytes"]) == 2
     assert "has no chat template" in capsys.readouterr().err
     # A single row is not said to leave nothing when it is wrong.

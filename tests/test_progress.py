@@ -70,5 +70,6 @@ def test_one_process_speaks(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_numbers_of_a_step() -> None:
     assert readable({"loss": 1.23456, "z": 3.0}) == "loss 1.2346"
+    assert readable({"loss": -1e-9}) == "loss 0.0000"
     values = {"loss": 1.0, "tokens_per_second": 12345.6, "mfu": 0.4567}
     assert readable(values) == "loss 1.0000  12,346 tokens/s  MFU 45.7%"

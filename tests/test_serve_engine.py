@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -231,18 +227,9 @@ def as_users_compile(slots: int, changes: dict[str, Any]) -> None:
     ids=str,
 )
 def test_it_holds_as_users_compile(slots: int, changes: dict[str, Any]) -> None:
-    """The tests compile with fewer optimisations."""
-    hidden = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    code = f"from tests import test_serve_engine as t; t.as_users_compile({slots}, {changes})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
+    tiny.as_users_compile(
+        f"from tests import test_serve_engine as t; t.as_users_compile({slots}, {changes})"
     )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

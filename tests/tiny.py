@@ -11,6 +11,8 @@ import dataclasses
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +57,19 @@ def environment(devices: int) -> dict[str, str]:
     """Of a child process with so many virtual devices, which compiles as these tests do."""
     flags = re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
     return os.environ | {"XLA_FLAGS": flags}
+
+
+def as_users_compile(code: str) -> None:
+    """Runs `code` in a process of its own: tests compile with fewer optimisations."""
+    hidden = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def sample(**knobs: Any) -> Sample:

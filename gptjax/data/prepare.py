@@ -411,6 +411,11 @@ def _read_text(file: Path, text_key: str) -> Parts:
         buffer = buffer[upto:]
 
 
+def _refuse(constant: str) -> None:
+    """Python's own NaN, Infinity and -Infinity."""
+    raise ValueError(f"{constant} is no number of JSON")
+
+
 def _jsonl_rows(file: Path, keys: Sequence[str]) -> Rows:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -419,7 +424,7 @@ def _jsonl_rows(file: Path, keys: Sequence[str]) -> Rows:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode())
+                row = json.loads(line.decode(), parse_constant=_refuse)
             except ValueError as error:
                 reason = str(error).replace("\n", " ")
                 raise UserError(f"{file} line {number} is not JSON in UTF-8: {reason}") from error
