@@ -132,7 +132,7 @@ def test_when_all_are_stopped_for_a_while_none_says_that_others_went_on(
 
 # One process, by its index, does something else than to read the batch of step 13.
 FAULTY = """
-    import ctypes, os, re, sys, time
+    import ctypes, os, sys, time
     from gptjax import loop
     from gptjax.cli import main
     from gptjax.config import UserError

@@ -16,8 +16,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -74,14 +72,8 @@ def curve() -> list[float]:
 
 
 def test_the_golden_curve(tmp_path):
-    # Compiled as for users, in a process of its own: the suite's programs are optimised less.
-    users = os.environ | {"GPTJAX_CACHE": str(tmp_path), "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    del users["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.test_curve"], env=users, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr
-    losses = json.loads(child.stdout)
+    code = "import json; from tests import test_curve as t; print(json.dumps(t.curve()))"
+    losses = json.loads(tiny.as_users_compile(code, GPTJAX_CACHE=str(tmp_path)))
     assert losses[0] > 5.4 and min(losses) == min(losses[-10:]) < 3.3
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
     if UPDATE:
@@ -99,7 +91,3 @@ def near(losses: list[float], golden: list[str]) -> bool:
     """Equality but for rounding: 1e-7 a step, which 50 steps of Adam at a high rate carry on."""
     wanted = [float.fromhex(loss) for loss in golden]
     return bool(np.allclose(losses, wanted, rtol=1e-5, atol=0))
-
-
-if __name__ == "__main__":
-    print(json.dumps(curve()))

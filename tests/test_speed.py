@@ -16,8 +16,6 @@ import math
 import os
 import platform
 import re
-import subprocess
-import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -79,17 +77,9 @@ def operations(hlo: str) -> dict[str, int]:
 
 
 def test_the_compiled_step_costs_no_more_than_it_did(tmp_path: Path) -> None:
-    users = os.environ | {
-        "GPTJAX_CACHE": str(tmp_path),
-        "XLA_FLAGS": AS_EVERYWHERE,
-        "PYTHONPATH": str(ROOT),
-    }
-    del users["JAX_DISABLE_MOST_OPTIMIZATIONS"]
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.test_speed"], env=users, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stderr
-    counts = json.loads(child.stdout)
+    code = "import json; from tests import test_speed as t; print(json.dumps(t.count()))"
+    environment = {"GPTJAX_CACHE": str(tmp_path), "XLA_FLAGS": AS_EVERYWHERE}
+    counts = json.loads(tiny.as_users_compile(code, **environment))
     # Of the products that are needed, and less than a tenth beside them: norms, softmax, update.
     # The first block of queries sees one block of keys, the second two of two.
     c = config()
@@ -139,7 +129,3 @@ def test_a_run_is_traced_and_compiled_once_and_a_step_moves_its_batch_and_its_nu
     moved = capfd.readouterr().err.count("host-to-device transfer")
     evaluations = math.ceil(steps / 3)
     assert 0 <= moved - 3 * (1 + steps + evaluations) < steps
-
-
-if __name__ == "__main__":
-    print(json.dumps(count()))

@@ -59,17 +59,19 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": flags}
 
 
-def as_users_compile(code: str) -> None:
-    """Runs `code` in a process of its own: tests compile with fewer optimisations."""
+def as_users_compile(code: str, **environment: str) -> str:
+    """What `code` prints in a process of its own: tests compile with fewer optimisations."""
     hidden = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    users = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
-        env={name: value for name, value in os.environ.items() if name not in hidden},
+        env=users | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def sample(**knobs: Any) -> Sample:
