@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,31 @@ def test_what_is_encoded_at_once_is_bounded_in_bytes(tmp_path, monkeypatch, text
     assert max(batches) <= 5000 + 4 * (1000 + tokenizer_module.AFTER)
     assert len(batches) > 1
     assert split_text(tmp_path / "out", "train", GPT2) == [text * 20_000]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_each_of_any_number_of_cores_has_an_encoding_of_its_own(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(tokenizer_module, "PIECE", 1000)
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(prepare_module.os, "cpu_count", lambda: cores)
+    encodings, encode = {}, Tokenizer.encode_batch
+
+    def spy(tokenizer, texts):
+        core = tokenizer._encoding._core_bpe
+        assert encodings.setdefault(threading.get_ident(), core) is core
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", spy)
+    text = PLAYS[:100_000]
+    prepare([write(tmp_path / "a.txt", text)], tmp_path / "out", "gpt2", 0.4)
+    assert [split_text(tmp_path / "out", split, GPT2) for split in ("train", "val")] == [
+        [text[:60_000]], [text[60_000:]],
+    ]  # fmt: skip
+    encodings[threading.get_ident()] = (
+        GPT2._encoding._core_bpe
+    )  # it cuts, though it need not encode
+    assert min(cores, 2) <= len(encodings) <= cores
+    assert len({id(core) for core in encodings.values()}) == len(encodings)
 
 
 def test_a_million_blanks_in_one_document(tmp_path):
@@ -418,10 +444,13 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
 PREPARER = """
     import os, signal, sys
     from pathlib import Path
+    from gptjax import tokenizer
     from gptjax.data import store
     prepare_module = sys.modules["gptjax.data.prepare"]
 
-    store.SHARD_TOKENS, prepare_module.BATCH_BYTES = 1000, 300
+    # So that some of what is gone on from is within a document.
+    store.SHARD_TOKENS, prepare_module.BATCH_BYTES = 1000, 150
+    tokenizer.PIECE, tokenizer.AFTER = 70, 30
     note, left = store.StoreWriter.note, int(sys.argv[3])
 
     def note_and_die(writer, written):

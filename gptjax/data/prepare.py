@@ -1,7 +1,7 @@
 """Text files to token stores: read as a stream, tokenised once, renamed into place.
 
-The text is read once to count its characters and then once for each split, a chunk at a
-time, so that a corpus may be larger than memory (one jsonl line or parquet batch may not).
+The text is read once to count its characters and once to encode them, a chunk at a time, so that a
+corpus may be larger than memory (one jsonl line or parquet batch may not).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 
 SPLITS = ("train", "val")
 HUB = "hub:"
-CHUNK_BYTES = 1 << 20  # of a text file, read at a time
+CHUNK_BYTES = 1 << 17  # of a text file, read at a time: what is made of it stays in a cache
 BATCH_BYTES = 1 << 17  # encoded at once by a thread; a token has one or more
 
 # A separator's own line end is no part of the document that follows.
@@ -79,9 +80,11 @@ def prepare(
     tokenizer = load(tokenizer_name)
     parts = [open_parts(Path(file), text_key) for file in files]
     total, text_sha256 = _survey(files, parts)
+    characters = _Characters(parts)
 
     def fill(writer: StoreWriter, start: int, stop: int, advance: Callable[[int], None]) -> None:
-        tokenise(_clip((part for read in parts for part in read()), start, stop), writer, advance)
+        advance(writer.written)
+        tokenise(characters(start + writer.written, stop), writer, encoders, advance)
         if not writer.tokens:
             raise UserError(
                 f"a text of {total} characters leaves none for '{writer.folder.name}' with "
@@ -89,7 +92,8 @@ def prepare(
             )
 
     recipe = {"text_sha256": text_sha256, "val_fraction": val_fraction}
-    return build(Path(out), tokenizer, recipe, total, fill)
+    with Encoders(tokenizer) as encoders:
+        return build(Path(out), tokenizer, recipe, total, fill)
 
 
 def check_given(files: Sequence[Path], val_fraction: float) -> None:
@@ -126,7 +130,8 @@ def build(
 
     cut = int(total * (1 - val_fraction))
     bounds = {"train": (0, cut), "val": (cut, total)}
-    of = json.dumps([recipe, tokenizer.fingerprint], sort_keys=True).encode()
+    # Notes of texts count characters: those of an older gptjax, which counted pieces, are not read.
+    of = json.dumps([recipe, tokenizer.fingerprint, "characters"], sort_keys=True).encode()
     name = f".{out.name}.{hashlib.sha256(of).hexdigest()[:12]}"
     aside, lock = out.parent / f"{name}.partial", out.parent / f"{name}.lock"
     try:
@@ -209,15 +214,30 @@ def _survey(files: Iterable[Path], parts: list[Callable[[], Parts]]) -> tuple[in
     return total, digest.hexdigest()
 
 
-def _clip(parts: Parts, start: int, stop: int) -> Parts:
-    """The parts of characters [start, stop); the last document ends at `stop`."""
-    at = 0
-    for text, ends in parts:
-        inside = text[max(start - at, 0) : max(stop - at, 0)]
-        at += len(text)
-        yield inside, ends or at >= stop
-        if at >= stop:
-            return
+class _Characters:
+    """The text of all files by the numbers of its characters."""
+
+    def __init__(self, readers: list[Callable[[], Parts]]) -> None:
+        self._readers, self._at = readers, 0
+        self._parts = self._all()
+
+    def _all(self) -> Parts:
+        return (part for read in self._readers for part in read())
+
+    def __call__(self, start: int, stop: int) -> Parts:
+        """The parts of [start, stop), read on from the last `stop`; the last document ends there."""
+        if start != self._at:
+            self._at, self._parts = 0, self._all()
+        for text, ends in self._parts:
+            inside = text[max(start - self._at, 0) : max(stop - self._at, 0)]
+            self._at += len(text)
+            if self._at >= stop:
+                rest = text[len(text) - (self._at - stop) :]
+                self._at, self._parts = stop, itertools.chain([(rest, ends)], self._parts)
+                yield inside, True
+                return
+            if self._at >= start:
+                yield inside, ends
 
 
 def _pieces(parts: Parts, tokenizer: Tokenizer) -> Parts:
@@ -247,13 +267,40 @@ def _batches(pieces: Parts) -> Iterator[list[tuple[str, bool]]]:
     yield batch
 
 
-def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) -> None:
+class Encoders(ThreadPoolExecutor):
+    """Encodes on all cores, one of which is the caller's."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.cores, self._own = tokenizer, os.cpu_count() or 1, threading.local()
+        self._room = threading.Semaphore(2 * (self.cores - 1))  # so that none waits for the caller
+
+        def begin() -> None:
+            self._own.tokenizer = tokenizer.for_a_thread()
+
+        super().__init__(max(self.cores - 1, 1), initializer=begin)
+
+    def encode(self, texts: Sequence[str]) -> Future[list[np.ndarray]]:
+        """As `Tokenizer.encode_batch`, elsewhere or, where all others have enough to do, here."""
+        if self._room.acquire(blocking=False):
+            return self.submit(self._elsewhere, texts)
+        here: Future[list[np.ndarray]] = Future()
+        here.set_result(self.tokenizer.encode_batch(texts))
+        return here
+
+    def _elsewhere(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            return self._own.tokenizer.encode_batch(texts)
+        finally:
+            self._room.release()
+
+
+def tokenise(
+    parts: Parts, writer: StoreWriter, encoders: Encoders, advance: Callable[[int], None]
+) -> None:
     """Encodes on all cores, while more is read and what is done is written, in order."""
-    threads, tokenizer = os.cpu_count() or 1, writer.tokenizer
     waiting: deque[tuple[list[tuple[str, bool]], Future[list[np.ndarray]]]] = deque()
 
-    # Pieces; those that an interrupted preparation has written are not encoded again.
-    done, shards = writer.written, writer.shards
+    done, shards = writer.written, writer.shards  # characters
 
     def write_first() -> None:
         nonlocal done, shards
@@ -261,21 +308,17 @@ def tokenise(parts: Parts, writer: StoreWriter, advance: Callable[[int], None]) 
         for ids, (text, ends) in zip(encoded.result(), batch, strict=True):
             writer.write(ids, ends)
             advance(len(text))
-            done += 1
+            done += len(text)
         if writer.shards > shards:
             shards = writer.shards
             writer.note(done)
 
-    pieces = _pieces(parts, tokenizer)
-    for text, _ in itertools.islice(pieces, writer.written):
-        advance(len(text))
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in _batches(pieces):
-            waiting.append((batch, pool.submit(tokenizer.encode_batch, [t for t, _ in batch])))
-            if len(waiting) > 2 * threads:
-                write_first()
-        while waiting:
+    for batch in _batches(_pieces(parts, writer.tokenizer)):
+        waiting.append((batch, encoders.encode([text for text, _ in batch])))
+        while waiting and (waiting[0][1].done() or len(waiting) > 4 * encoders.cores):
             write_first()
+    while waiting:
+        write_first()
 
 
 def open_parts(file: Path, text_key: str) -> Callable[[], Parts]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import UserError, choose
-from gptjax.data.prepare import HUB, READERS, Parts, hub_rows, open_parts, tokenise
+from gptjax.data.prepare import HUB, READERS, Encoders, Parts, hub_rows, open_parts, tokenise
 from gptjax.data.store import MANIFEST, Store, StoreWriter
 from gptjax.evaluation.detokenize import DETOKENIZERS
 from gptjax.storage import local
@@ -117,7 +117,8 @@ def open_text(name: str, source: str, tokenizer: Tokenizer, folder: Path, how: R
 
     writer = StoreWriter(folder, tokenizer)
     try:
-        tokenise(cleaned(), writer, lambda characters: None)
+        with Encoders(tokenizer) as encoders:
+            tokenise(cleaned(), writer, encoders, lambda characters: None)
     except MemoryError:
         raise UserError(
             f"{source} has a document larger than memory: split it, or give it as a .txt file, "
