@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import jax
 from rich.progress import DownloadColumn
 
 from gptjax.config import UserError
@@ -77,6 +76,8 @@ def pinned(place: Place) -> Place:
     """
     if not on_hub(place) or (name := _parse(place)).pinned:
         return place
+    import jax  # which a command that makes data otherwise does without
+
     told = ""
     if jax.process_index() == 0:
         try:

@@ -1,4 +1,7 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere.
+
+jax is imported where it is asked: a command that needs it for nothing else starts without.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,12 +26,17 @@ console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 def say(message: str) -> None:
     """A line on standard error, from process 0 alone; a bar in progress stays below it."""
+    import jax
+
     if jax.process_index() == 0:
         console.print(message, soft_wrap=True)
 
 
 def from_process_0(text: str) -> str:
     """The text that process 0 passed, on every process; all must call it."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return text
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
@@ -41,6 +47,9 @@ def from_process_0(text: str) -> str:
 
 def from_any_process(text: str) -> str:
     """The first text that is not "" of those that the processes passed; all must call it."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return text
     bytes_each = 1000
@@ -71,6 +80,8 @@ class Progress:
         transient: bool = False,
         counted: ProgressColumn | None = None,
     ) -> None:
+        import jax
+
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),

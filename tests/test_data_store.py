@@ -9,6 +9,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -28,7 +29,7 @@ from gptjax.data import store as store_module
 from gptjax.data.sources import ASSETS
 from gptjax.tokenizer import END_OF_TEXT, Tokenizer, load
 from tests import tiny
-from tests.child import Child
+from tests.child import REPO, Child
 
 # The package's attribute of this name is the function.
 prepare_module = sys.modules["gptjax.data.prepare"]
@@ -486,6 +487,20 @@ def test_a_killed_preparation_goes_on_and_makes_the_same(tmp_path, capfd):
     assert tiny.files(tmp_path / "out") == tiny.files(tmp_path / "whole")
     assert len(list((tmp_path / "out" / "train").glob("tokens-*"))) >= 3
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_command_starts_without_jax_whose_import_takes_longer_than_ten_megabytes(tmp_path):
+    text, out = write(tmp_path / "a.txt", PLAYS[:1000]), tmp_path / "out"
+    code = """
+import sys
+from gptjax.cli import main
+main(["data", "--tokenizer=gpt2", "--out", *sys.argv[1:]])
+assert "jax" not in sys.modules, "imported"
+"""
+    words = [sys.executable, "-c", code, str(out), str(text)]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert split_text(out, "train", GPT2) == [PLAYS[:900]]
 
 
 def test_nanogpt_bins_open(tmp_path):
