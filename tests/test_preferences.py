@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -297,9 +298,20 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
     reference = preferences.reference
     monkeypatch.setattr(preferences, "reference", lambda *how: scored.append("") or reference(*how))
     few: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
+    compile_step = loop.compile_step
 
-    def begun(name: str, **knobs: Any) -> bytes:
-        run(configure(store, **few, **knobs), tmp_path / name)
+    def begun(name: str, folder: Path = store, **knobs: Any) -> bytes:
+        """The reference of a run, which, but for one, ends before its step is compiled."""
+
+        def compiled(*how: Any, **and_how: Any) -> Any:
+            if name != "beta":
+                raise ZeroDivisionError
+            return compile_step(*how, **and_how)
+
+        monkeypatch.setattr(loop, "compile_step", compiled)
+        ends = contextlib.nullcontext() if name == "beta" else pytest.raises(ZeroDivisionError)
+        with ends:
+            run(configure(folder, **few, **knobs), tmp_path / name)
         return (tmp_path / name / preferences.REFERENCE).read_bytes()
 
     first = begun("first")
@@ -317,7 +329,7 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
     assert len(scored) == 5
     write(tmp_path / "other/train", PAIRS[1:])
     write(tmp_path / "other/val", PAIRS[3::4])
-    run(configure(tmp_path / "other", **few), tmp_path / "others")
+    begun("others", tmp_path / "other")
     assert len(scored) == 6
     # What is damaged there is found out, and made anew.
     for file in (tmp_path / "cache/kept").iterdir():
@@ -327,6 +339,7 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
     assert begun("damaged") == first and len(scored) == 7
     assert begun("mended") == first and len(scored) == 7
     # A replay is no replay of what was kept.
+    monkeypatch.setattr(loop, "compile_step", compile_step)
     assert replay.replay_run(tmp_path / "beta")["bitwise"] and len(scored) == 8
 
 
