@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
 from gptjax.layers.context import Cache, Context
+from gptjax.layers.flash import flash
 from gptjax.layers.linear import linear
 from gptjax.layers.norm import HeadNorm, row_sums
 from gptjax.layers.parameter import add_bias, parameter
@@ -380,7 +381,19 @@ def _deterministic(c: Model) -> dict[str, bool]:
 
 ATTENTION: dict[str, Row] = {
     "plain": Row(plain),
-    "block": Row(block, auto="cpu"),
+    "flash": Row(
+        flash,
+        auto="cpu",
+        elsewhere=False,
+        lacks=lambda c: {
+            **_alibi(c),
+            "rows that are split over devices": ways("T") > 1,
+            "softcapped scores": c.attention_softcap is not None,
+            f"model.dtype={c.dtype!r}": c.dtype != "float32",
+            f"heads of width {c.H}, no multiple of 8": c.H % 8 != 0,
+        },
+    ),
+    "block": Row(block, auto="cpu"),  # what `flash` cannot do
     "cudnn": Row(
         cudnn,
         auto="gpu",
