@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# Programs above this let go of memory between steps: kept, with holes, it may be twice as much.
+# A program above this is not begun before the memory of the last one is back, or two of them would
+# have as much each.
 MOST = 256 * 2**20
+PAUSE = 1e-3  # seconds after the results of a program in which its temporaries are given back
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _shared = False
@@ -23,9 +25,9 @@ def share() -> None:
     _shared = _set(_ARENA_MAX, 1)
 
 
-def keep(program_bytes: float) -> None:
-    """Keeps what a program of this size gives back, after `share`; what is free now is let go."""
-    if _shared and program_bytes <= MOST:
+def keep() -> None:
+    """Keeps what programs give back from now on, after `share`; what is free now is let go."""
+    if _shared:
         ctypes.CDLL(None).malloc_trim(0)
         _set(_MMAP_MAX, 0)  # all of it from the heap, which shrinks where 2 GB of it are free
         _set(_TRIM_THRESHOLD, 2**31 - 1)

@@ -346,8 +346,25 @@ def compile_step(
             - memory.alias_size_in_bytes
         )
         if jax.default_backend() == "cpu":
-            heap.keep(cost["program_bytes"])
+            heap.keep()
+            if cost["program_bytes"] > heap.MOST:
+                compiled = Unhurried(compiled)
     return compiled, cost
+
+
+class Unhurried:
+    """A compiled step that begins when what it reads is computed, and the memory for that is back."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+
+    def __call__(self, *arguments: Any) -> Any:
+        jax.block_until_ready(arguments)
+        time.sleep(heap.PAUSE)  # which Python lets go of its lock for, that XLA waits for then
+        return self._compiled(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
 
 
 def count(evaluators: Mapping[str, Evaluator | RowEvaluator | PairEvaluator]) -> int:
