@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 
-# A program above this is not begun before the memory of the last one is back, or two of them would
-# have as much each.
-MOST = 256 * 2**20
-PAUSE = 1e-3  # seconds after the results of a program in which its temporaries are given back
+MOST = 256 * 2**20  # two of a program may have as much at once
+PATIENCE = 0.1  # seconds at most that memory of a program is waited for after its results
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _shared = False
@@ -31,6 +30,45 @@ def keep() -> None:
         ctypes.CDLL(None).malloc_trim(0)
         _set(_MMAP_MAX, 0)  # all of it from the heap, which shrinks where 2 GB of it are free
         _set(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Meter:
+    """Waits until a program has given back its temporaries, which is after its results are there.
+
+    Else the next one would take as much again, of fresh pages, and both be kept.
+
+    Args:
+        temporaries: of the program, in bytes.
+    """
+
+    def __init__(self, temporaries: int) -> None:
+        self._temporaries, self._before = temporaries, _used()
+
+    def wait(self) -> None:
+        """Before a program is run, when what it reads is there."""
+        end = time.monotonic() + PATIENCE
+        # XLA waits for Python's lock then, which sleep lets go of.
+        while _used() > self._before + self._temporaries / 2 and time.monotonic() < end:
+            time.sleep(1e-4)
+        self._before = _used()
+
+
+class _Information(ctypes.Structure):
+    """mallinfo2 of glibc 2.33 and later."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost")]  # fmt: skip
+
+
+def _used() -> int:
+    """Bytes that the process has of the C library; 0 where that does not tell."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = _Information
+    told = mallinfo2()
+    return int(told.uordblks + told.hblkhd)
 
 
 def _set(option: int, value: int) -> bool:

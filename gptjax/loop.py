@@ -347,20 +347,20 @@ def compile_step(
         )
         if jax.default_backend() == "cpu":
             heap.keep()
-            if cost["program_bytes"] > heap.MOST:
-                compiled = Unhurried(compiled)
+            if memory.temp_size_in_bytes > heap.MOST:
+                compiled = Unhurried(compiled, memory.temp_size_in_bytes)
     return compiled, cost
 
 
 class Unhurried:
     """A compiled step that begins when what it reads is computed, and the memory for that is back."""
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
+    def __init__(self, compiled: Any, temporaries: int) -> None:
+        self._compiled, self._meter = compiled, heap.Meter(temporaries)
 
     def __call__(self, *arguments: Any) -> Any:
         jax.block_until_ready(arguments)
-        time.sleep(heap.PAUSE)  # which Python lets go of its lock for, that XLA waits for then
+        self._meter.wait()
         return self._compiled(*arguments)
 
     def __getattr__(self, name: str) -> Any:

@@ -15,16 +15,17 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import numpy as np
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 
-I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+F32 = ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
-Number = "Value | int | float"
+Number: TypeAlias = "Value | int | float"
 
 
 def _plain(pointer: Any, pointee: Any = None) -> Any:
@@ -202,6 +203,19 @@ class Code:
         b.position_at_end(body)
         yield Value(b, i)
         i.add_incoming(b.add(i, ir.Constant(I64, step)), b.block)
+        b.branch(head)
+        b.position_at_end(end)
+
+    @contextlib.contextmanager
+    def until(self, condition: Callable[[], Value]) -> Iterator[None]:
+        """while not condition()."""
+        b = self.builder
+        head, body, end = (b.append_basic_block(name) for name in ("head", "body", "end"))
+        b.branch(head)
+        b.position_at_end(head)
+        b.cbranch(condition().of, end, body)
+        b.position_at_end(body)
+        yield
         b.branch(head)
         b.position_at_end(end)
 
@@ -468,18 +482,11 @@ def _handler(module: Any, program: Program) -> None:
     with work.when(taken.get() < tasks):
         memory = work.call(libc["malloc"], bytes_ + _CACHE_LINE)
         address = Value(work.builder, work.builder.ptrtoint(memory.of, I64))
-        rest = (address % _CACHE_LINE).of
-        whole = work.number(_CACHE_LINE) - Value(work.builder, rest)
-        scratch = work.at(memory, whole, ir.IntType(8))
-        b = work.builder
-        again, over = b.append_basic_block("again"), b.append_basic_block("over")
-        b.branch(again)
-        b.position_at_end(again)
-        work.call(do_task, job, taken.get(), scratch)
-        add(work, job, _DONE, 1)
-        taken.set(add(work, job, _NEXT, 1))
-        b.cbranch((taken.get() < tasks).of, again, over)
-        b.position_at_end(over)
+        scratch = work.at(memory, work.number(_CACHE_LINE) - address % _CACHE_LINE, I8)
+        with work.until(lambda: tasks <= taken.get()):
+            work.call(do_task, job, taken.get(), scratch)
+            add(work, job, _DONE, 1)
+            taken.set(add(work, job, _NEXT, 1))
         work.call(libc["free"], memory)
     work.call(leave, job)
     do_work = work.end()
@@ -492,7 +499,7 @@ def _handler(module: Any, program: Program) -> None:
     null = Value(b, ir.Constant(POINTER, None))
 
     def of(struct: Value, byte: int, kind: Any = POINTER) -> Value:
-        at = b.gep(struct.of, [ir.Constant(I64, byte)], source_etype=ir.IntType(8))
+        at = b.gep(struct.of, [ir.Constant(I64, byte)], source_etype=I8)
         return Value(b, b.load(at, align=8, typ=kind))
 
     extension = of(frame, _EXTENSION)
@@ -506,11 +513,9 @@ def _handler(module: Any, program: Program) -> None:
         b.ret(null.of)
     api, context = of(frame, _API), of(frame, _CONTEXT)
     job = handler.call(libc["malloc"], handler.number(8 * (_OPERANDS + 3 * count)))
-    given, taken_ = of(frame, _ARGUMENTS), of(frame, _RESULTS)
-    places = [(given, i) for i in range(program.operands[0])]
-    places += [(taken_, i) for i in range(program.operands[1])]
-    for i, (list_, j) in enumerate(places):
-        buffer = of(list_, 8 * j)
+    lists = zip((_ARGUMENTS, _RESULTS), program.operands, strict=True)
+    buffers = [of(of(frame, byte), 8 * i) for byte, count in lists for i in range(count)]
+    for i, buffer in enumerate(buffers):
         for word, byte in enumerate((_DATA, _RANK, _DIMS)):
             handler.store(of(buffer, byte, I64), job, _OPERANDS + 3 * i + word)
     arrays = operands(handler, job)
@@ -542,15 +547,8 @@ def _handler(module: Any, program: Program) -> None:
     with handler.loop(1, threads):
         offered(_SCHEDULE, context, Value(b, do_work), job)
     b.call(do_work, [job.of])
-    wait, over = b.append_basic_block("wait"), b.append_basic_block("over")
-    rest = b.append_basic_block("rest")
-    b.branch(wait)
-    b.position_at_end(wait)
-    done = Value(b, b.load_atomic(handler.at(job, _DONE, I64).of, "acquire", 8, typ=I64))
-    b.cbranch((done < tasks).of, rest, over)
-    b.position_at_end(rest)
-    b.call(libc["sched_yield"], [])
-    b.branch(wait)
-    b.position_at_end(over)
+    done = handler.at(job, _DONE, I64)
+    with handler.until(lambda: tasks <= Value(b, b.load_atomic(done.of, "acquire", 8, typ=I64))):
+        b.call(libc["sched_yield"], [])
     b.call(leave, [job.of])
     handler.end(null)

@@ -50,19 +50,24 @@ class Shape(NamedTuple):
 
 def flash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores) -> jax.Array:
     """`plain`, in float32, block by block within the cache of the processor."""
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
-    segments = scores.q_segments_BT
-    packed = segments is not None
-    if segments is None:
-        segments = jnp.zeros((B, 1), jnp.int32)
 
-    def kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    def kernel(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         # Of heads that are split, a device has fewer.
-        shape = Shape(q.shape[2], k.shape[2], H, scores.window, packed)
-        return _attend(shape, q, k, v, segments)
+        packed = segments_BT is not None
+        shape = Shape(q.shape[2], k.shape[2], q.shape[3], scores.window, packed)
+        return _attend(
+            shape, q, k, v, jnp.zeros((), jnp.int32) if segments_BT is None else segments_BT
+        )
 
-    segments = jnp.broadcast_to(segments, (B, segments.shape[1]))
-    return on_shards(kernel, (q_BTNH, "BTNH"), (k_BSKH, "BSKH"), (v_BSKH, "BSKH"), (segments, "BT"))
+    return on_shards(
+        kernel,
+        (q_BTNH, "BTNH"),
+        (k_BSKH, "BSKH"),
+        (v_BSKH, "BSKH"),
+        (scores.q_segments_BT, "BT"),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -333,7 +338,9 @@ def _forward_program(shape: Shape, module: Any) -> Program:
                     rows = [code.load(scores, at + v * L, L) for v in vectors]
                     if sees is not None:
                         low = code.real(LOWEST, L)
-                        rows = [code.select(sees(v), x, low) for v, x in zip(vectors, rows)]
+                        rows = [
+                            code.select(sees(v), x, low) for v, x in zip(vectors, rows, strict=True)
+                        ]
                     largest = code.across(code.largest, functools.reduce(code.largest, rows))
                     before = code.load(most_i, r)
                     now = code.largest(before, largest * factor)
@@ -342,7 +349,7 @@ def _forward_program(shape: Shape, module: Any) -> Program:
                         _exp2(code, code.fma(x, code.real(factor, L), code.splat(now, L) * -1.0), L)
                         for x in rows
                     ]
-                    for v, x in zip(vectors, weights):
+                    for v, x in zip(vectors, weights, strict=True):
                         code.store(x, scores, at + v * L)
                     shrink = _exp2(code, code.splat(before - now, L), L)
                     sum_ = code.across(Value.__add__, functools.reduce(Value.__add__, weights))
