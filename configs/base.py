@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     m.mup_base_width = placeholder(int)  # D of the shape that was tuned; mup needs it
     m.mup_base_heads = placeholder(int)  # N of that shape; None: as many as heads, so that H grows
     m.mup_base_layers = placeholder(int)  # L of that shape; mup_depth needs it
-    m.attention = "auto"  # auto: by devices and length | plain | block | cudnn | splash
+    m.attention = "auto"  # auto: by devices and length | plain | flash | block | cudnn | splash
     m.scan_layers = False  # one compiled block for all layers: compiles faster, runs slower on CPU
     m.remat = "none"  # none | dots | attention | full: memory for recomputation
     m.dtype = "float32"  # of activations, or bfloat16; parameters, softmax and loss stay float32

@@ -200,7 +200,7 @@ def _trained_products(config: Config, rows: tuple[Any, ...]) -> list[Product]:
 
 
 # Of these it is not known what they multiply, or how often.
-UNCOUNTED = ("while", "cond", "conv_general_dilated", "pallas_call")
+UNCOUNTED = ("while", "cond", "conv_general_dilated", "pallas_call", "ffi_call")
 
 
 def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Product]:

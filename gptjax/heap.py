@@ -1,4 +1,4 @@
-"""The C library's memory on CPUs: kept from step to step, where that is worth it.
+"""The C library's memory on CPUs: kept from step to step.
 
 XLA takes the temporaries of a program afresh each time that it runs, and gives them back. glibc asks
 the system for pieces that large, which clears every page anew: a quarter of the time of a small
@@ -11,7 +11,8 @@ import ctypes
 import sys
 import time
 
-MOST = 256 * 2**20  # two of a program may have as much at once
+# Temporaries of a program above this are waited for; of others two steps may have theirs at once.
+MOST = 256 * 2**20
 PATIENCE = 0.1  # seconds at most that memory of a program is waited for after its results
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
@@ -24,12 +25,17 @@ def share() -> None:
     _shared = _set(_ARENA_MAX, 1)
 
 
-def keep() -> None:
-    """Keeps what programs give back from now on, after `share`; what is free now is let go."""
+def keep() -> bool:
+    """Keeps what programs give back from now on, after `share`; what is free now is let go.
+
+    Returns:
+        False where nothing is kept: without `share`, or another C library.
+    """
     if _shared:
         ctypes.CDLL(None).malloc_trim(0)
         _set(_MMAP_MAX, 0)  # all of it from the heap, which shrinks where 2 GB of it are free
         _set(_TRIM_THRESHOLD, 2**31 - 1)
+    return _shared
 
 
 class Meter:

@@ -345,10 +345,8 @@ def compile_step(
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         )
-        if jax.default_backend() == "cpu":
-            heap.keep()
-            if memory.temp_size_in_bytes > heap.MOST:
-                compiled = Unhurried(compiled, memory.temp_size_in_bytes)
+        if jax.default_backend() == "cpu" and heap.keep() and memory.temp_size_in_bytes > heap.MOST:
+            compiled = Unhurried(compiled, memory.temp_size_in_bytes)
     return compiled, cost
 
 

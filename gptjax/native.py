@@ -99,7 +99,7 @@ class Value:
         return self._do("fmul", "mul", other)
 
     def __truediv__(self, other: Number) -> Value:
-        return self._do("fdiv", "sdiv", other)
+        return self._do("fdiv", "", other)
 
     def __floordiv__(self, other: Number) -> Value:
         return self._do("", "sdiv", other)
@@ -250,19 +250,18 @@ class Code:
         at = self.at(pointer, offset, kind)
         self.builder.store(value.of, at.of, align=8 if kind in (I64, POINTER) else 4)
 
-    def whole(self, x: Value) -> Value:
-        """float32 numbers that are whole, as int32."""
-        return Value(self.builder, self.builder.fptosi(x.of, _with_lanes(I32, x)))
-
     def narrow(self, x: Value) -> Value:
         """An int64 as an int32."""
         return Value(self.builder, self.builder.trunc(x.of, I32))
 
-    def power_of_two(self, n: Value) -> Value:
-        """2**n, float32, of int32 numbers from -126 to 127."""
-        b = self.builder
-        exponent = b.shl((n + 127).of, n.like(23))
-        return Value(b, b.bitcast(exponent, _with_lanes(F32, n)))
+    def nearest(self, x: Value) -> tuple[Value, Value]:
+        """The whole number n that is nearest to x, from -127 to 127, and 2**n; of -127 that is 0."""
+        b, begin = self.builder, 1.5 * 2**23  # from here to 2**24 float32 numbers are whole
+        moved = x + begin
+        bits = Value(b, b.bitcast(moved.of, _with_lanes(I32, x)))
+        # The last bits are n, which become the exponent; all others are shifted out.
+        exponent = Value(b, b.shl(bits.of, bits.like(23))) + (127 << 23)
+        return moved - begin, Value(b, b.bitcast(exponent.of, x.of.type))
 
     def transpose(self, rows: list[Value]) -> list[Value]:
         """As many vectors as each has lanes, turned."""
@@ -307,15 +306,11 @@ class Code:
         return self.intrinsic(f"llvm.{name}.{suffix}", kind, first, *others)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a b + c, rounded once."""
-        return self._of_vectors("fma", a, b, c)
+        """a b + c, rounded once where the processor can."""
+        return self._of_vectors("fmuladd", a, b, c)
 
     def largest(self, a: Value, b: Value) -> Value:
         return self._of_vectors("maxnum", a, b)
-
-    def nearest(self, a: Value) -> Value:
-        """The nearest whole number, as a float32."""
-        return self._of_vectors("rint", a)
 
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return Value(self.builder, self.builder.select(condition.of, a.of, b.of))
@@ -402,12 +397,14 @@ _engines: dict[str, Any] = {}  # machine code lives as long as its engine
 _lock = threading.Lock()
 
 
-def register(name: str, write: Callable[[Any], Program]) -> None:
-    """Compiles a program for this processor, unless it is, and tells XLA of it as `name`.
+def register(name: str, write: Callable[[Any], Program]) -> str:
+    """Compiles a program for this processor, unless it is; returns the name that XLA knows it by.
 
     Args:
+        name: tells all that the program depends on, but the machine.
         write: is given the module of LLVM that the program's own functions are to be in.
     """
+    name = "_".join(("gptjax", name, *map(str, machine())))
     with _lock:
         if name not in _engines:
             module = ir.Module(name)
@@ -415,21 +412,19 @@ def register(name: str, write: Callable[[Any], Program]) -> None:
             _engines[name] = engine = _compile(module)
             address = ctypes.c_void_p(engine.get_function_address("handler"))
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
+    return name
 
 
 def _compile(module: Any) -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features().flatten()
+    if machine().lanes == 16:
+        features += ",-prefer-256-bit"  # else LLVM halves the vectors of some processors
     target = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=features, opt=3
     )
-    # Without it LLVM halves the vectors of some processors.
-    width = 32 * machine().lanes
-    text = str(module).replace(
-        "noinline nounwind", f'noinline nounwind "prefer-vector-width"="{width}"'
-    )
-    parsed = llvm.parse_assembly(text)
+    parsed = llvm.parse_assembly(str(module))
     passes = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(3))
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, target)
@@ -542,6 +537,7 @@ def _handler(module: Any, program: Program) -> None:
     offered(_THREADS, context, pool)
     threads = handler.load(pool, kind=I64)
     threads = handler.select(threads < tasks, threads, tasks)
+    threads = handler.select(threads < 1, handler.number(1), threads)  # there may be no task
     # The last one to leave is whoever it is of the threads that are asked, this one and the wait.
     handler.store(threads + 1, job, _HOLDERS)
     with handler.loop(1, threads):

@@ -385,7 +385,7 @@ MISTAKES: list[tuple[str, Sequence[str]]] = [
     ("model.width=18 is not divisible by model.heads=4", ["--config.model.width=18"]),
     ("data.batch_size=8 is not divisible by train.acc", ["--config.train.accumulation=3"]),
     ("model.position='ropee' is not one of: .*rope.*did you mean", ["--config.model.position=ropee"]),
-    ("model.attention='flash' is not one of: auto, plain, block", ["--config.model.attention=flash"]),
+    ("model.attention='fused' is not one of: auto, plain, flash, block", ["--config.model.attention=fused"]),
     ("model.remat='some' is not one of: none, dots", ["--config.model.remat=some"]),
     ("optim.optimizer='adam' is not one of: adamw", ["--config.optim.optimizer=adam"]),
     ("optim.schedule='wsc' is not one of: constant", ["--config.optim.schedule=wsc"]),

@@ -159,7 +159,8 @@ CASES = [
     (name, changes)
     for name in KERNELS
     for changes in SCORES
-    if not (name == "splash" and "slopes" in changes)  # refused, see below
+    if not (name in ("splash", "flash") and "slopes" in changes)  # refused, see below
+    and not (name == "flash" and "softcap" in changes)
 ]
 
 
@@ -320,6 +321,12 @@ REFUSED = {
         ({"head_dim": 12}, 128, "heads of width 12"),
         ({"head_dim": 264}, 128, "heads of width 264"),
     ],
+    "flash": [
+        ({"dtype": "float32", "attention_softcap": 1.0}, 128, "softcapped scores"),
+        ({"dtype": "float32", "position": "alibi"}, 128, "ALiBi"),
+        ({}, 128, "model.dtype='bfloat16'"),
+        ({"dtype": "float32", "head_dim": 12}, 128, "heads of width 12"),
+    ],
     "splash": [
         ({"position": "alibi"}, 128, "ALiBi"),
         ({}, 100, "100 tokens, no multiple of 128"),
@@ -372,14 +379,19 @@ def test_what_is_advised_is_not_refused_nor_what_was_asked(changes, platform, le
             chosen = kernel_for(
                 resolve(dataclasses.replace(config, attention="auto"), platform), length
             )
-            assert chosen == ("plain" if refusal(config, length, platform) else name)
+            otherwise = "block" if platform == "cpu" else "plain"
+            assert chosen == (otherwise if refusal(config, length, platform) else name)
 
 
 @pytest.mark.parametrize(
     "changes, length, cpu, gpu, tpu",
     [
         ({}, 128, "block", "cudnn", "splash"),
-        ({"dtype": "float32"}, 128, "block", "plain", "splash"),
+        ({"dtype": "float32"}, 128, "flash", "plain", "splash"),
+        ({"dtype": "float32", "windows": (64,)}, 1, "flash", "plain", "plain"),
+        ({"dtype": "float32", "position": "alibi"}, 128, "block", "plain", "plain"),
+        ({"dtype": "float32", "attention_softcap": 50.0}, 128, "block", "plain", "splash"),
+        ({"dtype": "float32", "head_dim": 12}, 128, "block", "plain", "splash"),
         ({"windows": (64,), "scan_layers": True}, 128, "block", "cudnn", "splash"),
         ({"windows": (64, None)}, 128, "block", "cudnn", "splash"),
         ({"windows": (64, None), "scan_layers": True}, 128, "block", "cudnn", "splash"),
@@ -442,11 +454,11 @@ def test_a_new_kernel_is_a_function_and_a_row(monkeypatch):
 
 
 def test_an_unknown_kernel_is_one_line_with_the_choices():
-    message = "'flash' is not one of: auto, plain, block, cudnn, splash"
+    message = "'fused' is not one of: auto, plain, flash, block, cudnn, splash"
     with pytest.raises(ConfigError, match=message):
-        resolve(model(attention="flash"), "cpu")
+        resolve(model(attention="fused"), "cpu")
     with pytest.raises(ConfigError, match=message):
-        kernel_for(model(attention="flash"), 8)
+        kernel_for(model(attention="fused"), 8)
 
 
 # Products.

@@ -265,7 +265,13 @@ def test_a_kernel_in_the_model(name, monkeypatch):
     monkeypatch.setitem(ATTENTION, "splash", row)
     context, window = 128, 70
     config = model(
-        vocab_size=256, context=context, layers=1, kv_heads=2, attention=name, windows=(window,)
+        vocab_size=256,
+        context=context,
+        layers=1,
+        kv_heads=2,
+        head_dim=8,
+        attention=name,
+        windows=(window,),
     )
     params = random_params(config)
     random = np.random.default_rng(0)

@@ -3,8 +3,8 @@
 Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4, written for `gptjax.native`: a task is all
 the query heads of one key-value head of one row, so that whoever computes it adds up the gradients
 of keys and values in one order. A block of queries meets one block of keys after another, no
-further than it sees; the backward pass computes the weights again from the log-sum-exp that the
-forward pass keeps of each query.
+further than it sees; the backward pass computes the weights again from the largest score and the
+sum that the forward pass keeps of each query.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Shape(NamedTuple):
     H: int
     window: int | None
     packed: bool
+
+    @property
+    def name(self) -> str:
+        return "_".join(map(str, self))
 
     @property
     def lanes(self) -> int:
@@ -82,8 +86,9 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     B, T, N, _ = q_BTNH.shape
     each_BNT = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    name = f"gptjax_flash_forward_{'_'.join(map(str, shape))}"
-    native.register(name, functools.partial(_forward_program, shape))
+    name = native.register(
+        f"flash_forward_{shape.name}", functools.partial(_forward_program, shape)
+    )
     operands = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
     results = _call(name, (q_BTNH, each_BNT, each_BNT), *operands)
     return results[0], (*operands, *results)
@@ -92,8 +97,9 @@ def _forward(
 def _backward(
     shape: Shape, residuals: tuple[jax.Array, ...], do_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    name = f"gptjax_flash_backward_{'_'.join(map(str, shape))}"
-    native.register(name, functools.partial(_backward_program, shape))
+    name = native.register(
+        f"flash_backward_{shape.name}", functools.partial(_backward_program, shape)
+    )
     dq, dk, dv = _call(name, residuals[:3], *residuals, do_BTNH)
     return dq, dk, dv, None
 
@@ -166,16 +172,14 @@ _POLYNOMIAL = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3,
 
 
 def _exp2(code: Code, x: Value, lanes: int) -> Value:
-    """2**x of a vector, x at most 127, to 2e-7 of it; below the smallest normal float32 0."""
-    low = x < -126.0
-    x = code.select(low, code.real(-126.0, lanes), x)
-    whole = code.nearest(x)
-    f = x - whole
-    power = code.real(_POLYNOMIAL[0], lanes)
+    """2**x of a vector, x at most 127, to 2e-7 of it; 0 below the normal float32 numbers."""
+    x = code.select(x < -127.0, code.real(-127.0, lanes), x)  # what is no number stays none
+    whole, power = code.nearest(x)
+    fraction = x - whole
+    of_fraction = code.real(_POLYNOMIAL[0], lanes)
     for term in _POLYNOMIAL[1:]:
-        power = code.fma(power, f, code.real(term, lanes))
-    power = power * code.power_of_two(code.whole(whole))
-    return code.select(low, code.real(0.0, lanes), power)
+        of_fraction = code.fma(of_fraction, fraction, code.real(term, lanes))
+    return of_fraction * power
 
 
 See = Callable[[int], Value]
@@ -195,7 +199,7 @@ class _Task:
         self.q, self.k, self.v, self.segments = (operand.data for operand in operands[:4])
         self.T = operands[0].dim(code, 2)
         self.blocks = _blocks(code, self.T)
-        self.row, self.head = number / shape.K, number % shape.K
+        self.row, self.head = number // shape.K, number % shape.K
         self.keys = memory
         self.values = code.at(memory, self.blocks * (BLOCK * shape.H))
         self.documents = code.at(self.values, self.blocks * (BLOCK * shape.H))
@@ -231,7 +235,7 @@ class _Task:
         begin = self.of_keys(array, code.number(0))
         with code.loop(0, self.blocks * BLOCK, L) as s, code.loop(0, H, L) as h:
             rows = [code.load(begin, self._kept(s + i) * (K * H) + h, L) for i in range(L)]
-            at = s / BLOCK * (BLOCK * H) + h * BLOCK + s % BLOCK
+            at = s // BLOCK * (BLOCK * H) + h * BLOCK + s % BLOCK
             for i, row in enumerate(code.transpose(rows)):
                 code.store(row, to, at + i * BLOCK)
 
@@ -249,7 +253,7 @@ class _Task:
         if self.shape.window is None:
             return self.code.number(0)
         s = i * BLOCK - (self.shape.window - 1)
-        return self.code.select(s < 0, self.code.number(0), s) / BLOCK
+        return self.code.select(s < 0, self.code.number(0), s) // BLOCK
 
     def visit(self, i: Value, j: Value, each: Callable[[Value, See | None], None]) -> None:
         """Does `each` of the queries of block i, which are to meet block j.
@@ -285,7 +289,7 @@ class _Task:
 
 
 def _blocks(code: Code, T: Value) -> Value:
-    return (T + (BLOCK - 1)) / BLOCK
+    return (T + (BLOCK - 1)) // BLOCK
 
 
 def _program(
@@ -345,10 +349,8 @@ def _forward_program(shape: Shape, module: Any) -> Program:
                     before = code.load(most_i, r)
                     now = code.largest(before, largest * factor)
                     code.store(now, most_i, r)
-                    weights = [
-                        _exp2(code, code.fma(x, code.real(factor, L), code.splat(now, L) * -1.0), L)
-                        for x in rows
-                    ]
+                    # Rounded as what it is less, so never above it.
+                    weights = [_exp2(code, x * factor - code.splat(now, L), L) for x in rows]
                     for v, x in zip(vectors, weights, strict=True):
                         code.store(x, scores, at + v * L)
                     shrink = _exp2(code, code.splat(before - now, L), L)
@@ -407,12 +409,12 @@ def _backward_program(shape: Shape, module: Any) -> Program:
 
                 def soften(r: Value, sees: See | None) -> None:
                     """Scores of a query become weights, and dweights dscores."""
-                    low = code.splat(code.load(most_i, r), L) * -1.0
+                    largest = code.splat(code.load(most_i, r), L)
                     share = code.splat(code.real(1.0) / code.load(total_i, r), L)
                     mean = code.splat(code.load(means, r), L)
                     for v in vectors:
                         at = r * BLOCK + v * L
-                        exponent = code.fma(code.load(weights, at, L), code.real(factor, L), low)
+                        exponent = code.load(weights, at, L) * factor - largest
                         weight = _exp2(code, exponent, L) * share
                         if sees is not None:
                             weight = code.select(sees(v), weight, code.real(0.0, L))

@@ -1,0 +1,276 @@
+"""Attention for CPUs: against float64 and its closed gradient, and bits that nothing else decides."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import native, sharding
+from gptjax.layers.attention import plain
+from gptjax.layers.flash import flash
+from gptjax.layers.scores import Scores
+from gptjax.native import Machine
+from tests import tiny
+
+
+class Case(NamedTuple):
+    B: int = 2
+    T: int = 130
+    N: int = 2
+    K: int = 1
+    H: int = 8
+    window: int | None = None
+    packed: bool = False
+
+
+class Inputs(NamedTuple):
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    do: np.ndarray
+
+
+def inputs(case: Case, seed: int = 0, scale: float = 1.0) -> Inputs:
+    random = np.random.default_rng(seed)
+    B, T, N, K, H, *_ = case
+    q, k, v, do = (random.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
+    return Inputs(q * np.float32(scale), k, v, do)
+
+
+def scores(case: Case) -> Scores:
+    """Documents of 1 to 90 tokens, whose numbers come again."""
+    index_BT, ids_BT = jnp.arange(case.T)[None], None
+    if case.packed:
+        random = np.random.default_rng(1)
+        rows = [
+            np.repeat(np.arange(case.T) % 3, random.integers(1, 90, case.T)) for _ in range(case.B)
+        ]
+        ids_BT = jnp.asarray(np.stack([row[: case.T] for row in rows]), jnp.int32)
+    return Scores(index_BT, index_BT, ids_BT, ids_BT, case.window)
+
+
+def exact(case: Case, x: Inputs) -> list[np.ndarray]:
+    """o, dq, dk and dv in float64, from their definition."""
+    B, T, N, K, H, *_ = case
+    q, k, v, do = (np.asarray(a, np.float64) for a in x)
+    k, v = (np.repeat(a, N // K, axis=2) for a in (k, v))
+    z = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+    z = np.where(np.asarray(scores(case).visible())[:, None], z, -np.inf)
+    w = np.exp(z - z.max(-1, keepdims=True))
+    w /= w.sum(-1, keepdims=True)
+    dw = np.einsum("btnh,bsnh->bnts", do, v)
+    dz = w * (dw - (w * dw).sum(-1, keepdims=True)) / np.sqrt(H)
+    dk, dv = np.einsum("bnts,btnh->bsnh", dz, q), np.einsum("bnts,btnh->bsnh", w, do)
+    grouped = (a.reshape(B, T, K, N // K, H).sum(3) for a in (dk, dv))
+    return [np.einsum("bnts,bsnh->btnh", w, v), np.einsum("bnts,bsnh->btnh", dz, k), *grouped]
+
+
+def run(kernel: Any, given: Scores, x: Inputs) -> list[np.ndarray]:
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
+        o, pull = jax.vjp(lambda *qkv: kernel(*qkv, given), q, k, v)
+        return o, *pull(do)
+
+    return [np.asarray(a) for a in both(*x)]
+
+
+def check(case: Case, x: Inputs) -> None:
+    """As near to float64 as `plain` is, or within two roundings of the largest number."""
+    # A score's gradient is a difference of two sums do v, which of one key is all rounding.
+    norms = [np.linalg.norm(a, axis=-1).max(initial=0) for a in (x.do, x.v)]
+    rounding = 2.0**-22 * math.prod(norms) * max(abs(x.q).max(), abs(x.k).max()) / case.H**0.5
+    got, usual = (run(kernel, scores(case), x) for kernel in (flash, plain))
+    for name, a, b, e in zip(("o", "dq", "dk", "dv"), got, usual, exact(case, x), strict=True):
+        allowed = 3 * abs(b - e).max() + 2 * 2.0**-24 * abs(e).max()
+        allowed += rounding * (name in ("dq", "dk"))
+        assert a.dtype == np.float32 and abs(a - e).max() <= allowed, name
+
+
+CASES = [
+    *(Case(T=T) for T in (1, 2, 63, 64, 65, 130)),
+    Case(B=1, N=1, K=1, H=16),
+    Case(N=3, K=3, H=24, T=70),
+    Case(B=1, N=6, K=2, H=64),
+    Case(B=3, N=2, K=2, H=128, T=65),
+    Case(B=1, N=8, K=1, H=40, T=100),
+    *(Case(window=window) for window in (1, 5, 64, 65, 70, 200)),
+    Case(packed=True),
+    Case(packed=True, N=4, K=2, H=16, T=200),
+    Case(packed=True, window=5),
+    Case(packed=True, window=70, H=16, T=200),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_attention_and_its_gradient(case):
+    check(case, inputs(case))
+
+
+NARROW = [Case(), Case(N=2, K=2, H=40, T=70), Case(packed=True, window=70, H=16, T=200)]
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+@pytest.mark.parametrize("machine", [(4, 16), (8, 8), (16, 16)], ids=str)
+def test_a_machine_of_other_vectors_does_the_same(machine, case, monkeypatch):
+    monkeypatch.setattr(native, "machine", lambda: Machine(*machine))
+    check(case, inputs(case))
+
+
+def test_a_machine_that_does_not_fuse_products_does_the_same(monkeypatch):
+    """An old one: what LLVM takes for granted of the architecture."""
+    monkeypatch.setattr(native, "machine", lambda: Machine(4, 6))
+    monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "")
+    monkeypatch.setattr(llvm, "get_host_cpu_features", llvm.FeatureMap)
+    check(Case(N=2, K=2, H=16), inputs(Case(N=2, K=2, H=16)))
+
+
+LENGTHS = st.tuples(st.integers(1, 3), st.integers(1, 200))
+
+
+@settings(max_examples=25, deadline=None)
+@given(LENGTHS, st.sampled_from([None, 70]), st.booleans(), st.integers(0, 1000))
+def test_it_is_attention_of_any_size(sizes, window, packed, seed):
+    case = Case(*sizes, window=window, packed=packed)
+    check(case, inputs(case, seed))
+
+
+@pytest.mark.parametrize("case", [Case(), Case(window=70), Case(packed=True, window=64)], ids=str)
+def test_a_query_meets_what_it_sees_and_nothing_else(case):
+    x, given, see = inputs(case), scores(case), scores(case).visible()
+    see = np.broadcast_to(see, (case.B, case.T, case.T))
+    whole = run(flash, given, x)
+    for t in (0, 1, 63, 64, 69, 70, 129):
+        only = x._replace(do=np.where(np.arange(case.T)[:, None, None] == t, x.do, 0))
+        _, dq, dk, dv = ((a != 0).any((2, 3)) for a in run(flash, given, only))
+        np.testing.assert_array_equal(dv, see[:, t])
+        if t:  # of one key there is no choice
+            several = see[:, t].sum(-1) > 1
+            np.testing.assert_array_equal(dk[several], see[several, t])
+        assert not np.delete(dq, t, axis=1).any()
+        other = inputs(case, seed=5)
+        later = np.arange(case.T)[:, None, None] > t
+        changed = Inputs(*(np.where(later, b, a) for a, b in zip(x, other, strict=True)))
+        np.testing.assert_array_equal(
+            run(flash, given, changed)[0][:, : t + 1], whole[0][:, : t + 1]
+        )
+
+
+def test_what_is_no_number_stays_in_its_row():
+    case = Case(B=3, H=16)
+    x, given = inputs(case), scores(case)
+    bad = Inputs(*(a.copy() for a in x))
+    bad.q[1, 7, 0, 3] = np.nan
+    for a, b in zip(run(flash, given, x), run(flash, given, bad), strict=True):
+        np.testing.assert_array_equal(a[[0, 2]], b[[0, 2]])
+    o, dq, dk, dv = run(flash, given, bad)
+    assert np.isnan(o[1, 7, 0]).all() and np.isfinite(o[1, :7]).all()
+    assert np.isnan(dq[1, 7, 0]).all() and np.isnan(dk[1]).any() and np.isnan(dv[1]).any()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e20])
+def test_huge_scores_choose_the_largest(scale):
+    case = Case(N=2, K=2, H=16, window=70)
+    x = inputs(case, scale=scale)
+    got, usual = (run(kernel, scores(case), x) for kernel in (flash, plain))
+    assert all(np.isfinite(a).all() for a in got)
+    # Weights are 0 and 1, but where two scores are as near as their own rounding.
+    assert np.mean(abs(got[0] - usual[0]).max(-1) < 1e-3) > 0.99
+    lowest = x._replace(q=-abs(x.q), k=abs(x.k))  # all of them far below 0
+    assert np.isfinite(run(flash, scores(case), lowest)[0]).all()
+
+
+@pytest.mark.parametrize("case", [Case(B=5), Case(B=5, packed=True, window=70)], ids=str)
+def test_a_rows_bits_are_its_own(case):
+    x, given = inputs(case), scores(case)
+    whole = run(flash, given, x)
+    ids = given.q_segments_BT
+    for b in range(case.B):
+        one = None if ids is None else ids[b : b + 1]
+        alone = Scores(given.q_index_BT, given.k_index_BS, one, one, case.window)
+        for a, w in zip(run(flash, alone, Inputs(*(a[b : b + 1] for a in x))), whole, strict=True):
+            np.testing.assert_array_equal(a[0], w[b])
+
+
+BITS = """
+import hashlib, jax
+from jax import monitoring
+from tests import test_flash as t
+seen = []
+monitoring.register_event_listener(lambda event, **_: seen.append(event))
+case = t.Case(B=3, N=4, K=2, H=16)
+bits = b"".join(a.tobytes() for a in t.run(t.flash, t.scores(case), t.inputs(case)))
+print(hashlib.sha256(bits).hexdigest(), "/jax/compilation_cache/cache_hits" in seen)
+"""
+
+
+def test_neither_threads_nor_a_compiled_program_of_before_change_a_bit(tmp_path):
+    """The second process takes XLA's program from the first, and compiles its own of LLVM."""
+    said = [
+        tiny.as_users_compile(BITS, JAX_COMPILATION_CACHE_DIR=str(tmp_path / cache), NPROC=threads)
+        for cache, threads in (("a", "1"), ("a", "1"), ("b", "2"), ("c", "7"))
+    ]
+    digests, hits = zip(*(line.split() for line in said), strict=True)
+    assert len(set(digests)) == 1
+    assert hits[:2] == ("False", "True")
+
+
+@pytest.mark.parametrize("case", [Case(B=4, N=8, K=2), Case(B=4, N=4, K=4, packed=True, window=70)])
+def test_on_a_mesh_it_is_that_of_one_device(case):
+    x, given = inputs(case), scores(case)
+    expected = run(flash, given, x)
+    dims = ("BTNH", "BSKH", "BSKH", "BTNH")
+    with jax.set_mesh(tiny.mesh_of(tiny.CUBE)):
+        laid = Inputs(*map(jax.device_put, x, map(sharding.out, dims)))
+        for a, e in zip(run(flash, given, laid), expected, strict=True):
+            np.testing.assert_array_equal(a, e)
+
+
+def test_it_is_mapped_as_a_loop_does():
+    case = Case(B=2, T=70)
+    many = [inputs(case, seed) for seed in range(4)]
+    q, k, v, do = (np.stack(a).reshape(2, 2, *a[0].shape) for a in zip(*many, strict=True))
+    for packed in (False, True):
+        given = scores(case._replace(packed=packed))
+        f = lambda q, k, v, given=given: flash(q, k, v, given)  # noqa: E731
+        o, pull = jax.vjp(jax.vmap(jax.vmap(f)), q, k, v)
+        mapped = [np.asarray(a).reshape(4, *a.shape[2:]) for a in (o, *pull(do))]
+        for i, x in enumerate(many):
+            for a, e in zip(mapped, run(flash, given, x), strict=True):
+                np.testing.assert_array_equal(a[i], e)
+        shared = jax.vmap(f, in_axes=(0, None, None))(q[0], k[0, 0], v[0, 0])
+        one = Inputs(q[0, 1], k[0, 0], v[0, 0], do[0, 1])
+        np.testing.assert_array_equal(shared[1], run(flash, given, one)[0])
+
+
+def test_what_is_computed_again_is_the_same():
+    case = Case(packed=True)
+    x, given = inputs(case), scores(case)
+
+    def again(q: jax.Array, k: jax.Array, v: jax.Array, given: Scores) -> jax.Array:
+        return jax.checkpoint(functools.partial(flash, scores=given))(q, k, v)
+
+    for a, e in zip(run(again, given, x), run(flash, given, x), strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def test_a_second_derivative_is_refused():
+    case = Case(T=5)
+    q, k, v, _ = inputs(case)
+    slope = jax.grad(lambda q: flash(q, k, v, scores(case)).sum())
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        jax.grad(lambda q: slope(q).sum())(q)
+
+
+@pytest.mark.parametrize("case", [Case(B=0, T=5), Case(T=0), Case(B=0, T=0)], ids=str)
+def test_of_nothing_it_is_nothing(case):
+    for a in run(flash, scores(case), inputs(case)):
+        assert a.size == 0
