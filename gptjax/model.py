@@ -231,10 +231,19 @@ def init(config: Model, seed: int) -> Params:
 
     Where a mesh is set they are born sharded: no device ever holds a whole one.
     """
-    return _draw_all(config, jax.random.key(check_seed(seed)))
+    key = jax.random.key(check_seed(seed))
+    if isinstance(key, jax.core.Tracer):  # within another program
+        return _draw_all(config, key)
+    return _drawing(jax.default_backend())(config, key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _drawing(platform: str) -> Callable[[Model, jax.Array], Params]:
+    """`_draw_all` in a program, which LLVM makes for CPUs in a third of the time, as fast a one."""
+    options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
+    return jax.jit(_draw_all, static_argnums=0, compiler_options=options)
+
+
 def _draw_all(config: Model, key: jax.Array) -> Params:
     name = lambda path: "/".join(part.key for part in path)  # noqa: E731
     specs = abstract_params(config)

@@ -682,6 +682,11 @@ def test_architectures_share_the_initial_values_of_shared_paths(changes):
         assert (base[name] == arm[name]).all(), name
 
 
+def test_initial_values_are_the_same_within_another_program():
+    alone, within = gpt.init(MODEL, 3), jax.jit(lambda: gpt.init(MODEL, 3))()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, alone, within))
+
+
 def test_no_two_paths_layers_or_seeds_share_initial_values():
     arrays = [a for name, a in initial(MODEL).items() if a.std() > 0]
     arrays += [a for name, a in initial(MODEL, 1).items() if a.std() > 0]
