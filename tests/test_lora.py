@@ -245,9 +245,10 @@ def adapted(config: Config, std: float = 0.1) -> Any:
     return trainable.trainable(config).whole(jax.tree.map(draw, start.params), start.frozen)
 
 
+# That no layer takes another's adapter is seen where there are several.
 KINDS = {
-    "gpt2": {},
-    "one layer, one head, rank 1": {"layers": 1, "heads": 1, "lora_rank": 1},
+    "gpt2": {"layers": 2},
+    "one head, rank 1": {"heads": 1, "lora_rank": 1},
     "llama": {"feedforward": "swiglu", "position": "rope", "bias": False, "kv_heads": 2},
     "some": {"lora_matrices": ("attention/query", "feedforward/*")},
     "scanned": {"scan_layers": True, "layers": 3},
@@ -256,6 +257,7 @@ KINDS = {
     "experts": {"feedforward": "swiglu_experts", "experts": 4, "shared_experts": 1},
     "capacity": {"feedforward": "gelu_experts", "experts": 4, "capacity_factor": 1.0},
 }
+KINDS = {kind: {"layers": 1} | knobs for kind, knobs in KINDS.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,10 +288,10 @@ def test_an_adapter_is_as_if_it_were_merged(kind):
         np.testing.assert_allclose(slope, leaves(theirs)[path], rtol=0, atol=atol, err_msg=path)
 
 
-@pytest.mark.parametrize("kind", KINDS | {"bfloat16": {"dtype": "bfloat16"}})
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16"])
 def test_on_a_base_of_8_bits_it_is_as_on_the_same_base_widened(kind):
     """In value and gradients: what matrices meet is not rounded."""
-    knobs = KINDS.get(kind, {"dtype": "bfloat16"})
+    knobs = KINDS.get(kind, {"dtype": "bfloat16", "layers": 1})
     config, plain = configure("qlora", **knobs), configure("lora", **knobs)
     start = state.create(config)
     draw = lambda p: p + 0.1 * jax.random.normal(jax.random.key(7), p.shape)  # noqa: E731
