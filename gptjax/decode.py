@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
-from gptjax.layers.linear import is_adapted, keep
-from gptjax.layers.parameter import Adapted, Scaled, Spec, widen
+from gptjax.layers.linear import by_kernels, is_adapted, keep, turn
+from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, widen
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -142,10 +142,10 @@ class Weights(NamedTuple):
 def cast(config: Model, params: Params) -> Weights:
     """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
 
-    def store(parameter: jax.Array | Adapted, spec: Spec) -> jax.Array | Scaled | Adapted:
+    def store(parameter: jax.Array | Adapted, spec: Spec) -> jax.Array | Scaled | Turned | Adapted:
         dtype = jnp.float32 if spec.exact else config.dtype
         parameter = jax.tree.map(lambda x: x.astype(dtype), parameter)
-        return keep(config.products, spec, parameter)
+        return turn(spec, keep(config.products, spec, parameter))
 
     specs = gpt.abstract_params(config)
     kept = jax.tree.map(store, widen(params), specs, is_leaf=is_adapted)
@@ -389,9 +389,10 @@ def stream(
     whole = min(config.context, _round_up(longest + most))
     size = whole if kept is None else config.context
     check_length(config, longest + most)
-    # Of one row, a narrow product takes XLA ten times as long on CPUs as of two.
-    fewest = 2 if config.dtype == "bfloat16" or config.products == "int8" else 1
+    narrow = config.dtype == "bfloat16" or config.products == "int8"
     with sharding.phase("decoding"):
+        # Of one row, a narrow product takes XLA ten times as long on CPUs as of two.
+        fewest = 2 if narrow and not by_kernels() else 1
         surplus = sharding.round_up(max(fewest, len(texts)), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     room = _room(longest, size)

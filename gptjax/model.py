@@ -41,7 +41,7 @@ from gptjax.layers.context import (
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
 from gptjax.layers.linear import drop_inputs, linear, look_up, on_grid
 from gptjax.layers.norm import NORM, Norm
-from gptjax.layers.parameter import INIT, Declared, Scaled, draw, parameter
+from gptjax.layers.parameter import INIT, Declared, Scaled, Turned, draw, parameter, turned
 from gptjax.layers.position import POSITION
 
 Params = dict[str, Any]
@@ -384,6 +384,8 @@ def unembedding(config: Model, params: Params, x_BTD: jax.Array) -> tuple[jax.Ar
     with jax.named_scope("unembedding"):
         tied = config.tied
         kernel = params["embed"]["tokens"] if tied else _apply(Unembed(config), params, "unembed")
+        if isinstance(kernel, Turned):
+            kernel, dims = kernel.matrix, turned(dims, "D")
         if isinstance(kernel, Scaled):
             return x_BTD, kernel, dims  # x is rounded where it meets them
         if tied:

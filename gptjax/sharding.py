@@ -82,6 +82,12 @@ def decoding() -> bool:
     return _PHASE.get() == "decoding"
 
 
+def on_cpu() -> bool:
+    """Whether what is traced runs on CPUs."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.default_backend() if mesh.empty else mesh.abstract_device.platform) == "cpu"
+
+
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,
 # H head width, F feed-forward, E experts, V vocabulary, C vocabulary chunk, L layers,
 # P positions, R an adapter's rank, 1 a single row that stands for all, which nothing splits.

@@ -18,6 +18,7 @@ from gptjax import decode, sharding
 from gptjax import model as gpt
 from gptjax.config import Model, Sample, UserError
 from gptjax.decode import Sampling, Text, cast, generate, keep_largest, stream, transform
+from gptjax.layers import kernels
 from gptjax.layers.linear import PRODUCTS
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from tests import tiny
@@ -423,21 +424,23 @@ def test_rows_added_for_the_mesh_keep_nobody_waiting(monkeypatch):
     assert done == [False] * 3 + [True] * 5
 
 
+@pytest.mark.parametrize("vocab_size", [64, 66])
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, INT8], ids=named)
-def test_no_narrow_product_has_one_row(changes, monkeypatch):
-    """The second row is computed along, to no effect."""
-    config, begin, rows = dataclasses.replace(MODEL, **changes), decode._begin, []
-    params = parameters(config)
+def test_no_narrow_product_has_one_row(changes, vocab_size):
+    """On a CPU; but for the kernels, to which XLA gives the row."""
+    config = dataclasses.replace(MODEL, vocab_size=vocab_size, width=64, **changes)
+    weights = jax.eval_shape(functools.partial(decode.cast, config), parameters(config))
+    x_BTD = jnp.zeros((1, 1, config.width), config.dtype)
 
-    def watched(*args: Any) -> decode.State:
-        state = begin(*args)
-        rows.append(len(state.done_B))
-        return state
+    def logits(params: Any, x_BTD: jax.Array) -> jax.Array:
+        with sharding.phase("decoding"):
+            return gpt.logits(config, params, x_BTD)
 
-    monkeypatch.setattr(decode, "_begin", watched)
-    alone = generate(config, params, PROMPTS[:1], GREEDY, **OPTIONS)
-    assert alone == generate(config, params, [PROMPTS[0], PROMPTS[0]], GREEDY, **OPTIONS)[:1]
-    assert len(alone) == 1 and rows == [2, 2]
+    program = jax.jit(logits).lower(weights.params, x_BTD)
+    by_kernel = vocab_size % kernels.OUTPUTS == 0
+    assert ("gptjax_product" in program.as_text()) == by_kernel
+    products = re.findall(r"\[(\d+),[\d,]*\]\S* dot\(", program.compile().as_text())
+    assert products == ([] if by_kernel else ["2"])
 
 
 @pytest.mark.parametrize(

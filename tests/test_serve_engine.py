@@ -234,7 +234,7 @@ def test_it_holds_as_users_compile(slots: int, changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "fault, sizes",
-    [(None, [2, 4, 8, 9]), ("logits", [4, 8, 9]), ("key", [2, 8, 9]), ("place", [9])],
+    [(None, [1, 2, 4, 8, 9]), ("logits", [1, 4, 8, 9]), ("key", [1, 2, 8, 9]), ("place", [9])],
 )
 def test_rows_are_computed_by_programs_that_agree(
     fault: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch

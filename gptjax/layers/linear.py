@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,11 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import choose
-from gptjax.layers.parameter import Adapted, Scaled, Spec, laid, wide
+from gptjax.layers import kernels
+from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, laid, turned, wide
 from gptjax.sharding import like, out
+
+Product = Callable[..., Any]
 
 
 class Row(NamedTuple):
@@ -69,6 +73,35 @@ def keep(products: str, spec: Spec, parameter: jax.Array | Adapted) -> jax.Array
     summed = spec.fan_in if row.apart else spec.dims[len(spec.stacks) :]
     rounded = _round(parameter, row.operand, [spec.dims.index(dim) for dim in summed])
     return jax.tree.map(lambda x: sharding.store(x, laid(spec.dims, x.shape)), rounded)
+
+
+def turn(spec: Spec, kept: jax.Array | Scaled | Adapted) -> jax.Array | Scaled | Turned | Adapted:
+    """One of `keep` as `layers.kernels` reads it, where that multiplies."""
+    held = Scaled(kept, None) if isinstance(kept, jax.Array) else kept
+    # A table lies so as it is; experts are not multiplied by `linear`.
+    if (
+        spec.kind not in ("matrix", "unembedding")
+        or "E" in spec.stacks
+        or isinstance(held, Adapted)
+    ):
+        return kept
+    sizes = spec.size(spec.fan_in), spec.size(spec.fan_out)
+    if not by_kernels() or not kernels.serves(held.values.dtype, 1, *sizes):
+        return kept
+    dims = turned(spec.dims, spec.fan_in)
+    order = [spec.dims.index(dim) for dim in dims]
+
+    def one(x: jax.Array) -> jax.Array:
+        x = x.transpose(order)
+        return sharding.store(x, laid(dims, x.shape))
+
+    return Turned(jax.tree.map(one, held))
+
+
+def by_kernels() -> bool:
+    """Whether `layers.kernels` may multiply: for tokens that are written, on one CPU."""
+    one = jax.sharding.get_abstract_mesh().size <= 1
+    return sharding.decoding() and one and sharding.on_cpu()
 
 
 def look_up(
@@ -130,7 +163,7 @@ def on_grid(products: str, x: jax.Array, role: str, summed: int = -1, stacks: in
 def linear(
     equation: str,
     x: jax.Array,
-    kernel: jax.Array | Scaled | Adapted,
+    kernel: jax.Array | Scaled | Turned | Adapted,
     products: str = "dtype",
     dtype: Any = None,
 ) -> jax.Array:
@@ -145,6 +178,10 @@ def linear(
     Raises:
         ConfigError: on a name that is no row.
     """
+    if isinstance(kernel, Turned):
+        x_dims, kernel_dims, y_dims = _dims(equation)
+        read = "".join(dim for dim in kernel_dims if dim not in y_dims)
+        equation, kernel = f"{x_dims},{turned(kernel_dims, read)}->{y_dims}", kernel.matrix
     if not isinstance(kernel, Adapted):
         return _linear(equation, x, kernel, products, dtype)
     base = kernel.base if isinstance(kernel.base, Scaled) else Scaled(kernel.base, None)
@@ -250,6 +287,9 @@ def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
         summed: the axes that share a scale, which is kept with a 1 for each; None: all, and the
             scale is a scalar.
     """
+    few = _round_few(x, summed) if dtype == jnp.int8 and by_kernels() else None
+    if few is not None:
+        return few
     whole = jnp.issubdtype(dtype, jnp.integer)
     most = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
     wide = x.astype(jnp.float32)
@@ -261,6 +301,30 @@ def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
     return Scaled((jnp.round(scaled) if whole else scaled).astype(dtype), scale)
 
 
+def _round_few(x: jax.Array, summed: Sequence[int] | None) -> Scaled | None:
+    """`_round` to int8 by `layers.kernels`; None: not of this."""
+    if summed is None or [*summed] != [*range(x.ndim - len(summed), x.ndim)]:
+        return None
+    rows = x.shape[: x.ndim - len(summed)]
+    R, K = math.prod(rows), math.prod(x.shape[len(rows) :])
+    if not kernels.serves(jnp.int8, R, K, kernels.OUTPUTS):
+        return None
+
+    def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, scale = kernels.rounded(x.astype(jnp.float32).reshape(R, K))
+        return values.reshape(x.shape), scale.reshape(*rows, *(1 for _ in summed))
+
+    return Scaled(*_on_device(one, (like(x), like(x)), x))
+
+
+def _on_device(function: Product, where: Any, *operands: Any) -> Any:
+    """What XLA cannot partition, on a mesh of one device, or where none is set."""
+    if sharding.out("") is None:
+        return function(*operands)
+    specs = jax.tree.map(like, operands)
+    return jax.shard_map(function, in_specs=specs, out_specs=where, check_vma=False)(*operands)
+
+
 def _multiply(
     equation: str,
     a: Scaled,
@@ -270,19 +334,45 @@ def _multiply(
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
     whole = jnp.issubdtype(a.values.dtype, jnp.integer)
-    y = jnp.einsum(
-        equation,
-        a.values,
-        b.values,
-        precision=precision,
-        preferred_element_type=jnp.int32 if whole else dtype,
-        out_sharding=where,
-    )
-    if a.scale is None or b.scale is None:
-        return y
-    a_dims, b_dims, y_dims = _dims(equation)
-    scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
-    return (y.astype(jnp.float32) * scale).astype(dtype)
+
+    def plain(a: Scaled, b: Scaled, where: Any = None) -> jax.Array:
+        y = jnp.einsum(
+            equation,
+            a.values,
+            b.values,
+            precision=precision,
+            preferred_element_type=jnp.int32 if whole else dtype,
+            out_sharding=where,
+        )
+        if a.scale is None or b.scale is None:
+            return y
+        a_dims, b_dims, y_dims = _dims(equation)
+        scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
+        return (y.astype(jnp.float32) * scale).astype(dtype)
+
+    if by_kernels():
+        return _on_device(functools.partial(_few, equation, plain, dtype), where, a, b)
+    return plain(a, b, where)
+
+
+def _few(equation: str, plain: Product, dtype: Any, a: Scaled, b: Scaled) -> jax.Array:
+    """`plain` on a CPU, by `layers.kernels` where they multiply."""
+    (x, x_scale), (w, w_scale), (a_dims, b_dims, y_dims) = a, b, _dims(equation)
+    summed = "".join(dim for dim in a_dims if dim not in y_dims)
+    rows, outputs = a_dims.removesuffix(summed), b_dims.removesuffix(summed)
+    K = math.prod(x.shape[len(rows) :])
+    R, N = x.size // K, w.size // K
+    turned = f"{rows}{summed},{outputs}{summed}->{rows}{outputs}" == equation
+    if turned and x.dtype == w.dtype and kernels.serves(w.dtype, R, K, N):
+        scales = [] if x_scale is None or w_scale is None else [x_scale.ravel(), w_scale.ravel()]
+        y = kernels.product(x.reshape(R, K), w.reshape(N, K), *scales).astype(dtype)
+        return y.reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])
+    if R > 1 or x.dtype.itemsize == 4:
+        return plain(a, b)
+    # Of one row, a narrow product takes XLA ten times as long as of two.
+    two = jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
+    two = jax.lax.optimization_barrier(two)  # or XLA would make it one again
+    return plain(Scaled(two, x_scale), b)[:1]
 
 
 def _along(scale: jax.Array, dims: str, y_dims: str) -> jax.Array:

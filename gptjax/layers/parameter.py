@@ -148,6 +148,17 @@ class Scaled(NamedTuple):
     scale: jax.Array | None
 
 
+class Turned(NamedTuple):
+    """A `Scaled` matrix whose summed dims come last, "FD" of "DF", as a product of few rows reads it."""
+
+    matrix: Scaled
+
+
+def turned(dims: str, fan_in: str) -> str:
+    """The dims of a `Turned` matrix."""
+    return "".join(dim for dim in dims if dim not in fan_in) + fan_in
+
+
 def wide(x: Scaled, dtype: Any) -> jax.Array:
     """The numbers that `x` stands for."""
     if x.scale is None:
@@ -233,8 +244,8 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
-    One that `layers.linear.keep` has rounded comes `Scaled`, to what can take it, and one with an
-    adapter as `Adapted`.
+    One that `layers.linear.keep` has rounded comes `Scaled` or `Turned`, to what can take it, and one
+    with an adapter as `Adapted`.
 
     Args:
         module: the Linen module that owns it.
@@ -264,10 +275,14 @@ def parameter(
         base_layers = config.layers / parametrisation.depth_ratio(config)
         std = scheme[role](base_fan_in, base_layers) * parametrisation.init_std(config, spec.kind)
         spec = dataclasses.replace(spec, std=std * config.init_scale)
-    # Linen unboxes it: what comes back is the bare value.
-    value: Any = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
+    value: Any = module.get_variable("params", name)
+    if not isinstance(value, Turned):  # whose shape Linen would refuse
+        # Linen unboxes it: what comes back is the bare value.
+        value = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
 
     def use(value: Any, dims: str) -> Any:
+        if isinstance(value, Turned):
+            return Turned(use(value.matrix, turned(dims, fan_in)))
         return gather(value, dims, jnp.float32 if spec.exact else config.dtype, stacks)
 
     if isinstance(value, Adapted):

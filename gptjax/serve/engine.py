@@ -180,7 +180,7 @@ class Engine:
     def warm_up(self) -> None:
         """Chooses `sizes`, and compiles all programs, by running each once."""
         slots = len(self._slots)
-        same = self._same([*(2**i for i in range(1, slots.bit_length()) if 2**i < slots), slots])
+        same = self._same([*(2**i for i in range(slots.bit_length()) if 2**i < slots), slots])
         for size in same | {slots}:
             self.sizes = [size]
             job = Job([0] * 2, 2, lambda news: None, Knobs(1.0, 1, 0.5, 2.0), top=True, echo=True)

@@ -1,0 +1,271 @@
+"""Products of a few rows with weights that lie output after output, "FD", written for CPUs.
+
+XLA packs the weights of a product anew at each call, which for a few rows costs more than the
+product. Here weights are read as they are kept, widened in registers, multiplied and summed: a few
+rows cost little more than what memory takes to deliver the weights (`gptjax.native` compiles it).
+
+An output is LANES sums of every so-manieth term, which are added up at the end, halves with halves.
+So its bits depend neither on the other rows nor on threads, nor on how wide registers are. Sums of
+int8 are exact, and so is what is made of them: bits that XLA gives for the same operands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from gptjax import native
+from gptjax.native import F32, I8, I32, I64, POINTER, Code, Operand, Program, Value
+
+I16 = ir.IntType(16)
+LANES = 16
+OUTPUTS = 4  # that are summed at once, and that their number is a multiple of
+SHARE = 2**15  # weights that a task reads, or a few more
+
+
+class Kind(NamedTuple):
+    """How weights of a dtype are multiplied.
+
+    Attributes:
+        x: the dtype of activations.
+        types: LLVM's types of activations, weights and sums.
+        terms: of a sum that are added at once; all are a multiple.
+        rows: at most; for more, XLA has faster instructions.
+        add: writes LANES sums, of the sums so far and that many activations and weights.
+        shifted: whether `add` adds something to each activation, which is taken off in the end.
+        scaled: whether each row, and each output, has a factor.
+    """
+
+    x: Any
+    types: tuple[Any, Any, Any]
+    terms: int
+    rows: int
+    add: Callable[[Code, Value, Value, Value], Value]
+    shifted: bool = False
+    scaled: bool = False
+
+
+def _vector(kind: Any, lanes: int = LANES) -> Any:
+    return ir.VectorType(kind, lanes)
+
+
+def _pick(code: Code, a: Value, b: Value, lanes: list[int]) -> Value:
+    """Some of the lanes of both, counted on from a to b."""
+    mask = ir.Constant(_vector(I32, len(lanes)), lanes)
+    return Value(code.builder, code.builder.shuffle_vector(a.of, b.of, mask))
+
+
+def _halves(code: Code, a: Value, b: Value | None, second: Callable[[int], int]) -> Value:
+    """Half of the lanes of a and b, each added to one of the other half, for which `second` is 1."""
+    lanes = range(a.of.type.count * (1 if b is None else 2))
+    first, other = ([i for i in lanes if second(i) == half] for half in (0, 1))
+    b = a if b is None else b
+    return _pick(code, a, b, first) + _pick(code, a, b, other)
+
+
+def _float32(code: Code, sums: Value, x: Value, w: Value) -> Value:
+    return code.fma(x, w, sums)
+
+
+def _bfloat16(code: Code, sums: Value, x: Value, w: Value) -> Value:
+    """A bfloat16 is the upper half of a float32."""
+    b = code.builder
+    bits = b.shl(b.zext(w.of, _vector(I32)), ir.Constant(_vector(I32), [16] * LANES))
+    return code.fma(x, Value(b, b.bitcast(bits, _vector(F32))), sums)
+
+
+def _int8(code: Code, sums: Value, x: Value, w: Value) -> Value:
+    """Neighbours multiplied and added: what LLVM knows as one instruction of x86, pmaddwd."""
+    b, both = code.builder, _vector(I32, 4 * LANES)
+    terms = Value(b, b.mul(b.sext(x.of, both), b.sext(w.of, both)))
+    pairs = _halves(code, terms, None, lambda i: i % 2)
+    return sums + _halves(code, pairs, None, lambda i: i // LANES)
+
+
+def _vnni(code: Code, sums: Value, x: Value, w: Value) -> Value:
+    """The same by AVX-512 VNNI's vpdpbusd, whose activations have no sign: 128 is added to each."""
+    words = [Value(code.builder, code.builder.bitcast(v.of, _vector(I32))) for v in (x + -128, w)]
+    return code.intrinsic("llvm.x86.avx512.vpdpbusd.512", _vector(I32), sums, *words)
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """By the dtype of the weights."""
+    vnni = bool(llvm.get_host_cpu_features().get("avx512vnni"))
+    add = _vnni if vnni else _int8
+    return {
+        "float32": Kind(jnp.float32, (F32, F32, F32), LANES, 128, _float32),
+        "bfloat16": Kind(jnp.float32, (F32, I16, F32), LANES, 32, _bfloat16),
+        "int8": Kind(jnp.int8, (I8, I8, I32), 4 * LANES, 32, add, shifted=vnni, scaled=True),
+    }
+
+
+def serves(dtype: Any, rows: int, summed: int, outputs: int) -> bool:
+    """Whether `product` takes weights of a dtype and operands of these sizes."""
+    kind = kinds().get(jnp.dtype(dtype).name)
+    if kind is None or not 0 < rows <= kind.rows:
+        return False
+    return summed % kind.terms == outputs % OUTPUTS == 0
+
+
+def product(x_RK: jax.Array, w_NK: jax.Array, *scales: jax.Array) -> jax.Array:
+    """y_RN, float32, the products of activations and weights on a CPU.
+
+    Args:
+        scales: of int8, x_R and w_N, float32.
+    """
+    kind = kinds()[w_NK.dtype.name]
+    name = native.register(f"product_{w_NK.dtype.name}", functools.partial(_program, kind))
+    result = jax.ShapeDtypeStruct((x_RK.shape[0], w_NK.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(name, result, vmap_method="sequential")
+    return call(x_RK.astype(kind.x), w_NK, *scales)
+
+
+def rounded(x_RK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 on the grid of int8, and scale_R, with the bits of `layers.linear` by XLA."""
+    name = native.register("round", _rounding)
+    scale = jax.ShapeDtypeStruct((x_RK.shape[0],), jnp.float32)
+    results = (jax.ShapeDtypeStruct(x_RK.shape, jnp.int8), scale)
+    values, scale_R = jax.ffi.ffi_call(name, results, vmap_method="sequential")(x_RK)
+    return values, scale_R
+
+
+# What follows writes the programs.
+
+
+def _totals(code: Code, vectors: Sequence[Value]) -> Value:
+    """One vector with the sum of each one's lanes, added halves with halves."""
+    half = LANES // 2  # of what is left to add up, for each
+    while half:
+        seconds: Sequence[Value | None] = vectors[1::2] or [None]
+        pairs = zip(vectors[::2], seconds, strict=True)
+        vectors = [_halves(code, a, b, lambda i: i // half % 2) for a, b in pairs]  # noqa: B023
+        half //= 2
+    return vectors[0]
+
+
+def _block(module: Any, kind: Kind, rows: int) -> Any:
+    """A function: so many rows times OUTPUTS outputs, the arrays' first; K and N are their sizes."""
+    code = Code(module, f"rows{rows}", [POINTER] * 5 + [I64] * 2)
+    x, w, y, x_scale, w_scale, K, N = code.operands
+    of_x, of_w, of_sums = kind.types
+
+    def zeros(of: Any, lanes: int) -> Value:
+        return Value(code.builder, ir.Constant(_vector(of, lanes), [0] * lanes))
+
+    def sums() -> list[Any]:
+        return [code.variable(zeros(of_sums, LANES)) for _ in range(OUTPUTS)]
+
+    each, of_zeros = [sums() for _ in range(rows)], sums()
+    with code.loop(0, K, kind.terms) as k:
+        w_N = [code.load(w, K * n + k, kind.terms, of_w) for n in range(OUTPUTS)]
+
+        def add(sums: list[Any], x_r: Value) -> None:
+            for s, w_n in zip(sums, w_N, strict=True):
+                s.set(kind.add(code, s.get(), x_r, w_n))
+
+        if kind.shifted:
+            add(of_zeros, zeros(of_x, kind.terms))
+        for r in range(rows):
+            add(each[r], code.load(x, K * r + k, kind.terms, of_x))
+    for r in range(rows):
+        row = [s.get() for s in each[r]]
+        if kind.shifted:
+            row = [s - z.get() for s, z in zip(row, of_zeros, strict=True)]
+        total = _totals(code, row)
+        if kind.scaled:
+            scale = code.splat(code.load(x_scale, r), OUTPUTS) * code.load(w_scale, 0, OUTPUTS)
+            b = code.builder
+            total = Value(b, b.sitofp(total.of, _vector(F32, OUTPUTS))) * scale
+        code.store(total, y, N * r)
+    return code.end()
+
+
+def _program(kind: Kind, module: Any) -> Program:
+    """A task is some outputs of all rows, of which its weights meet a few after the other."""
+    machine = native.machine()
+    most = max(1, machine.lanes * machine.accumulators // (LANES * OUTPUTS))
+    blocks = [_block(module, kind, rows) for rows in range(1, most + 1)]
+    of_x, of_w, _ = kind.types
+
+    def sizes(code: Code, operands: list[Operand]) -> tuple[Value, Value, Value, Value]:
+        """R, K, N, and the outputs of a task."""
+        x, w, *_ = operands
+        K = w.dim(code, 0)
+        return (
+            x.dim(code, 1),
+            K,
+            w.dim(code, 1),
+            (code.number(SHARE) // (K * OUTPUTS) + 1) * OUTPUTS,
+        )
+
+    def tasks(code: Code, operands: list[Operand]) -> Value:
+        *_, N, part = sizes(code, operands)
+        return (N + part - 1) // part
+
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        x, w, *scales, y = (operand.data for operand in operands)
+        R, K, N, part = sizes(code, operands)
+        start, stop = number * part, number * part + part
+        stop = code.select(stop < N, stop, N)
+
+        def some(r: Value, rows: int) -> None:
+            x_r = code.at(x, r * K, of_x)
+            with code.loop(start, stop, OUTPUTS) as n:
+                w_n, y_rn = code.at(w, n * K, of_w), code.at(y, r * N + n)
+                factors = [code.at(scales[0], r), code.at(scales[1], n)] if scales else [x_r, w_n]
+                code.call(blocks[rows - 1], x_r, w_n, y_rn, *factors, K, N)
+
+        whole = R - R % most
+        with code.loop(0, whole, most) as r:
+            some(r, most)
+        for rows in range(1, most):
+            with code.when((R - whole).same(rows)):
+                some(whole, rows)
+
+    return Program((4 if kind.scaled else 2, 1), tasks, _no_memory, task)
+
+
+def _no_memory(code: Code, operands: list[Operand]) -> Value:
+    return code.number(0)
+
+
+def _rounding(module: Any) -> Program:
+    """One task, of few rows: `layers.linear._round` as XLA has it, which multiplies by 1 / 127."""
+
+    def one(code: Code, operands: list[Operand]) -> Value:
+        return code.number(1)
+
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        x, y, scale = (operand.data for operand in operands)
+        R, K = operands[0].dim(code, 1), operands[0].dim(code, 0)
+        b, of = code.builder, _vector(F32)
+
+        def larger(a: Value, b: Value) -> Value:
+            """NaN if one is."""
+            lanes = getattr(a.of.type, "count", None)
+            name = "llvm.maximum." + ("f32" if lanes is None else f"v{lanes}f32")
+            return code.intrinsic(name, a.of.type, a, b)
+
+        with code.loop(0, R) as r:
+            x_r = code.at(x, r * K)
+            largest = code.variable(code.real(0.0, LANES))
+            with code.loop(0, K, LANES) as k:
+                size = code.intrinsic(f"llvm.fabs.v{LANES}f32", of, code.load(x_r, k, LANES))
+                largest.set(larger(largest.get(), size))
+            most = code.across(larger, largest.get())
+            factor = code.select(most.same(0.0), code.real(1.0), most * (1 / 127))
+            code.store(factor, scale, r)
+            with code.loop(0, K, LANES) as k:
+                near = code.load(x_r, k, LANES) / code.splat(factor, LANES)
+                near = code.intrinsic(f"llvm.rint.v{LANES}f32", of, near)
+                whole = b.fptosi(near.of, _vector(I8))
+                b.store(whole, code.at(y, r * K + k, I8).of, align=4)
+
+    return Program((1, 2), one, _no_memory, task)
