@@ -265,21 +265,15 @@ class Code:
 
     def transpose(self, rows: list[Value]) -> list[Value]:
         """As many vectors as each has lanes, turned."""
-        b, count = self.builder, len(rows)
+        count, distance = len(rows), 1
         rows = list(rows)
-        distance = 1
         while distance < count:
             upper = [j if not j & distance else count + j - distance for j in range(count)]
             lower = [j + distance if not j & distance else count + j for j in range(count)]
             for i in range(count):
                 if not i & distance:
-                    pair = rows[i].of, rows[i + distance].of
-                    rows[i], rows[i + distance] = (
-                        Value(
-                            b, b.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, count), to))
-                        )
-                        for to in (upper, lower)
-                    )
+                    pair = rows[i], rows[i + distance]
+                    rows[i], rows[i + distance] = (self.pick(*pair, to) for to in (upper, lower))
             distance *= 2
         return rows
 
@@ -288,8 +282,13 @@ class Code:
         one = self.builder.insert_element(
             ir.Constant(of, ir.Undefined), value.of, ir.Constant(I32, 0)
         )
-        mask = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-        return Value(self.builder, self.builder.shuffle_vector(one, one, mask))
+        vector = Value(self.builder, one)
+        return self.pick(vector, vector, [0] * lanes)
+
+    def pick(self, a: Value, b: Value, lanes: list[int]) -> Value:
+        """Some of the lanes of two vectors, counted on from a to b."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
+        return Value(self.builder, self.builder.shuffle_vector(a.of, b.of, mask))
 
     def call(self, function: Any, *operands: Value) -> Value:
         return Value(self.builder, self.builder.call(function, [x.of for x in operands]))
@@ -300,17 +299,18 @@ class Code:
             function(self.module, name, [x.of.type for x in operands], result), *operands
         )
 
-    def _of_vectors(self, name: str, first: Value, *others: Value) -> Value:
+    def lane_by_lane(self, name: str, first: Value, *others: Value) -> Value:
+        """LLVM's own function of float32 numbers, or of vectors of them."""
         kind = first.of.type
         suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.intrinsic(f"llvm.{name}.{suffix}", kind, first, *others)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """a b + c, rounded once where the processor can."""
-        return self._of_vectors("fmuladd", a, b, c)
+        return self.lane_by_lane("fmuladd", a, b, c)
 
     def largest(self, a: Value, b: Value) -> Value:
-        return self._of_vectors("maxnum", a, b)
+        return self.lane_by_lane("maxnum", a, b)
 
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return Value(self.builder, self.builder.select(condition.of, a.of, b.of))
@@ -321,19 +321,11 @@ class Code:
 
     def across(self, combine: Callable[[Value, Value], Value], vector: Value) -> Value:
         """All lanes combined, halves with halves: always in the same order."""
-        b = self.builder
         count = vector.of.type.count
         while count > 1:
             count //= 2
-            halves = [
-                b.shuffle_vector(
-                    vector.of,
-                    vector.of,
-                    ir.Constant(ir.VectorType(I32, count), list(range(at, at + count))),
-                )
-                for at in (0, count)
-            ]
-            vector = combine(Value(b, halves[0]), Value(b, halves[1]))
+            halves = (list(range(at, at + count)) for at in (0, count))
+            vector = combine(*(self.pick(vector, vector, half) for half in halves))
         return self.first(vector)
 
     def end(self, value: Value | None = None) -> Any:
@@ -520,13 +512,6 @@ def _handler(module: Any, program: Program) -> None:
     handler.store(program.scratch(handler, arrays), job, _SCRATCH)
     for word in (_NEXT, _DONE):
         handler.store(handler.number(0), job, word)
-
-    def request(*words: Value | int) -> Value:
-        """A struct of XLA's: its size, no extension, and more."""
-        for i, word in enumerate((8 * (2 + len(words)), 0, *words)):
-            value = word if isinstance(word, Value) else handler.number(word)
-            handler.store(value, ask, i)
-        return ask
 
     def offered(byte: int, *words: Value) -> None:
         """Calls one of XLA's functions of a struct: its size, nothing more, the words."""

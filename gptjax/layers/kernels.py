@@ -55,18 +55,12 @@ def _vector(kind: Any, lanes: int = LANES) -> Any:
     return ir.VectorType(kind, lanes)
 
 
-def _pick(code: Code, a: Value, b: Value, lanes: list[int]) -> Value:
-    """Some of the lanes of both, counted on from a to b."""
-    mask = ir.Constant(_vector(I32, len(lanes)), lanes)
-    return Value(code.builder, code.builder.shuffle_vector(a.of, b.of, mask))
-
-
 def _halves(code: Code, a: Value, b: Value | None, second: Callable[[int], int]) -> Value:
     """Half of the lanes of a and b, each added to one of the other half, for which `second` is 1."""
     lanes = range(a.of.type.count * (1 if b is None else 2))
     first, other = ([i for i in lanes if second(i) == half] for half in (0, 1))
     b = a if b is None else b
-    return _pick(code, a, b, first) + _pick(code, a, b, other)
+    return code.pick(a, b, first) + code.pick(a, b, other)
 
 
 def _float32(code: Code, sums: Value, x: Value, w: Value) -> Value:
@@ -245,27 +239,24 @@ def _rounding(module: Any) -> Program:
     def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
         x, y, scale = (operand.data for operand in operands)
         R, K = operands[0].dim(code, 1), operands[0].dim(code, 0)
-        b, of = code.builder, _vector(F32)
+        b = code.builder
 
         def larger(a: Value, b: Value) -> Value:
             """NaN if one is."""
-            lanes = getattr(a.of.type, "count", None)
-            name = "llvm.maximum." + ("f32" if lanes is None else f"v{lanes}f32")
-            return code.intrinsic(name, a.of.type, a, b)
+            return code.lane_by_lane("maximum", a, b)
 
         with code.loop(0, R) as r:
             x_r = code.at(x, r * K)
             largest = code.variable(code.real(0.0, LANES))
             with code.loop(0, K, LANES) as k:
-                size = code.intrinsic(f"llvm.fabs.v{LANES}f32", of, code.load(x_r, k, LANES))
+                size = code.lane_by_lane("fabs", code.load(x_r, k, LANES))
                 largest.set(larger(largest.get(), size))
             most = code.across(larger, largest.get())
             factor = code.select(most.same(0.0), code.real(1.0), most * (1 / 127))
             code.store(factor, scale, r)
             with code.loop(0, K, LANES) as k:
                 near = code.load(x_r, k, LANES) / code.splat(factor, LANES)
-                near = code.intrinsic(f"llvm.rint.v{LANES}f32", of, near)
-                whole = b.fptosi(near.of, _vector(I8))
+                whole = b.fptosi(code.lane_by_lane("rint", near).of, _vector(I8))
                 b.store(whole, code.at(y, r * K + k, I8).of, align=4)
 
     return Program((1, 2), one, _no_memory, task)
