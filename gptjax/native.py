@@ -315,6 +315,10 @@ class Code:
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return Value(self.builder, self.builder.select(condition.of, a.of, b.of))
 
+    def least(self, a: Value, b: Number) -> Value:
+        """The smaller of two whole numbers."""
+        return self.select(a < b, a, Value(self.builder, a.like(b)))
+
     def first(self, vector: Value) -> Value:
         b = self.builder
         return Value(b, b.extract_element(vector.of, ir.Constant(I32, 0)))
@@ -522,7 +526,7 @@ def _handler(module: Any, program: Program) -> None:
     handler.store(handler.number(1), pool)
     offered(_THREADS, context, pool)
     threads = handler.load(pool, kind=I64)
-    threads = handler.select(threads < tasks, threads, tasks)
+    threads = handler.least(threads, tasks)
     threads = handler.select(threads < 1, handler.number(1), threads)  # there may be no task
     # The last one to leave is whoever it is of the threads that are asked, this one and the wait.
     handler.store(threads + 1, job, _HOLDERS)

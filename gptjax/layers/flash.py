@@ -48,6 +48,11 @@ class Shape(NamedTuple):
         return "_".join(map(str, self))
 
     @property
+    def factor(self) -> float:
+        """exp(x / sqrt(H)) = 2**(factor x)."""
+        return self.H**-0.5 * math.log2(math.e)
+
+    @property
     def lanes(self) -> int:
         return math.gcd(self.H, native.machine().lanes)
 
@@ -223,8 +228,7 @@ class _Task:
 
     def size(self, i: Value) -> Value:
         """How many tokens block i has."""
-        left = self.T - i * BLOCK
-        return self.code.select(left < BLOCK, left, self.code.number(BLOCK))
+        return self.code.least(self.T - i * BLOCK, BLOCK)
 
     def turn(self, array: Value, to: Value) -> None:
         """This head's part of (B, T, K, H), block by block, each H x BLOCK.
@@ -246,7 +250,7 @@ class _Task:
             code.store(code.load(self.segments, at, kind=I32), self.documents, s)
 
     def _kept(self, s: Value) -> Value:
-        return self.code.select(s < self.T, s, self.T - 1)
+        return self.code.least(s, self.T - 1)
 
     def first(self, i: Value) -> Value:
         """The first block of keys that a query of block i sees."""
@@ -316,7 +320,6 @@ def _program(
 def _forward_program(shape: Shape, module: Any) -> Program:
     N, K, H, *_ = shape
     L, vectors = shape.lanes, range(BLOCK // shape.lanes)
-    factor = H**-0.5 * math.log2(math.e)  # exp(x / sqrt(H)) = 2**(factor x)
     score = _product(module, "score", L, (N * H, 1), BLOCK, BLOCK, columns=BLOCK)
     weigh = _product(module, "weigh", L, (BLOCK, 1), K * H, H, columns=H)
 
@@ -347,10 +350,10 @@ def _forward_program(shape: Shape, module: Any) -> Program:
                         ]
                     largest = code.across(code.largest, functools.reduce(code.largest, rows))
                     before = code.load(most_i, r)
-                    now = code.largest(before, largest * factor)
+                    now = code.largest(before, largest * shape.factor)
                     code.store(now, most_i, r)
                     # Rounded as what it is less, so never above it.
-                    weights = [_exp2(code, x * factor - code.splat(now, L), L) for x in rows]
+                    weights = [_exp2(code, x * shape.factor - code.splat(now, L), L) for x in rows]
                     for v, x in zip(vectors, weights, strict=True):
                         code.store(x, scores, at + v * L)
                     shrink = _exp2(code, code.splat(before - now, L), L)
@@ -377,7 +380,6 @@ def _forward_program(shape: Shape, module: Any) -> Program:
 def _backward_program(shape: Shape, module: Any) -> Program:
     N, K, H, *_ = shape
     L, vectors = shape.lanes, range(BLOCK // shape.lanes)
-    factor = H**-0.5 * math.log2(math.e)
     score = _product(module, "score", L, (N * H, 1), BLOCK, BLOCK, columns=BLOCK)
     to_q = _product(module, "to_q", L, (BLOCK, 1), K * H, N * H, columns=H)
     to_keys = _product(module, "to_keys", L, (1, BLOCK), N * H, K * H, columns=H)
@@ -414,7 +416,7 @@ def _backward_program(shape: Shape, module: Any) -> Program:
                     mean = code.splat(code.load(means, r), L)
                     for v in vectors:
                         at = r * BLOCK + v * L
-                        exponent = code.load(weights, at, L) * factor - largest
+                        exponent = code.load(weights, at, L) * shape.factor - largest
                         weight = _exp2(code, exponent, L) * share
                         if sees is not None:
                             weight = code.select(sees(v), weight, code.real(0.0, L))

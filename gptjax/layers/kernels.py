@@ -206,8 +206,7 @@ def _program(kind: Kind, module: Any) -> Program:
     def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
         x, w, *scales, y = (operand.data for operand in operands)
         R, K, N, part = sizes(code, operands)
-        start, stop = number * part, number * part + part
-        stop = code.select(stop < N, stop, N)
+        start, stop = number * part, code.least(number * part + part, N)
 
         def some(r: Value, rows: int) -> None:
             x_r = code.at(x, r * K, of_x)
