@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 
 from gptjax import native, sharding
 from gptjax.layers.attention import plain
-from gptjax.layers.flash import flash
+from gptjax.layers.flash import exp2, flash
 from gptjax.layers.scores import Scores
-from gptjax.native import Machine
+from gptjax.native import Machine, Program
 from tests import tiny
 
 
@@ -58,20 +57,46 @@ def scores(case: Case) -> Scores:
     return Scores(index_BT, index_BT, ids_BT, ids_BT, case.window)
 
 
-def exact(case: Case, x: Inputs) -> list[np.ndarray]:
-    """o, dq, dk and dv in float64, from their definition."""
+def exact(case: Case, x: Inputs) -> list[tuple[np.ndarray, np.ndarray]]:
+    """o, dq, dk and dv in float64, from their definition, each with what float32 may err by.
+
+    To first order, with u = 2**-24: what is summed errs by the errors of its terms, and n roundings
+    of a sum together by some sqrt(n) u of the sum of the terms' sizes, as they rarely go one way
+    (Higham & Mary 2019, doi:10.1137/18M1226312, with lambda = 1, as partial sums are smaller).
+    """
     B, T, N, K, H, *_ = case
+    G = N // K
     q, k, v, do = (np.asarray(a, np.float64) for a in x)
-    k, v = (np.repeat(a, N // K, axis=2) for a in (k, v))
-    z = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
-    z = np.where(np.asarray(scores(case).visible())[:, None], z, -np.inf)
-    w = np.exp(z - z.max(-1, keepdims=True))
-    w /= w.sum(-1, keepdims=True)
-    dw = np.einsum("btnh,bsnh->bnts", do, v)
-    dz = w * (dw - (w * dw).sum(-1, keepdims=True)) / np.sqrt(H)
-    dk, dv = np.einsum("bnts,btnh->bsnh", dz, q), np.einsum("bnts,btnh->bsnh", w, do)
-    grouped = (a.reshape(B, T, K, N // K, H).sum(3) for a in (dk, dv))
-    return [np.einsum("bnts,bsnh->btnh", w, v), np.einsum("bnts,bsnh->btnh", dz, k), *grouped]
+    k, v = (np.repeat(a, G, axis=2) for a in (k, v))
+    dot = functools.partial(np.einsum, "btnh,bsnh->bnts")
+    mean = lambda a, b: np.einsum("btnh,btnh->bnt", a, b)[..., None]  # noqa: E731
+    for_queries = functools.partial(np.einsum, "bnts,bsnh->btnh")
+
+    def for_keys(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.einsum("bnts,btnh->bsnh", a, b).reshape(B, T, K, G, H).sum(3)
+
+    sees = np.asarray(scores(case).visible())[:, None]
+    z = np.where(sees, dot(q, k) / H**0.5, -np.inf)
+    z -= z.max(-1, keepdims=True)
+    w = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    o, dw = for_queries(w, v), dot(do, v)
+    dz = w * (dw - mean(o, do)) / H**0.5
+    values = o, for_queries(dz, k), for_keys(dz, q), for_keys(w, do)
+
+    u, (q, k, v, do, dz) = 2.0**-24, map(abs, (q, k, v, do, dz))
+    # A weight by its scaled score, the largest less, the exponential, and the sum of all.
+    err_w = (H + 1) ** 0.5 * u * dot(q, k) / H**0.5 + u * abs(np.where(sees, z, 0)) + 2 * u
+    err_w = w * (err_w + (w * err_w).sum(-1, keepdims=True) + T**0.5 * u)
+    err_o = for_queries(err_w + T**0.5 * u * w, v)
+    err_dw = H**0.5 * u * (dot(do, v) + mean(abs(o), do)) + mean(err_o, do)
+    err_dz = err_w * abs(dw - mean(o, x.do)) / H**0.5 + w * err_dw / H**0.5
+    errors = (
+        err_o,
+        for_queries(err_dz + T**0.5 * u * dz, k),
+        for_keys(err_dz + (T * G) ** 0.5 * u * dz, q),
+        for_keys(err_w + (T * G) ** 0.5 * u * w, do),
+    )
+    return list(zip(values, errors, strict=True))
 
 
 def run(kernel: Any, given: Scores, x: Inputs) -> list[np.ndarray]:
@@ -84,15 +109,9 @@ def run(kernel: Any, given: Scores, x: Inputs) -> list[np.ndarray]:
 
 
 def check(case: Case, x: Inputs) -> None:
-    """As near to float64 as `plain` is, or within two roundings of the largest number."""
-    # A score's gradient is a difference of two sums do v, which of one key is all rounding.
-    norms = [np.linalg.norm(a, axis=-1).max(initial=0) for a in (x.do, x.v)]
-    rounding = 2.0**-22 * math.prod(norms) * max(abs(x.q).max(), abs(x.k).max()) / case.H**0.5
-    got, usual = (run(kernel, scores(case), x) for kernel in (flash, plain))
-    for name, a, b, e in zip(("o", "dq", "dk", "dv"), got, usual, exact(case, x), strict=True):
-        allowed = 3 * abs(b - e).max() + 2 * 2.0**-24 * abs(e).max()
-        allowed += rounding * (name in ("dq", "dk"))
-        assert a.dtype == np.float32 and abs(a - e).max() <= allowed, name
+    got = run(flash, scores(case), x)
+    for name, a, (e, allowed) in zip(("o", "dq", "dk", "dv"), got, exact(case, x), strict=True):
+        assert a.dtype == np.float32 and (abs(a - e) <= allowed).all(), name
 
 
 CASES = [
@@ -133,10 +152,25 @@ def test_a_machine_that_does_not_fuse_products_does_the_same(monkeypatch):
     check(Case(N=2, K=2, H=16), inputs(Case(N=2, K=2, H=16)))
 
 
+def test_powers_of_two_err_by_two_roundings():
+    lanes = 4
+
+    def task(code, arrays, number, memory):
+        x = code.load(arrays[0].data, number * lanes, lanes)
+        code.store(exp2(code, x, lanes), arrays[1].data, number * lanes)
+
+    tasks = lambda code, arrays: arrays[0].before(code, 1)  # noqa: E731
+    program = Program((1, 1), tasks, lambda code, arrays: code.number(0), task)
+    name = native.register("test_exp2", lambda module: program)
+    x = np.linspace(-126, 127, 400_000, dtype=np.float32).reshape(-1, lanes)
+    got = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+    np.testing.assert_allclose(np.float64(got), np.exp2(np.float64(x)), rtol=2 * 2.0**-24)
+
+
 LENGTHS = st.tuples(st.integers(1, 3), st.integers(1, 200))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(LENGTHS, st.sampled_from([None, 70]), st.booleans(), st.integers(0, 1000))
 def test_it_is_attention_of_any_size(sizes, window, packed, seed):
     case = Case(*sizes, window=window, packed=packed)
@@ -176,7 +210,7 @@ def test_what_is_no_number_stays_in_its_row():
     assert np.isnan(dq[1, 7, 0]).all() and np.isnan(dk[1]).any() and np.isnan(dv[1]).any()
 
 
-@pytest.mark.parametrize("scale", [1e4, 1e8, 1e20])
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e20, 1e37])
 def test_huge_scores_choose_the_largest(scale):
     case = Case(N=2, K=2, H=16, window=70)
     x = inputs(case, scale=scale)

@@ -22,8 +22,9 @@ from gptjax.layers.scores import Scores, on_shards
 from gptjax.native import I32, I64, POINTER, Code, Operand, Program, Value
 
 BLOCK = 64  # queries, and keys
-# What is masked is lower than what the largest of scores begins with, by more than any weight bears.
-LOWEST, LEAST = -3e38, -1e30
+# What is masked is lower than what the largest of scores begins with, by more than any weight bears;
+# what is seen is higher, or overflows.
+LOWEST, LEAST = -3.4e38, -3.3e38
 
 
 class Shape(NamedTuple):
@@ -176,8 +177,8 @@ _POLYNOMIAL = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3,
                5.550332471162809e-2, 2.402264791363012e-1, 6.931472028550421e-1, 1.0)  # fmt: skip
 
 
-def _exp2(code: Code, x: Value, lanes: int) -> Value:
-    """2**x of a vector, x at most 127, to 2e-7 of it; 0 below the normal float32 numbers."""
+def exp2(code: Code, x: Value, lanes: int) -> Value:
+    """2**x of a vector, x at most 127, to 1.2e-7 of it; 0 below the normal float32 numbers."""
     x = code.select(x < -127.0, code.real(-127.0, lanes), x)  # what is no number stays none
     whole, power = code.nearest(x)
     fraction = x - whole
@@ -230,15 +231,15 @@ class _Task:
         """How many tokens block i has."""
         return self.code.least(self.T - i * BLOCK, BLOCK)
 
-    def turn(self, array: Value, to: Value) -> None:
-        """This head's part of (B, T, K, H), block by block, each H x BLOCK.
+    def turn(self, array: Value, to: Value, factor: float = 1.0) -> None:
+        """This head's part of (B, T, K, H), times the factor, block by block, each H x BLOCK.
 
         Beyond the last key stands the last one again, which no query sees there.
         """
         code, (_, K, H, *_), L = self.code, self.shape, self.shape.lanes
         begin = self.of_keys(array, code.number(0))
         with code.loop(0, self.blocks * BLOCK, L) as s, code.loop(0, H, L) as h:
-            rows = [code.load(begin, self._kept(s + i) * (K * H) + h, L) for i in range(L)]
+            rows = [code.load(begin, self._kept(s + i) * (K * H) + h, L) * factor for i in range(L)]
             at = s // BLOCK * (BLOCK * H) + h * BLOCK + s % BLOCK
             for i, row in enumerate(code.transpose(rows)):
                 code.store(row, to, at + i * BLOCK)
@@ -326,7 +327,7 @@ def _forward_program(shape: Shape, module: Any) -> Program:
     def task(code: Code, t: _Task, others: list[Value]) -> None:
         o, most, total = others
         scores, sums = t.rest, code.at(t.rest, BLOCK * BLOCK)
-        t.turn(t.k, t.keys)
+        t.turn(t.k, t.keys, shape.factor)
         with code.loop(0, N // K) as g, code.loop(0, t.blocks) as i:
             head = t.head * (N // K) + g
             q, o_i = t.of_queries(t.q, head, i), t.of_queries(o, head, i)
@@ -350,13 +351,12 @@ def _forward_program(shape: Shape, module: Any) -> Program:
                         ]
                     largest = code.across(code.largest, functools.reduce(code.largest, rows))
                     before = code.load(most_i, r)
-                    now = code.largest(before, largest * shape.factor)
+                    now = code.largest(before, largest)
                     code.store(now, most_i, r)
-                    # Rounded as what it is less, so never above it.
-                    weights = [_exp2(code, x * shape.factor - code.splat(now, L), L) for x in rows]
+                    weights = [exp2(code, x - code.splat(now, L), L) for x in rows]
                     for v, x in zip(vectors, weights, strict=True):
                         code.store(x, scores, at + v * L)
-                    shrink = _exp2(code, code.splat(before - now, L), L)
+                    shrink = exp2(code, code.splat(before - now, L), L)
                     sum_ = code.across(Value.__add__, functools.reduce(Value.__add__, weights))
                     code.store(
                         code.fma(code.load(total_i, r), code.first(shrink), sum_), total_i, r
@@ -389,7 +389,7 @@ def _backward_program(shape: Shape, module: Any) -> Program:
         weights = t.rest
         dscores = code.at(weights, BLOCK * BLOCK)
         means = code.at(dscores, BLOCK * BLOCK)
-        t.turn(t.k, t.keys)
+        t.turn(t.k, t.keys, shape.factor)
         t.turn(t.v, t.values)
         with code.loop(0, N // K) as g, code.loop(0, t.blocks) as i:
             head = t.head * (N // K) + g
@@ -416,8 +416,7 @@ def _backward_program(shape: Shape, module: Any) -> Program:
                     mean = code.splat(code.load(means, r), L)
                     for v in vectors:
                         at = r * BLOCK + v * L
-                        exponent = code.load(weights, at, L) * shape.factor - largest
-                        weight = _exp2(code, exponent, L) * share
+                        weight = exp2(code, code.load(weights, at, L) - largest, L) * share
                         if sees is not None:
                             weight = code.select(sees(v), weight, code.real(0.0, L))
                         code.store(weight, weights, at)
