@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import functools
+import mmap
 from typing import Any, NamedTuple
 
 import jax
@@ -208,6 +211,36 @@ def test_what_is_no_number_stays_in_its_row():
     o, dq, dk, dv = run(flash, given, bad)
     assert np.isnan(o[1, 7, 0]).all() and np.isfinite(o[1, :7]).all()
     assert np.isnan(dq[1, 7, 0]).all() and np.isnan(dk[1]).any() and np.isnan(dv[1]).any()
+
+
+def guarded(a: np.ndarray) -> jax.Array:
+    """The same, behind whose last number memory begins that nobody may read."""
+    page = mmap.PAGESIZE
+    size = -(-a.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), page, 0) == 0
+    laid = np.frombuffer(memory, a.dtype, a.size, size - a.nbytes).reshape(a.shape)
+    laid[:] = a
+    array = jnp.from_dlpack(laid)
+    assert array.unsafe_buffer_pointer() == laid.ctypes.data
+    return array
+
+
+def attend_guarded() -> None:
+    for case in (Case(T=65, H=16), Case(B=1, T=80, H=16, packed=True)):
+        given, x = scores(case), inputs(case)
+        ids = given.q_segments_BT
+        ids = ids if ids is None else guarded(np.asarray(ids))
+        given = dataclasses.replace(given, q_segments_BT=ids)
+        q, k, v, do = map(guarded, x)
+        pull = jax.vjp(lambda *qkv, given=given: flash(*qkv, given), q, k, v)[1]
+        jax.block_until_ready(pull(do))
+
+
+def test_it_reads_nothing_behind_its_operands():
+    """In a process of its own, which would end with SIGSEGV."""
+    tiny.as_users_compile("from tests import test_flash; test_flash.attend_guarded()")
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e8, 1e20, 1e37])
