@@ -18,7 +18,7 @@ from configs import base, gpt2
 # size: (rows of a micro-batch, layers as one, activations kept, columns of logits at a time)
 SIZES = {
     "124m": (64, False, "none", None),
-    "1558m": (16, True, "dots", 8384),
+    "1558m": (16, True, "dots", None),
 }
 
 

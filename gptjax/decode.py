@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
-from gptjax.layers.linear import by_kernels, is_adapted, keep, turn
+from gptjax.layers.linear import by_kernels, by_sums, is_adapted, keep, turn
 from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, widen
 from gptjax.model import Params
 
@@ -391,8 +391,9 @@ def stream(
     check_length(config, longest + most)
     narrow = config.dtype == "bfloat16" or config.products == "int8"
     with sharding.phase("decoding"):
-        # Of one row, a narrow product takes XLA ten times as long on CPUs as of two.
-        fewest = 2 if narrow and not by_kernels() else 1
+        # Of one row, a narrow product takes XLA longer than of two, on CPUs ten times as long.
+        one = by_kernels() or (by_sums() and config.products == "dtype")
+        fewest = 2 if narrow and not one else 1
         surplus = sharding.round_up(max(fewest, len(texts)), "B") - len(texts)
     n_B = np.array([len(text) for text in texts] + [1] * surplus, np.int32)
     room = _room(longest, size)

@@ -84,8 +84,13 @@ def decoding() -> bool:
 
 def on_cpu() -> bool:
     """Whether what is traced runs on CPUs."""
+    return platform() == "cpu"
+
+
+def platform() -> str:
+    """That of the devices which run what is traced: "cpu", "gpu" or "tpu"."""
     mesh = jax.sharding.get_abstract_mesh()
-    return (jax.default_backend() if mesh.empty else mesh.abstract_device.platform) == "cpu"
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,7 @@ from gptjax.config import Model, Sample, UserError
 from gptjax.decode import Sampling, Text, cast, generate, keep_largest, stream, transform
 from gptjax.layers import kernels
 from gptjax.layers.linear import PRODUCTS
+from gptjax.layers.parameter import Turned
 from gptjax.layers.position import POSITION, ROPE_SCALING
 from tests import tiny
 
@@ -441,6 +443,58 @@ def test_no_narrow_product_has_one_row(changes, vocab_size):
     assert ("gptjax_product" in program.as_text()) == by_kernel
     products = re.findall(r"\[(\d+),[\d,]*\]\S* dot\(", program.compile().as_text())
     assert products == ([] if by_kernel else ["2"])
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are written as for a GPU; the CPU runs them. Configs must be used nowhere else."""
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "tied": False, "kv_heads": 1, "feedforward": "swiglu"},
+        {"width": 64, "heads": 1, "layers": 1, "vocab_size": V + 2},
+    ],
+    ids=named,
+)
+@pytest.mark.parametrize("meshed", [False, True])
+def test_on_a_gpu_one_row_is_multiplied_as_sums(changes, meshed, on_a_gpu):
+    config = dataclasses.replace(MODEL, ff_dim=20, **changes)
+    with jax.set_mesh(tiny.mesh(data=1)) if meshed else contextlib.nullcontext():
+        params = parameters(config)
+        weights = cast(config, params)
+        n_B = np.full(1, 2, np.int32)
+        state = begun(config, weights.params, np.zeros((1, 8), np.int32), n_B, n_B + 2)
+        arguments = (decode._sampling(GREEDY), np.array([EOT]), jax.random.key(0), 2)
+        program = decode._advance.lower(config, KNOWN, weights.params, state, *arguments)
+        # Products of queries and keys, of weights and values.
+        assert program.as_text().count("stablehlo.dot_general") == 2 * config.layers
+        (text,) = generate(config, params, PROMPTS[:1], GREEDY, **OPTIONS)
+    row = PROMPTS[0] + text.ids
+    logits_TV = full_logits(config, params, [row])[0, len(PROMPTS[0]) - 1 : len(row) - 1, :KNOWN]
+    chosen = logits_TV[np.arange(len(text.ids)), text.ids]
+    # Logits of size 1 or so: in bfloat16 those of the cache and of the whole differ by some 2^-8.
+    close = 1e-4 if config.dtype == "float32" else 0.1
+    assert len(text.ids) == 12 and (logits_TV.max(-1) - chosen < close).all()
+
+
+def test_on_a_gpu_many_rows_and_few_bits_are_multiplied_as_they_were(on_a_gpu):
+    """Weights that are turned for one row give several rows the products that they had."""
+    config = dataclasses.replace(MODEL, ff_dim=28)
+    params = parameters(config)
+    got = generate(config, params, PROMPTS, GREEDY, **OPTIONS)
+    rows = [prompt + text.ids for prompt, text in zip(PROMPTS, got, strict=True)]
+    logits_BTV = full_logits(config, params, rows)[..., :KNOWN]
+    for prompt, row, logits_TV in zip(PROMPTS, rows, logits_BTV, strict=True):
+        assert row[len(prompt) :] == logits_TV[len(prompt) - 1 : len(row) - 1].argmax(-1).tolist()
+    is_turned = lambda leaf: isinstance(leaf, Turned)  # noqa: E731
+    for products, turned in (("dtype", True), ("int8", False)):
+        kept = cast(dataclasses.replace(config, products=products), params)
+        assert any(map(is_turned, jax.tree.leaves(kept, is_leaf=is_turned))) == turned
 
 
 @pytest.mark.parametrize(

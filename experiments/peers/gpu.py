@@ -116,10 +116,8 @@ PARTS: dict[str, list[Measurement]] = {
         Measurement("machine", "limits", "PyTorch", 60),
         Measurement("machine", "limits", "jax", 60),
     ],
-    "124m": 2
-    * [
-        BASE,
-        Measurement("124m", "train", "nanoGPT", 180),
+    "124m": [
+        *2 * [BASE, Measurement("124m", "train", "nanoGPT", 180)],
         Measurement("124m", "train", "plain PyTorch", 180),
     ],
     "1558m": [Measurement("1558m", "train", "gptjax", 300, knobs=("train.accumulation=8",))],
@@ -380,13 +378,16 @@ def here(job: dict[str, Any], cache: Path, limit: float) -> Result:
 def plan(parts: Sequence[str]) -> Iterator[tuple[str, Measurement]]:
     """(part, measurement) in their order: none that an earlier part has, each subject prepared."""
     yield "limits", Measurement("machine", "device", "gptjax", 60)
+    every = [m for part in parts for m in PARTS[part]]
+    read = {m.subject for m in every if m.task == "decode" or m.side != "gptjax"}
     prepared: set[str] = set()
     earlier: set[str] = set()
     for part in parts:
         for m in [m for m in PARTS[part] if m.name not in earlier]:
             if m.task in ("train", "decode") and m.subject not in prepared:
                 prepared.add(m.subject)
-                yield part, Measurement(m.subject, "prepare", "gptjax", LIMIT_PREPARE)
+                about = {"weights": m.subject in read}
+                yield part, Measurement(m.subject, "prepare", "gptjax", LIMIT_PREPARE, about=about)
             yield part, m
         earlier |= {m.name for m in PARTS[part]}
 

@@ -95,7 +95,8 @@ def batches(job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def prepare(job: Job) -> Result:
     """Writes tokens.npy and a Hugging Face folder, "model", to the job's folder.
 
-    The model is the one named by the job, or GPT-2 of the shape with gptjax's initial weights.
+    The model is the one named by the job, or GPT-2 of the shape with gptjax's initial weights,
+    unless "weights" is false: then only gptjax trains, which has its own.
     """
     import jax
 
@@ -115,8 +116,10 @@ def prepare(job: Job) -> Result:
         assert len(ids) > 10_000, "the text is too short"
     else:
         config = gptjax_config(job).model
-        biased = gptjax_config(job, "--config.model.bias=True").model  # as GPT-2, for transformers
-        hf.export(out, biased, model.init(biased, 0), None)
+        if job.get("weights", True):
+            # As GPT-2 has biases, so does what transformers is given.
+            biased = gptjax_config(job, "--config.model.bias=True").model
+            hf.export(out, biased, model.init(biased, 0), None)
         ids = encode(text, config.vocab_size)
     np.save(folder / "tokens.npy", ids.astype(np.uint16))
     weights = sum(math.prod(s.shape) for s in jax.tree.leaves(model.abstract_params(config)))

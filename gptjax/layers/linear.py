@@ -86,7 +86,8 @@ def turn(spec: Spec, kept: jax.Array | Scaled | Adapted) -> jax.Array | Scaled |
     ):
         return kept
     sizes = spec.size(spec.fan_in), spec.size(spec.fan_out)
-    if not by_kernels() or not kernels.serves(held.values.dtype, 1, *sizes):
+    serves = by_kernels() and kernels.serves(held.values.dtype, 1, *sizes)
+    if not serves and not (by_sums() and held.scale is None):
         return kept
     dims = turned(spec.dims, spec.fan_in)
     order = [spec.dims.index(dim) for dim in dims]
@@ -102,6 +103,12 @@ def by_kernels() -> bool:
     """Whether `layers.kernels` may multiply: for tokens that are written, on one CPU."""
     one = jax.sharding.get_abstract_mesh().size <= 1
     return sharding.decoding() and one and sharding.on_cpu()
+
+
+def by_sums() -> bool:
+    """Whether one row is multiplied by `_one_row`: a token that is written, on one GPU."""
+    one = jax.sharding.get_abstract_mesh().size <= 1
+    return sharding.decoding() and one and sharding.platform() == "gpu"
 
 
 def look_up(
@@ -352,6 +359,8 @@ def _multiply(
 
     if by_kernels():
         return _on_device(functools.partial(_few, equation, plain, dtype), where, a, b)
+    if by_sums():
+        return _on_device(functools.partial(_one_row, equation, plain, dtype), where, a, b)
     return plain(a, b, where)
 
 
@@ -373,6 +382,26 @@ def _few(equation: str, plain: Product, dtype: Any, a: Scaled, b: Scaled) -> jax
     two = jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
     two = jax.lax.optimization_barrier(two)  # or XLA would make it one again
     return plain(Scaled(two, x_scale), b)[:1]
+
+
+def _one_row(equation: str, plain: Product, dtype: Any, a: Scaled, b: Scaled) -> jax.Array:
+    """`plain`, where one row meets a `Turned` matrix in float32, each output a sum of its products.
+
+    XLA makes such a sum of a bfloat16 product too, but writes the products to memory before.
+    """
+    (x, x_scale), (w, w_scale), (a_dims, b_dims, y_dims) = a, b, _dims(equation)
+    summed = "".join(dim for dim in a_dims if dim not in y_dims)
+    rows, outputs = a_dims.removesuffix(summed), b_dims.removesuffix(summed)
+    turned = f"{rows}{summed},{outputs}{summed}->{rows}{outputs}" == equation
+    if (
+        not turned
+        or x_scale is not None
+        or w_scale is not None
+        or math.prod(x.shape[: len(rows)]) > 1
+    ):
+        return plain(a, b)
+    products = x.astype(jnp.float32).reshape(-1) * w.astype(jnp.float32).reshape(-1, x.size)
+    return products.sum(1).astype(dtype).reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])
 
 
 def _along(scale: jax.Array, dims: str, y_dims: str) -> jax.Array:
