@@ -106,7 +106,7 @@ def by_kernels() -> bool:
 
 
 def by_sums() -> bool:
-    """Whether one row is multiplied by `_one_row`: a token that is written, on one GPU."""
+    """Whether one row is multiplied as sums: a token that is written, on one GPU."""
     one = jax.sharding.get_abstract_mesh().size <= 1
     return sharding.decoding() and one and sharding.platform() == "gpu"
 
@@ -357,51 +357,35 @@ def _multiply(
         scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
         return (y.astype(jnp.float32) * scale).astype(dtype)
 
-    if by_kernels():
-        return _on_device(functools.partial(_few, equation, plain, dtype), where, a, b)
-    if by_sums():
-        return _on_device(functools.partial(_one_row, equation, plain, dtype), where, a, b)
+    if by_kernels() or by_sums():
+        few = functools.partial(_few, equation, plain, dtype, by_sums())
+        return _on_device(few, where, a, b)
     return plain(a, b, where)
 
 
-def _few(equation: str, plain: Product, dtype: Any, a: Scaled, b: Scaled) -> jax.Array:
-    """`plain` on a CPU, by `layers.kernels` where they multiply."""
+def _few(equation: str, plain: Product, dtype: Any, sums: bool, a: Scaled, b: Scaled) -> jax.Array:
+    """`plain`, but of a `Turned` matrix by `layers.kernels`, or one row, with `sums`, as sums."""
     (x, x_scale), (w, w_scale), (a_dims, b_dims, y_dims) = a, b, _dims(equation)
     summed = "".join(dim for dim in a_dims if dim not in y_dims)
     rows, outputs = a_dims.removesuffix(summed), b_dims.removesuffix(summed)
     K = math.prod(x.shape[len(rows) :])
     R, N = x.size // K, w.size // K
     turned = f"{rows}{summed},{outputs}{summed}->{rows}{outputs}" == equation
-    if turned and x.dtype == w.dtype and kernels.serves(w.dtype, R, K, N):
-        scales = [] if x_scale is None or w_scale is None else [x_scale.ravel(), w_scale.ravel()]
-        y = kernels.product(x.reshape(R, K), w.reshape(N, K), *scales).astype(dtype)
-        return y.reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])
-    if R > 1 or x.dtype.itemsize == 4:
+    scales = [] if x_scale is None or w_scale is None else [x_scale.ravel(), w_scale.ravel()]
+    y = None
+    if turned and sums and R == 1 and not scales:
+        # As float32: of bfloat16 XLA makes sums too, but writes the products to memory before.
+        y = (x.reshape(K).astype(jnp.float32) * w.reshape(N, K).astype(jnp.float32)).sum(1)
+    elif turned and not sums and x.dtype == w.dtype and kernels.serves(w.dtype, R, K, N):
+        y = kernels.product(x.reshape(R, K), w.reshape(N, K), *scales)
+    if y is not None:
+        return y.astype(dtype).reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])
+    if R > 1 or sums or x.dtype.itemsize == 4:
         return plain(a, b)
-    # Of one row, a narrow product takes XLA ten times as long as of two.
+    # Of one row, a narrow product takes XLA ten times as long as of two, on CPUs.
     two = jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
     two = jax.lax.optimization_barrier(two)  # or XLA would make it one again
     return plain(Scaled(two, x_scale), b)[:1]
-
-
-def _one_row(equation: str, plain: Product, dtype: Any, a: Scaled, b: Scaled) -> jax.Array:
-    """`plain`, where one row meets a `Turned` matrix in float32, each output a sum of its products.
-
-    XLA makes such a sum of a bfloat16 product too, but writes the products to memory before.
-    """
-    (x, x_scale), (w, w_scale), (a_dims, b_dims, y_dims) = a, b, _dims(equation)
-    summed = "".join(dim for dim in a_dims if dim not in y_dims)
-    rows, outputs = a_dims.removesuffix(summed), b_dims.removesuffix(summed)
-    turned = f"{rows}{summed},{outputs}{summed}->{rows}{outputs}" == equation
-    if (
-        not turned
-        or x_scale is not None
-        or w_scale is not None
-        or math.prod(x.shape[: len(rows)]) > 1
-    ):
-        return plain(a, b)
-    products = x.astype(jnp.float32).reshape(-1) * w.astype(jnp.float32).reshape(-1, x.size)
-    return products.sum(1).astype(dtype).reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])
 
 
 def _along(scale: jax.Array, dims: str, y_dims: str) -> jax.Array:
