@@ -110,6 +110,7 @@ def held(row: str, params: Any, config: Config) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
+    a, b = jax.device_get((a, b))
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all((x == y).all() for x, y in pairs)
 

@@ -297,7 +297,6 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
     scored: list[str] = []
     reference = preferences.reference
     monkeypatch.setattr(preferences, "reference", lambda *how: scored.append("") or reference(*how))
-    few: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
     compile_step = loop.compile_step
 
     def begun(name: str, folder: Path = store, **knobs: Any) -> bytes:
@@ -311,7 +310,7 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
         monkeypatch.setattr(loop, "compile_step", compiled)
         ends = contextlib.nullcontext() if name == "beta" else pytest.raises(ZeroDivisionError)
         with ends:
-            run(configure(folder, **few, **knobs), tmp_path / name)
+            run(configure(folder, **FEW, **knobs), tmp_path / name)
         return (tmp_path / name / preferences.REFERENCE).read_bytes()
 
     first = begun("first")
@@ -343,31 +342,35 @@ def test_a_reference_is_scored_once_for_all_runs_of_the_same(
     assert replay.replay_run(tmp_path / "beta")["bitwise"] and len(scored) == 8
 
 
+FEW: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Of a run on one device."""
+    return run(configure(store, **FEW), tmp_path_factory.mktemp("plain") / "run")
+
+
+def close(was: list[dict[str, float]], now: list[dict[str, float]]) -> None:
+    for a, b in zip(was, now, strict=True):
+        for name in a.keys() - set(replay.TIMINGS):
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=2e-6), name
+
+
 @pytest.mark.parametrize("axes", tiny.MESHES, ids=str)
-def test_meshes_and_micro_batches_change_rounding_alone(
-    axes: Any, store: Path, tmp_path: Path
+def test_meshes_change_rounding_alone(
+    axes: Any, store: Path, tmp_path: Path, plain: list[dict[str, float]]
 ) -> None:
-    config = configure(store, train__steps=2, optim__warmup_steps=1, train__eval_every=2)
-    plain = run(config, tmp_path / "plain")
-    split = dataclasses.replace(
-        config, mesh=axes, train=dataclasses.replace(config.train, accumulation=1)
-    )
+    config = dataclasses.replace(configure(store, **FEW), mesh=axes)
     with jax.set_mesh(tiny.mesh_of(axes)):
-        loop.train(split, tmp_path / "split")
-    for was, now in zip(plain, read_metrics(tmp_path / "split"), strict=True):
-        for name in was.keys() - set(replay.TIMINGS) - {"mfu"}:
-            assert now[name] == pytest.approx(was[name], rel=2e-5, abs=2e-6), name
+        loop.train(config, tmp_path / "split")
+    close(plain, read_metrics(tmp_path / "split"))
 
 
-def test_micro_batches_change_rounding_alone(store: Path, tmp_path: Path) -> None:
-    plain = run(configure(store, train__steps=2, optim__warmup_steps=1), tmp_path / "plain")
-    cut = run(
-        configure(store, train__steps=2, optim__warmup_steps=1, train__accumulation=4),
-        tmp_path / "cut",
-    )
-    for was, now in zip(plain, cut, strict=True):
-        for name in was.keys() - set(replay.TIMINGS):
-            assert now[name] == pytest.approx(was[name], rel=2e-5, abs=2e-6), name
+def test_micro_batches_change_rounding_alone(
+    store: Path, tmp_path: Path, plain: list[dict[str, float]]
+) -> None:
+    close(plain, run(configure(store, **FEW, train__accumulation=4), tmp_path / "cut"))
 
 
 def test_a_branch_keeps_the_reference_of_its_trunk(store: Path, tmp_path: Path) -> None:

@@ -562,19 +562,27 @@ def test_another_reward_is_another_run(store: Path, tmp_path: Path) -> None:
         replay.replay_run(tmp_path / "run")
 
 
+FEW: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Of a run on one device."""
+    return run(configure(store, **FEW), tmp_path_factory.mktemp("plain") / "run")
+
+
 @pytest.mark.parametrize("axes", tiny.MESHES, ids=str)
-def test_meshes_change_rounding_alone(axes: Any, store: Path, tmp_path: Path) -> None:
-    few: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
-    config = configure(store, **few)
-    plain = run(config, tmp_path / "plain")
-    split = run(dataclasses.replace(config, mesh=axes), tmp_path / "split", mesh=tiny.mesh_of(axes))
-    close(plain, split)
+def test_meshes_change_rounding_alone(
+    axes: Any, store: Path, tmp_path: Path, plain: list[dict[str, float]]
+) -> None:
+    config = dataclasses.replace(configure(store, **FEW), mesh=axes)
+    close(plain, run(config, tmp_path / "split", mesh=tiny.mesh_of(axes)))
 
 
-def test_micro_batches_change_rounding_alone(store: Path, tmp_path: Path) -> None:
-    few: dict[str, object] = {"train__steps": 2, "optim__warmup_steps": 1, "train__eval_every": 2}
-    plain = run(configure(store, **few), tmp_path / "plain")
-    close(plain, run(configure(store, **few, train__accumulation=4), tmp_path / "cut"))
+def test_micro_batches_change_rounding_alone(
+    store: Path, tmp_path: Path, plain: list[dict[str, float]]
+) -> None:
+    close(plain, run(configure(store, **FEW, train__accumulation=4), tmp_path / "cut"))
 
 
 def close(plain: list[dict[str, float]], other: list[dict[str, float]]) -> None:

@@ -370,7 +370,7 @@ def _read(source: Source, row: Row, spec: Spec) -> jax.Array:
     if not spec.dims.startswith("L"):
         return _place(spec, functools.partial(_shard, source, name, row, spec))
     layers, one = spec.shape[0], _of_one(spec)
-    stacked = jax.jit(lambda: jnp.zeros(spec.shape, jnp.float32), out_shardings=_sharding(spec))()
+    stacked = jnp.zeros(spec.shape, jnp.float32, device=_sharding(spec))
     for layer in range(layers):
         name = row.theirs.replace(PLACEHOLDER["L"], str(layer))
         part = _place(one, functools.partial(_shard, source, name, row, one))
