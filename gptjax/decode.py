@@ -26,7 +26,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
-from gptjax.layers.linear import by_kernels, by_sums, is_adapted, keep, turn
+from gptjax.layers.blocks import Blocks
+from gptjax.layers.linear import by_kernels, by_sums, keep, turn
 from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, widen
 from gptjax.model import Params
 
@@ -140,15 +141,21 @@ class Weights(NamedTuple):
 @functools.partial(jax.jit, static_argnames="config")
 @sharding.phase("decoding")
 def cast(config: Model, params: Params) -> Weights:
-    """A copy of the tree of `init` for `stream`: made once, not for each token or text."""
+    """A copy of the tree of `init` for `stream`: made once, not for each token or text.
 
-    def store(parameter: jax.Array | Adapted, spec: Spec) -> jax.Array | Scaled | Turned | Adapted:
+    What is in `Blocks` stays so.
+    """
+
+    def store(parameter: Any, spec: Spec) -> jax.Array | Scaled | Turned | Blocks | Adapted:
+        if isinstance(parameter, Blocks):
+            return parameter
         dtype = jnp.float32 if spec.exact else config.dtype
         parameter = jax.tree.map(lambda x: x.astype(dtype), parameter)
         return turn(spec, keep(config.products, spec, parameter))
 
     specs = gpt.abstract_params(config)
-    kept = jax.tree.map(store, widen(params), specs, is_leaf=is_adapted)
+    leaf = lambda leaf: isinstance(leaf, Adapted | Blocks)  # noqa: E731
+    kept = jax.tree.map(store, widen(params), specs, is_leaf=leaf)
     return Weights(gpt.split_layers(config, kept))
 
 

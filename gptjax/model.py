@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax import parametrisation, sharding
 from gptjax.config import Model, check_seed, choose
 from gptjax.layers.attention import Attention
+from gptjax.layers.blocks import Blocks
 from gptjax.layers.context import (
     INSIDE,
     Cache,
@@ -313,7 +314,7 @@ def hidden(
     Args:
         config: the architecture.
         params: the tree of `init`, or that of `split_layers`, whose layers are not scanned; a
-            matrix of either may be `Adapted` or `Scaled`.
+            matrix of either may be `Adapted`, `Scaled` or, on one device, `Blocks`.
         tokens_BT: int32 ids in [0, V); an id outside is not noticed here but in the data.
         position_BT: int32 positions below `config.context`; None counts from the row's start.
         segments_BT: int32 document of each token; attention stays inside; None: one document.
@@ -386,7 +387,7 @@ def unembedding(config: Model, params: Params, x_BTD: jax.Array) -> tuple[jax.Ar
         kernel = params["embed"]["tokens"] if tied else _apply(Unembed(config), params, "unembed")
         if isinstance(kernel, Turned):
             kernel, dims = kernel.matrix, turned(dims, "D")
-        if isinstance(kernel, Scaled):
+        if isinstance(kernel, Scaled | Blocks):
             return x_BTD, kernel, dims  # x is rounded where it meets them
         if tied:
             kernel = sharding.gather(kernel, dims, config.dtype)

@@ -22,8 +22,8 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
-I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
-F32 = ir.FloatType()
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
 POINTER, VOID = ir.PointerType(), ir.VoidType()
 Number: TypeAlias = "Value | int | float"
 
@@ -241,8 +241,13 @@ class Code:
         """The number at the offset, or a vector of so many."""
         of = kind if lanes is None else ir.VectorType(kind, lanes)
         at = self.at(pointer, offset, kind)
-        align = 8 if kind in (I64, POINTER) else 4
+        align = 8 if kind in (I64, POINTER) else 4 if kind not in (I8, F16) else 1
         return Value(self.builder, self.builder.load(at.of, align=align, typ=of))
+
+    def prefetch(self, pointer: Value, ahead: int) -> None:
+        """Asks for what lies so many bytes further, which need not be the program's."""
+        at, how = self.at(pointer, ahead, I8), [self.number(i, I32) for i in (0, 3, 1)]
+        self.intrinsic("llvm.prefetch.p0", VOID, at, *how)  # to read, to keep, data
 
     def store(self, value: Value, pointer: Value, offset: Number = 0) -> None:
         of = value.of.type

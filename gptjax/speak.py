@@ -32,7 +32,7 @@ def opened(
     model: trained.Trained, check: Callable[[Config, Tokenizer], object] | None = None
 ) -> Iterator[Speaker]:
     """As `trained.opened`; the parameters are not kept beside the weights."""
-    with trained.opened(model, check) as at_hand:
+    with trained.opened(model, check, blocks=True) as at_hand:
         config, tokenizer = at_hand.config, at_hand.tokenizer
         weights = decode.cast(config.model, at_hand.params)
         del at_hand

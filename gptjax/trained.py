@@ -17,6 +17,7 @@ from gptjax import configure, setup, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import pretrained
+from gptjax.layers.linear import one_cpu
 from gptjax.model import Params, abstract_params
 from gptjax.records import read_environment
 from gptjax.sharding import make_mesh
@@ -106,13 +107,16 @@ class Opened(NamedTuple):
 
 @contextlib.contextmanager
 def opened(
-    model: Trained, check: Callable[[Config, Tokenizer], object] | None = None
+    model: Trained,
+    check: Callable[[Config, Tokenizer], object] | None = None,
+    blocks: bool = False,
 ) -> Iterator[Opened]:
     """A model and its tokenizer, on the mesh of its config, which is set while the context lasts.
 
     Args:
         check: refuses, before any weights are read, what the settled config and the tokenizer
             do not allow.
+        blocks: weights may come in `layers.blocks`, where they are multiplied so: on one CPU.
 
     Raises:
         UserError: if there is no complete checkpoint, or it is damaged or of another model; if
@@ -133,7 +137,8 @@ def opened(
         if model.source is None:
             yield Opened(config, *_latest(config, model.folder), tokenizer)
         else:
-            yield Opened(config, 0, pretrained.load(model.source).params, tokenizer)
+            blocks = blocks and one_cpu() and config.model.products == "dtype"
+            yield Opened(config, 0, pretrained.load(model.source, blocks).params, tokenizer)
 
 
 def _latest(config: Config, folder: Place) -> tuple[int, Params]:

@@ -13,15 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import chat, model, tokenizer
+from gptjax import chat, configure, decode, model, speak, tokenizer, trained
 from gptjax.config import UserError
 from gptjax.interop.pretrained import import_, load, read
+from gptjax.layers.blocks import Blocks
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-Q8, F32, F16 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "F32", "F16"))
+Q8, Q40, Q41, F32, F16 = (
+    gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q4_1", "F32", "F16")
+)
 N, K, H, D, F, L, V = 4, 2, 8, 32, 64, 2, 262
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -67,7 +70,7 @@ def write(
     pre: str = "smollm",
     **which,
 ) -> Path:
-    """The model `theirs(**which)` as a GGUF file."""
+    """The model `theirs(**which)` as a GGUF file, its matrices of a kind, or of that of their name."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(32)
     writer.add_block_count(L)
@@ -106,7 +109,7 @@ def write(
         full = f"{'' if layer is None else f'blk.{layer}.'}{NAMES[known]}.{end}"
         if full == leave_out or (which.get("tied") and full == "output.weight"):
             continue
-        how = kind if array.ndim == 2 else F32
+        how = F32 if array.ndim < 2 else kind(full) if callable(kind) else kind
         writer.add_tensor(full, gguf.quantize(array, how), raw_dtype=how)
     if which.get("llama3"):
         config = theirs(**which).config
@@ -162,6 +165,91 @@ def test_tensors_are_dequantised_exactly(kind, tmp_path):
     table = params["embed"]["tokens"]
     np.testing.assert_array_equal(table, dequantised("model.embed_tokens.weight"))
     assert not (np.asarray(table) == original["model.embed_tokens.weight"].numpy()).all()
+
+
+def leaves(params) -> dict[str, object]:
+    flat = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, Blocks))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+
+
+def mixed(name: str):
+    """As files come: the table in 8 bits, a matrix of other kinds in other layers, one of float16."""
+    if "token_embd" in name:
+        return Q8
+    return {"blk.0.ffn_down.weight": Q8, "blk.1.attn_v.weight": F16}.get(name, Q41)
+
+
+@pytest.mark.parametrize(
+    "kind, which, plain",
+    [
+        (Q8, {}, 0), (Q40, {"bias": True}, 0), (Q41, {"tied": True}, 0),
+        (mixed, {"tied": True}, 2), (F16, {}, 9),
+    ],
+    ids=["Q8_0", "Q4_0", "Q4_1", "mixed", "F16"],
+)  # fmt: skip
+def test_text_is_written_from_the_blocks_of_a_file(kind, which, plain, tmp_path):
+    source = write(tmp_path / "x.gguf", kind, **which)
+    found = import_(source, tmp_path / "kept", quantised=True)
+    assert found == import_(source, tmp_path / "wide")
+    assert (tmp_path / "kept" / "model.gguf").read_bytes() == source.read_bytes()
+    names = {path.name for path in (tmp_path / "kept").iterdir()} ^ {
+        path.name for path in (tmp_path / "wide").iterdir()
+    }
+    assert names == {"model.gguf", "model.safetensors"}
+    wide = load(read(tmp_path / "wide"))
+    # All but generation, such as training, finds the same weights as ever.
+    jax.tree.map(np.testing.assert_array_equal, load(read(tmp_path / "kept")).params, wide.params)
+    import_(tmp_path / "kept", tmp_path / "again")
+    tensors = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("wide", "again")]
+    assert tensors[0] == tensors[1]
+    config = dataclasses.replace(found, context=32)
+    opened = trained.find(tmp_path / "kept", overrides=["--config.model.context=32"])
+    with speak.opened(opened) as speaker:
+        params = speaker.weights.params
+        each = leaves({**params, "blocks": params["blocks"][1]})
+        matrices = [name for name in each if leaves_a_matrix(name)]
+        held = {name for name, leaf in each.items() if isinstance(leaf, Blocks)}
+        assert held <= {*matrices} and len(matrices) - len(held) == plain
+        sample = dataclasses.replace(speaker.config.sample, max_new_tokens=12, temperature=0.0)
+        prompts = [IDS[0, :9].tolist(), IDS[0, 9:14].tolist()]
+        write_texts = functools.partial(
+            decode.generate, config, prompts=prompts, sample=sample, seed=0, vocab_size=V,
+            end_of_text=0,
+        )  # fmt: skip
+        blocks = load(read(tmp_path / "kept"), blocks=True).params
+        # Sums in one order: the texts, and all that decides them, are the same to the last bit.
+        assert write_texts(blocks) == write_texts(wide.params)
+    with speak.opened(opened._replace(config=configure.override(opened.config, ["--config.model.products=int8"]))) as speaker:  # fmt: skip
+        assert not any(isinstance(leaf, Blocks) for leaf in leaves(speaker.weights.params).values())
+
+
+def leaves_a_matrix(name: str) -> bool:
+    return "norm" not in name and "bias" not in name
+
+
+def test_a_quantised_file_of_another_width_is_refused(tmp_path):
+    content = write(tmp_path / "x.gguf", Q41).read_bytes()
+    at = content.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4
+    assert content[at] == D
+    (tmp_path / "x.gguf").write_bytes(content[:at] + bytes([48]) + content[at + 1 :])
+    assert "is not a multiple of Q4_1 block size (32)" in refusal(tmp_path, quantised=True)
+
+
+def test_factors_that_are_not_finite_are_refused(tmp_path):
+    content = write(tmp_path / "x.gguf", Q41).read_bytes()
+    array = interleave(theirs().state_dict()["model.layers.1.self_attn.q_proj.weight"].numpy(), N)
+    row = gguf.quantize(array, Q41)[3].tobytes()
+    assert content.count(row) == 1
+    broken = np.float16(np.inf).tobytes() + row[2:]
+    (tmp_path / "x.gguf").write_bytes(content.replace(row, broken))
+    message = "model.layers.1.self_attn.q_proj.weight has values that are no finite float32"
+    assert message in refusal(tmp_path, quantised=True)
+
+
+def test_only_a_file_of_blocks_stays_quantised(tmp_path):
+    import_(write(tmp_path / "x.gguf"), tmp_path / "wide")
+    with pytest.raises(UserError, match=r"wide is no \.gguf file, of which alone weights stay"):
+        import_(tmp_path / "wide", tmp_path / "out", quantised=True)
 
 
 def test_its_tokenizer_and_template_come_along(tmp_path):
@@ -290,9 +378,9 @@ def test_without_the_package_the_error_names_it(tmp_path, monkeypatch):
     assert "pip install 'gptjax[gguf]'" in refusal(tmp_path)
 
 
-def refusal(folder: Path) -> str:
+def refusal(folder: Path, quantised: bool = False) -> str:
     with pytest.raises(UserError) as caught:
-        import_(folder / "x.gguf", folder / "out")
+        import_(folder / "x.gguf", folder / "out", quantised)
     assert [p.name for p in folder.iterdir()] == ["x.gguf"]
     assert "\n" not in str(caught.value) and str(folder / "x.gguf") in str(caught.value)
     return str(caught.value)

@@ -14,17 +14,20 @@ import pytest
 
 from gptjax import native, sharding
 from gptjax.config import Mesh
-from gptjax.layers import kernels
+from gptjax.layers import blocks, kernels
 from gptjax.layers.linear import _round, keep, linear, turn
 from gptjax.layers.parameter import Spec
-from tests import tiny
+from tests import test_blocks, tiny
 
 DTYPES = list(kernels.kinds())
 
 
-def operands(dtype: str, rows: int, summed: int, outputs: int) -> tuple[jax.Array, ...]:
+def operands(dtype: str, rows: int, summed: int, outputs: int) -> tuple[Any, ...]:
     """Of int8 all numbers that there are, the largest sums, and scales."""
     rng = np.random.default_rng(0)
+    if dtype in blocks.KINDS:
+        x = jnp.asarray(rng.normal(size=(rows, summed)), jnp.float32)
+        return x, test_blocks.random(dtype, outputs, summed)
     if dtype != "int8":
         return tuple(jnp.asarray(rng.normal(size=(n, summed)), dtype) for n in (rows, outputs))
     x, w = (rng.integers(-127, 128, (n, summed), np.int8) for n in (rows, outputs))
@@ -36,10 +39,14 @@ def operands(dtype: str, rows: int, summed: int, outputs: int) -> tuple[jax.Arra
 @pytest.mark.parametrize("summed, outputs", [(64, 4), (576, 196), (8192, 12), (192, 4096)])
 def test_a_kernel_sums(dtype: str, summed: int, outputs: int) -> None:
     """int8 exactly; else each term of a lane is rounded once, and so is each addition of lanes."""
-    most = kernels.kinds()[dtype].rows
+    most = min(128, kernels.kinds()[dtype].rows)
     x, w, *scales = operands(dtype, most, summed, outputs)
     got = np.asarray(jax.jit(kernels.product)(x, w, *scales))
-    x64, w64 = (np.asarray(operand, np.float64) for operand in (x, w))
+    wide = w
+    if isinstance(w, blocks.Blocks):
+        wide = blocks.wide(w)  # multiplied as it is, to the last bit
+        np.testing.assert_array_equal(got, kernels.product(x, wide))
+    x64, w64 = (np.asarray(operand, np.float64) for operand in (x, wide))
     if scales:
         scale = scales[0][:, None] * scales[1]
         np.testing.assert_array_equal(got, np.float32(x64 @ w64.T) * scale)
@@ -75,7 +82,8 @@ def test_registers_of_every_width_give_the_same_bits(monkeypatch: pytest.MonkeyP
             name = native.register(f"test_{key}", functools.partial(kernels._program, kind))
             call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((5, 8), jnp.float32))
             expected = kernels.product(x, w, *scales)
-            np.testing.assert_array_equal(call(x.astype(kind.x), w, *scales), expected)
+            held = w.data if isinstance(w, blocks.Blocks) else w
+            np.testing.assert_array_equal(call(x.astype(kind.x), held, *scales), expected)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,8 @@ def test_registers_of_every_width_give_the_same_bits(monkeypatch: pytest.MonkeyP
         ("float32", 1, 24, 4),
         ("bfloat16", 1, 16, 6),
         ("float16", 1, 64, 4),
+        ("Q4_1", 1, 48, 4),
+        ("Q4_1", 1, 64, 6),
     ],
 )
 def test_what_no_kernel_serves(dtype: str, rows: int, summed: int, outputs: int) -> None:

@@ -107,6 +107,8 @@ def prepare(job: Job) -> Result:
     out, text = folder / "model", Path(job["text"]).read_text(encoding="utf-8")
     if job["model"]:
         pretrained.import_(job["model"], out)
+        if str(job["model"]).endswith(".gguf"):
+            pretrained.import_(job["model"], folder / "blocks", quantised=True)
         config = trained.find(out).config.model
         name = pretrained.read(out).tokenizer
         if name is None:
@@ -209,12 +211,13 @@ def gptjax_model(job: Job) -> Iterator[tuple[Any, Any]]:
     from gptjax import setup, trained
     from gptjax.interop import pretrained
 
-    source = trained.find(Path(job["folder"], "model"))
+    blocks = job.get("blocks", False)
+    source = trained.find(Path(job["folder"], "blocks" if blocks else "model"))
     assert source.source is not None
     with gptjax_started(source.config.mesh):
         knobs = {"dtype": job["dtype"], "products": job.get("products", "dtype")}
         config = dataclasses.replace(setup.settle(source.config).model, **knobs)
-        yield config, pretrained.load(source.source).params
+        yield config, pretrained.load(source.source, blocks).params
 
 
 def train_gptjax(job: Job) -> Result:
@@ -580,6 +583,17 @@ def seeds_gptjax(job: Job) -> Result:
     return {"times one after another": bench_ensemble.compare(gptjax_config(job), turns)}
 
 
+def in_blocks(measure: Callable[[Job], Result]) -> Callable[[Job], Result]:
+    """The weights as the .gguf file has them."""
+
+    def of_file(job: Job) -> Result:
+        if not str(job["model"]).endswith(".gguf"):
+            raise Absent("reads .gguf files: --model=FILE.gguf")
+        return measure(job | {"blocks": True})
+
+    return of_file
+
+
 def in_int8(measure: Callable[[Job], Result]) -> Callable[[Job], Result]:
     return lambda job: measure(job | {"products": "int8"})
 
@@ -592,6 +606,7 @@ MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
     "decode": {
         "gptjax": decode_gptjax,
         "gptjax int8": in_int8(decode_gptjax),
+        "gptjax blocks": in_blocks(decode_gptjax),
         "transformers": decode_transformers,
         "llama.cpp": decode_llamacpp,
     },

@@ -88,7 +88,7 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.accounting import parameters
     from gptjax.interop import pretrained
 
-    model = pretrained.import_(arguments.source, arguments.out)
+    model = pretrained.import_(arguments.source, arguments.out, arguments.quantised)
     count = parameters(model)["total"]
     print(
         f"{arguments.out}: {count:,} parameters, {model.layers} layers of width {model.width}, "
@@ -101,6 +101,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "source", type=expand, help="hf:ORG/NAME, a Hugging Face folder or a .gguf file"
     )
     parser.add_argument("--out", type=local, required=True, help="the folder to make")
+    parser.add_argument(
+        "--quantised",
+        action="store_true",
+        help="keep a .gguf file as it is: on one CPU text is generated from its blocks of 4 and 8 bits",
+    )
 
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -227,6 +232,10 @@ Reads config.json, safetensors and tokenizer of the GPT-2 and Llama families, or
 (dequantised; needs the extra `gguf`), checks every tensor, and writes a Hugging Face folder that
 eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refused: loading one runs
 its code.
+
+With --quantised the folder holds the .gguf file itself. On one CPU generate, ask, chat and serve then
+multiply by its blocks of Q8_0, Q4_0 and Q4_1 as they are, and write the texts that the dequantised
+model writes; all else, and model.products=int8, dequantises when the model is loaded.
 
   import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
   import hf:HuggingFaceTB/SmolLM2-135M-Instruct --out=models/smollm2

@@ -1,6 +1,6 @@
-"""GGUF files, llama.cpp's format: Llama's architecture, dequantised, with its own tokenizer.
+"""GGUF files, llama.cpp's format: Llama's architecture, with its own tokenizer.
 
-The `gguf` package reads the file and knows every quantisation. This module translates it to a
+Weights are dequantised, but for those of `read_params`, which stay in `layers.blocks`. The `gguf` package reads the file and knows every quantisation. This module translates it to a
 Hugging Face folder: keys, names of tensors, the vocabulary, and the order of query and key
 rows, which the conversion to GGUF interleaves, because llama.cpp rotates
 neighbouring channels where Llama in `transformers` rotates halves.
@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gptjax import model as gpt
 from gptjax.config import Model, UserError, choose
 from gptjax.interop import hf
-from gptjax.interop.families import Keys, to_model
+from gptjax.interop.families import Family, Keys, Row, to_model
 from gptjax.interop.tokenizer_files import BYTES, split, tokenizer_json
+from gptjax.layers.blocks import KINDS, Blocks
+from gptjax.layers.parameter import Spec
 from gptjax.layers.position import ROPE_SCALING, frequencies
 from gptjax.locks import scratch
 from gptjax.tokenizer import TOKENIZER_FILE
@@ -97,26 +103,56 @@ END_NAMES = (
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of token; 6 is a byte of SentencePiece
 
 
-def import_(source: Path, out: Path) -> Model:
+def import_(source: Path, out: Path, quantised: bool = False) -> Model:
     """Writes a GGUF file as the Hugging Face folder `out`, and returns its architecture.
+
+    Args:
+        quantised: the weights stay in the file, which is copied, not dequantised.
 
     Raises:
         UserError: if it is no GGUF file of a Llama, its tokenizer is no byte-level BPE, a tensor
             is missing, misshapen or left over, or `out` exists.
     """
     with hf.about(source), scratch() as vocabulary:
-        reader = _open(source)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        reader, fields = _open(source)
         write_tokenizer(fields, vocabulary)
         tensors = Tensors(reader, fields)
-        # The reader keeps an object for each token of the vocabulary: as much as small weights.
-        reader.fields.clear()
         family, config = to_model(tensors.config)
-        hf.copy(tensors, family, config, out, str(vocabulary))
+        if not quantised:
+            hf.copy(tensors, family, config, out, str(vocabulary))
+            return config
+        shapes = hf.check_tensors(tensors, config, *hf.rows_of(family, config))
+        for name, shape in shapes.items():
+            values = tensors.read(name, (slice(None),) * len(shape))
+            if not np.isfinite(values).all():
+                hf.refuse_not_finite(name, values, tensors.dtype)
+        copy = lambda folder: shutil.copyfile(source, folder / hf.GGUF)  # noqa: E731
+        hf.write_folder(out, config, str(vocabulary), tensors.dtype, copy)
     return config
 
 
-def _open(path: Path) -> Any:
+def open_(path: Path) -> Tensors:
+    """The weights that `import_` left in a GGUF file.
+
+    Raises:
+        UserError: if it is damaged, or the package is missing.
+    """
+    return Tensors(*_open(path))
+
+
+def read_params(tensors: Tensors, family: Family, config: Model) -> gpt.Params:
+    """As `hf.read_params`, for one device: weights in blocks of `layers.blocks.KINDS` stay so."""
+    specs, rows = hf.rows_of(family, config)
+    hf.check_tensors(tensors, config, specs, rows)
+    held = {path: tensors.blocks(rows[path], spec) for path, spec in specs.items()}
+    blocks = {path: found for path, found in held.items() if found is not None}
+    others = {path: spec for path, spec in specs.items() if path not in blocks}
+    arrays = flatten_dict(hf.read_arrays(tensors, others, rows), sep="/")
+    return unflatten_dict(blocks | arrays, sep="/")
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The reader of a file, and what its keys say."""
     try:
         import gguf
     except ImportError as error:
@@ -126,9 +162,13 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError("there is no such file")
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # the package raises whatever numpy does
         raise UserError(f"it is no GGUF file, or truncated ({error}): fetch it again") from None
+    # The reader keeps an object for each token of the vocabulary: as much as small weights.
+    reader.fields.clear()
+    return reader, fields
 
 
 class Tensors:
@@ -158,14 +198,31 @@ class Tensors:
 
         tensor = self._tensors[name]
         # Blocks of a quantisation lie along the last dim, so rows come apart but columns do not.
-        array = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
-        array = array[(slice(None), *index[1:])]
-        if projection := INTERLEAVED.search(name):
-            # A shard has whole heads.
-            width = self.shapes[name][0] // self._heads[projection[1]]
-            pairs = array.reshape(-1, width // 2, 2, *array.shape[1:])
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        return array
+        with np.errstate(invalid="ignore"):  # what is not finite, others refuse
+            array = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
+        return self._in_order(name, array[(slice(None), *index[1:])])
+
+    def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows as Hugging Face has them: of whole heads."""
+        projection = INTERLEAVED.search(name)
+        if projection is None:
+            return rows
+        width = self.shapes[name][0] // self._heads[projection[1]]
+        pairs = rows.reshape(-1, width // 2, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    def blocks(self, row: Row, spec: Spec) -> Blocks | None:
+        """A parameter as the file has it; None: it is in no blocks of ours, or not in each layer.
+
+        A tensor of Llama has a row for each output, along which blocks lie.
+        """
+        names = [name for _, name in hf.copies(row, spec)]
+        kinds = {self._tensors[name].tensor_type.name for name in names}
+        if len(kinds) > 1 or not kinds <= KINDS.keys():
+            return None
+        data = np.stack([self._in_order(name, self._tensors[name].data) for name in names])
+        outputs = [spec.shape[spec.dims.index(dim)] for dim in spec.stacks + spec.fan_out]
+        return Blocks(jax.device_put(data.reshape(*outputs, -1)), kinds.pop())
 
 
 def _config(fields: Mapping[str, Any], shapes: Mapping[str, Any]) -> Keys:

@@ -2,6 +2,7 @@
 
     FOLDER/config.json            the architecture, see `families`
     FOLDER/*.safetensors          the weights, one file or several under an index
+    FOLDER/model.gguf             or a GGUF file, as `import --quantised` leaves it
     FOLDER/tokenizer.json, ...    the tokenizer: FOLDER is its name as `data.tokenizer`
 
 Tensors are read slice by slice into parameters born sharded, one layer of one tensor at a time,
@@ -40,6 +41,7 @@ from gptjax.storage import Place, new_folder
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = "model.gguf"
 # Of safetensors -> of transformers.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NUMPY = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -81,7 +83,9 @@ def export(
         UserError: if `out` exists, no family can say `config`, or the disk is full.
     """
     tensors = make_tensors(*rows_of(to_theirs(config)[0], config), params)
-    _write_folder(Path(out), config, tensors, tokenizer_name, dtype)
+    choose(NUMPY, dtype, "dtype")
+    write = lambda folder: write_safetensors(folder / WEIGHTS, tensors, dtype)  # noqa: E731
+    write_folder(Path(out), config, tokenizer_name, dtype, write)
 
 
 def copy(
@@ -92,18 +96,23 @@ def copy(
     Raises:
         UserError: if its tensors are not exactly those of the model; as `export`.
     """
-    shapes = _check_tensors(source, config, *rows_of(family, config))
+    shapes = check_tensors(source, config, *rows_of(family, config))
     tensors: Tensors = {
         name: (shape, functools.partial(source.read, name, (slice(None),) * len(shape)))
         for name, shape in shapes.items()
     }
-    _write_folder(out, config, tensors, tokenizer_name, source.dtype)
+    write = lambda folder: write_safetensors(folder / WEIGHTS, tensors, source.dtype)  # noqa: E731
+    write_folder(out, config, tokenizer_name, source.dtype, write)
 
 
-def _write_folder(
-    out: Path, config: Model, tensors: Tensors, tokenizer_name: str | None, dtype: str
+def write_folder(
+    out: Path,
+    config: Model,
+    tokenizer_name: str | None,
+    dtype: str,
+    write: Callable[[Path], None],
 ) -> None:
-    choose(NUMPY, dtype, "dtype")
+    """A folder whose weights `write` writes into it, on every process."""
     keys = to_theirs(config)[1] | {"torch_dtype": dtype}
     if tokenizer_name is not None:
         vocabulary = tokenizer.load(tokenizer_name)
@@ -118,7 +127,7 @@ def _write_folder(
             (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
             if tokenizer_name is not None:
                 write_tokenizer(tokenizer_name, folder)
-        write_safetensors(folder / WEIGHTS, tensors, dtype)
+        write(folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {out}")  # now every process sees it
 
@@ -201,7 +210,8 @@ def _prefixed(name: str, prefix: str) -> str:
 def weight_names(folder: Path, there: Collection[str]) -> list[str]:
     """The names of the files that hold the weights, sorted, found as `transformers` finds them.
 
-    model.safetensors comes first, else those that its index names, and no others.
+    model.safetensors comes first, else those that its index names, and no others; model.gguf is
+    what `import` has left where there is neither.
 
     Args:
         folder: where the index is, if there is one.
@@ -227,6 +237,8 @@ def weight_names(folder: Path, there: Collection[str]) -> list[str]:
         if missing := [name for name in names if name not in there]:
             raise UserError(f"{INDEX} names {missing[0]}, which is missing: fetch it again")
         return names
+    if GGUF in there:
+        return [GGUF]
     if pickles := sorted(name for name in there if _is_pickle(name)):
         raise UserError(
             f"its weights are a pickle ({pickles[0]}), which may run any program when it is "
@@ -276,7 +288,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def read_params(source: Source, family: Family, config: Model) -> gpt.Params:
     """The parameters of a source, whose tensors must be exactly those of the model."""
     specs, rows = rows_of(family, config)
-    _check_tensors(source, config, specs, rows)
+    check_tensors(source, config, specs, rows)
     return read_arrays(source, specs, rows)
 
 
@@ -292,7 +304,7 @@ def rows_of(family: Family, config: Model) -> tuple[dict[str, Spec], dict[str, R
     return specs, {row.ours: row for row in family.rows if row.ours in specs}
 
 
-def _check_tensors(
+def check_tensors(
     source: Source, config: Model, specs: dict[str, Spec], rows: dict[str, Row]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of the model; refuses a source that has any other set."""
@@ -318,7 +330,7 @@ def check_shapes(
     """Name and shape of each tensor that the rows ask for, and the names of the others."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, row in rows.items():
-        for _, name in _copies(row, specs[path]):
+        for _, name in copies(row, specs[path]):
             expected[name] = _their_shape(row, specs[path])
     lacking = [name for name in expected if name not in source.shapes]
     if lacking:
@@ -337,7 +349,7 @@ def refuse_surplus(names: list[str]) -> None:
         )
 
 
-def _copies(row: Row, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
+def copies(row: Row, spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
     """Where each of their tensors stands in the stacks of a parameter, layer and expert; its name."""
     for index in np.ndindex(spec.shape[: len(spec.stacks)]):
         name = row.theirs
@@ -445,8 +457,8 @@ def make_tensors(specs: dict[str, Spec], rows: dict[str, Row], params: gpt.Param
     """Every tensor of the rows, in the order of the layers."""
     arrays = flatten_dict(params, sep="/")
     names: dict[str, tuple[tuple[int, ...], list[Row]]] = {}
-    copies = [(*copy, row) for row in rows.values() for copy in _copies(row, specs[row.ours])]
-    for index, name, row in sorted(copies, key=lambda copy: copy[0][:1] or (0,)):
+    each = [(*copy, row) for row in rows.values() for copy in copies(row, specs[row.ours])]
+    for index, name, row in sorted(each, key=lambda copy: copy[0][:1] or (0,)):
         names.setdefault(name, (index, []))[1].append(row)
 
     def make(index: tuple[int, ...], parts: list[Row]) -> np.ndarray:
@@ -494,12 +506,12 @@ def write_safetensors(path: Path, tensors: Tensors, dtype: str) -> None:
                 with np.errstate(over="ignore"):  # refused below
                     rows = np.ascontiguousarray(array[start : start + step], NUMPY[dtype])
                 if not np.isfinite(rows).all():
-                    _refuse_not_finite(name, array[start : start + step], dtype)
+                    refuse_not_finite(name, array[start : start + step], dtype)
                 if file is not None:
                     file.write(rows.view(np.uint8).data)  # bfloat16 has no buffer of its own
 
 
-def _refuse_not_finite(name: str, values: np.ndarray, dtype: str) -> NoReturn:
+def refuse_not_finite(name: str, values: np.ndarray, dtype: str) -> NoReturn:
     """On every process alike, so that none waits for another."""
     remedy = "fetch the model again, or take an earlier checkpoint"
     if np.isfinite(values).all():

@@ -156,8 +156,11 @@ def files(folder: Folder) -> dict[str, str]:
     }
 
 
-def load(folder: Folder) -> Pretrained:
+def load(folder: Folder, blocks: bool = False) -> Pretrained:
     """Reads the weights.
+
+    Args:
+        blocks: leaves those in `layers.blocks` so, for one device; else they are widened.
 
     Raises:
         UserError: if a tensor is missing, truncated, misshapen or left over; or if the weights
@@ -169,11 +172,20 @@ def load(folder: Folder) -> Pretrained:
         with hf.about(folder.name):
             params = peft.adapt(path, keys, base.family, base.model, whole.params)
         return whole._replace(params=params)
-    weights = weight_files(folder)
     with hf.about(folder.name):
-        source = hf.Safetensors(weights, folder.family)
-        params = hf.read_params(source, folder.family, folder.model)
+        source = _source(folder)
+        if blocks and isinstance(source, gguf.Tensors):
+            params = gguf.read_params(source, folder.family, folder.model)
+        else:
+            params = hf.read_params(source, folder.family, folder.model)
     return Pretrained(folder.model, params, folder.tokenizer, source.dtype)
+
+
+def _source(folder: Folder) -> hf.Source:
+    weights = weight_files(folder)
+    if weights[0].name == hf.GGUF:
+        return gguf.open_(weights[0])
+    return hf.Safetensors(weights, folder.family)
 
 
 def adopt(config: Config, folder: Folder) -> Config:
@@ -200,29 +212,32 @@ def adopt(config: Config, folder: Folder) -> Config:
     return dataclasses.replace(config, model=model, data=data, train=train)
 
 
-def import_(source: str | Place, out: str | Path) -> Model:
+def import_(source: str | Place, out: str | Path, quantised: bool = False) -> Model:
     """Reads a Hugging Face folder, by path or name, or a .gguf file, and writes it to the folder `out`.
 
     Every tensor keeps its value and, in a Hugging Face folder, its dtype; those of a GGUF file
     are dequantised to float32. `out` appears when it is whole.
 
+    Args:
+        quantised: `out` holds the GGUF file itself.
+
     Returns:
         The architecture.
 
     Raises:
-        UserError: as `load`; if `out` exists.
+        UserError: as `load`; if `out` exists; if what is to stay quantised is no GGUF file.
     """
     place, out = expand(source), local(out)
     if place.suffix == ".gguf":
-        return gguf.import_(near(place), out)
+        return gguf.import_(near(place), out, quantised)
+    if quantised:
+        raise UserError(f"{source} is no .gguf file, of which alone weights stay quantised")
     folder = read(source)
     if folder.adapter is not None:
         raise UserError(
             f"{folder.name} is an adapter of {folder.adapter.base.name}: `export` merges the two, and "
             "other commands take it as it is"
         )
-    weights = weight_files(folder)
     with hf.about(folder.name):
-        tensors = hf.Safetensors(weights, folder.family)
-        hf.copy(tensors, folder.family, folder.model, out, folder.tokenizer)
+        hf.copy(_source(folder), folder.family, folder.model, out, folder.tokenizer)
     return folder.model

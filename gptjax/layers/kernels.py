@@ -12,6 +12,7 @@ int8 are exact, and so is what is made of them: bits that XLA gives for the same
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,34 +22,42 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from gptjax import native
-from gptjax.native import F32, I8, I32, I64, POINTER, Code, Operand, Program, Value
+from gptjax.layers.blocks import KINDS, SIZE, Blocks
+from gptjax.native import F16, F32, I8, I16, I32, I64, POINTER, Code, Operand, Program, Value
 
-I16 = ir.IntType(16)
 LANES = 16
 OUTPUTS = 4  # that are summed at once, and that their number is a multiple of
 SHARE = 2**15  # weights that a task reads, or a few more
+AHEAD = 2**14  # bytes: weights are asked of memory so far before they are read
 
 
 class Kind(NamedTuple):
-    """How weights of a dtype are multiplied.
+    """How weights of a dtype, or in blocks of a kind, are multiplied.
 
     Attributes:
         x: the dtype of activations.
         types: LLVM's types of activations, weights and sums.
         terms: of a sum that are added at once; all are a multiple.
-        rows: at most; for more, XLA has faster instructions.
+        rows: at most; for more, XLA has faster instructions. It would widen all blocks of a model.
         add: writes LANES sums, of the sums so far and that many activations and weights.
         shifted: whether `add` adds something to each activation, which is taken off in the end.
         scaled: whether each row, and each output, has a factor.
+        read: of blocks, the weights of the one at a pointer, as `add` takes them, in parts.
     """
 
     x: Any
     types: tuple[Any, Any, Any]
     terms: int
-    rows: int
+    rows: float
     add: Callable[[Code, Value, Value, Value], Value]
     shifted: bool = False
     scaled: bool = False
+    read: Callable[[Code, Value], list[Value]] | None = None
+
+    @property
+    def block(self) -> int:
+        """How many weights the type of weights is of."""
+        return 1 if self.read is None else SIZE
 
 
 def _vector(kind: Any, lanes: int = LANES) -> Any:
@@ -88,37 +97,72 @@ def _vnni(code: Code, sums: Value, x: Value, w: Value) -> Value:
     return code.intrinsic("llvm.x86.avx512.vpdpbusd.512", _vector(I32), sums, *words)
 
 
+def _bytes(code: Code, at: Value) -> list[Value]:
+    """The codes of a block, int32, as `layers.blocks` has them."""
+    b, both = code.builder, [code.load(at, half, LANES, I8) for half in (0, LANES)]
+    return [Value(b, b.sext(codes.of, _vector(I32))) for codes in both]
+
+
+def _nibbles(code: Code, at: Value) -> list[Value]:
+    b = code.builder
+    both = Value(b, b.zext(code.load(at, 0, LANES, I8).of, _vector(I32)))
+    return [both & 15, Value(b, b.lshr(both.of, both.like(4)))]
+
+
+def _in_blocks(kind: str, codes: Callable[[Code, Value], list[Value]], moved: int = 0) -> Kind:
+    """Widened in registers to the bits that `blocks.wide` gives, and multiplied as float32."""
+    factors, size, _ = KINDS[kind]
+
+    def read(code: Code, at: Value) -> list[Value]:
+        b, halves = code.builder, code.load(at, 0, factors, F16)
+        wide = Value(b, b.fpext(halves.of, _vector(F32, factors)))
+        d, *m = (code.pick(wide, wide, [i] * LANES) for i in range(factors))
+        whole = [each + moved for each in codes(code, code.at(at, factors, F16))]
+        scaled = [d * Value(b, b.sitofp(each.of, _vector(F32))) for each in whole]
+        return [each + m[0] for each in scaled] if m else scaled
+
+    types = (F32, ir.ArrayType(I8, size), F32)
+    return Kind(jnp.float32, types, SIZE, math.inf, _float32, read=read)
+
+
 @functools.cache
 def kinds() -> dict[str, Kind]:
-    """By the dtype of the weights."""
+    """By the dtype of the weights, or their kind of block."""
     vnni = bool(llvm.get_host_cpu_features().get("avx512vnni"))
     add = _vnni if vnni else _int8
     return {
         "float32": Kind(jnp.float32, (F32, F32, F32), LANES, 128, _float32),
         "bfloat16": Kind(jnp.float32, (F32, I16, F32), LANES, 32, _bfloat16),
         "int8": Kind(jnp.int8, (I8, I8, I32), 4 * LANES, 32, add, shifted=vnni, scaled=True),
+        "Q8_0": _in_blocks("Q8_0", _bytes),
+        "Q4_0": _in_blocks("Q4_0", _nibbles, moved=-8),
+        "Q4_1": _in_blocks("Q4_1", _nibbles),
     }
 
 
-def serves(dtype: Any, rows: int, summed: int, outputs: int) -> bool:
-    """Whether `product` takes weights of a dtype and operands of these sizes."""
-    kind = kinds().get(jnp.dtype(dtype).name)
+def serves(name: str, rows: int, summed: int, outputs: int) -> bool:
+    """Whether `product` takes weights of `kinds()[name]` and operands of these sizes."""
+    kind = kinds().get(name)
     if kind is None or not 0 < rows <= kind.rows:
         return False
     return summed % kind.terms == outputs % OUTPUTS == 0
 
 
-def product(x_RK: jax.Array, w_NK: jax.Array, *scales: jax.Array) -> jax.Array:
+def product(x_RK: jax.Array, w_NK: jax.Array | Blocks, *scales: jax.Array) -> jax.Array:
     """y_RN, float32, the products of activations and weights on a CPU.
 
     Args:
         scales: of int8, x_R and w_N, float32.
     """
-    kind = kinds()[w_NK.dtype.name]
-    name = native.register(f"product_{w_NK.dtype.name}", functools.partial(_program, kind))
-    result = jax.ShapeDtypeStruct((x_RK.shape[0], w_NK.shape[0]), jnp.float32)
+    if isinstance(w_NK, Blocks):
+        key, w = w_NK.kind, w_NK.data
+    else:
+        key, w = w_NK.dtype.name, w_NK
+    kind = kinds()[key]
+    name = native.register(f"product_{key}", functools.partial(_program, kind))
+    result = jax.ShapeDtypeStruct((x_RK.shape[0], w.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call(name, result, vmap_method="sequential")
-    return call(x_RK.astype(kind.x), w_NK, *scales)
+    return call(x_RK.astype(kind.x), w, *scales)
 
 
 def rounded(x_RK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -156,18 +200,26 @@ def _block(module: Any, kind: Kind, rows: int) -> Any:
     def sums() -> list[Any]:
         return [code.variable(zeros(of_sums, LANES)) for _ in range(OUTPUTS)]
 
+    def read(n: int, k: Value) -> list[Value]:
+        at = code.at(w, K * n // kind.block + k // kind.block, of_w)
+        code.prefetch(at, AHEAD)
+        return kind.read(code, at) if kind.read else [code.load(at, 0, kind.terms, of_w)]
+
     each, of_zeros = [sums() for _ in range(rows)], sums()
     with code.loop(0, K, kind.terms) as k:
-        w_N = [code.load(w, K * n + k, kind.terms, of_w) for n in range(OUTPUTS)]
+        w_N = [read(n, k) for n in range(OUTPUTS)]
+        width = kind.terms // len(w_N[0])
 
-        def add(sums: list[Any], x_r: Value) -> None:
+        def add(sums: list[Any], x_r: list[Value]) -> None:
             for s, w_n in zip(sums, w_N, strict=True):
-                s.set(kind.add(code, s.get(), x_r, w_n))
+                for part in zip(x_r, w_n, strict=True):
+                    s.set(kind.add(code, s.get(), *part))
 
         if kind.shifted:
-            add(of_zeros, zeros(of_x, kind.terms))
+            add(of_zeros, [zeros(of_x, width)])
         for r in range(rows):
-            add(each[r], code.load(x, K * r + k, kind.terms, of_x))
+            parts = range(0, kind.terms, width)
+            add(each[r], [code.load(x, K * r + k + part, width, of_x) for part in parts])
     for r in range(rows):
         row = [s.get() for s in each[r]]
         if kind.shifted:
@@ -191,7 +243,7 @@ def _program(kind: Kind, module: Any) -> Program:
     def sizes(code: Code, operands: list[Operand]) -> tuple[Value, Value, Value, Value]:
         """R, K, N, and the outputs of a task."""
         x, w, *_ = operands
-        K = w.dim(code, 0)
+        K = x.dim(code, 0)
         return (
             x.dim(code, 1),
             K,
@@ -211,7 +263,7 @@ def _program(kind: Kind, module: Any) -> Program:
         def some(r: Value, rows: int) -> None:
             x_r = code.at(x, r * K, of_x)
             with code.loop(start, stop, OUTPUTS) as n:
-                w_n, y_rn = code.at(w, n * K, of_w), code.at(y, r * N + n)
+                w_n, y_rn = code.at(w, n * K // kind.block, of_w), code.at(y, r * N + n)
                 factors = [code.at(scales[0], r), code.at(scales[1], n)] if scales else [x_r, w_n]
                 code.call(blocks[rows - 1], x_r, w_n, y_rn, *factors, K, N)
 

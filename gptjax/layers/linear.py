@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from gptjax import sharding
 from gptjax.config import choose
-from gptjax.layers import kernels
+from gptjax.layers import blocks, kernels
+from gptjax.layers.blocks import Blocks
 from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, laid, turned, wide
 from gptjax.sharding import like, out
 
@@ -86,7 +87,7 @@ def turn(spec: Spec, kept: jax.Array | Scaled | Adapted) -> jax.Array | Scaled |
     ):
         return kept
     sizes = spec.size(spec.fan_in), spec.size(spec.fan_out)
-    serves = by_kernels() and kernels.serves(held.values.dtype, 1, *sizes)
+    serves = by_kernels() and kernels.serves(held.values.dtype.name, 1, *sizes)
     if not serves and not (by_sums() and held.scale is None):
         return kept
     dims = turned(spec.dims, spec.fan_in)
@@ -101,8 +102,11 @@ def turn(spec: Spec, kept: jax.Array | Scaled | Adapted) -> jax.Array | Scaled |
 
 def by_kernels() -> bool:
     """Whether `layers.kernels` may multiply: for tokens that are written, on one CPU."""
-    one = jax.sharding.get_abstract_mesh().size <= 1
-    return sharding.decoding() and one and sharding.on_cpu()
+    return sharding.decoding() and one_cpu()
+
+
+def one_cpu() -> bool:
+    return jax.sharding.get_abstract_mesh().size <= 1 and sharding.on_cpu()
 
 
 def by_sums() -> bool:
@@ -112,9 +116,11 @@ def by_sums() -> bool:
 
 
 def look_up(
-    products: str, table: jax.Array | Scaled, role: str, ids_BT: jax.Array, dims: str
+    products: str, table: jax.Array | Scaled | Blocks, role: str, ids_BT: jax.Array, dims: str
 ) -> jax.Array:
     """The rows `ids_BT` of a table of `role`, "BTD", float32, rounded as `products` say of the role."""
+    if isinstance(table, Blocks):
+        return blocks.wide(table.replace(data=_gather(table.data, ids_BT, dims)))
     if isinstance(table, Scaled):
         assert table.scale is not None, "`keep` gives each row a scale"
         return _rows(table.values, ids_BT, dims) * _rows(table.scale, ids_BT, f"{dims[:2]}1")
@@ -170,7 +176,7 @@ def on_grid(products: str, x: jax.Array, role: str, summed: int = -1, stacks: in
 def linear(
     equation: str,
     x: jax.Array,
-    kernel: jax.Array | Scaled | Turned | Adapted,
+    kernel: jax.Array | Scaled | Turned | Blocks | Adapted,
     products: str = "dtype",
     dtype: Any = None,
 ) -> jax.Array:
@@ -178,13 +184,16 @@ def linear(
 
     Args:
         kernel: one of `keep` has no gradient, nor has the base of one with an adapter. Of few bits, it
-            is widened where `products` do not round; the backward pass widens it again.
+            is widened where `products` do not round; the backward pass widens it again. In blocks it
+            meets activations as they are, whatever `products` say.
         products: a row of `PRODUCTS`; an adapter is multiplied as it is.
         dtype: of the result; None is that of x.
 
     Raises:
         ConfigError: on a name that is no row.
     """
+    if isinstance(kernel, Blocks):
+        return _by_blocks(equation, x, kernel, dtype or x.dtype)
     if isinstance(kernel, Turned):
         x_dims, kernel_dims, y_dims = _dims(equation)
         read = "".join(dim for dim in kernel_dims if dim not in y_dims)
@@ -202,6 +211,26 @@ def linear(
     return y + kernel.scale * _linear(
         f"{between},R{written}->{y_dims}", x, kernel.b, "dtype", dtype
     )
+
+
+def _by_blocks(equation: str, x: jax.Array, kernel: Blocks, dtype: Any) -> jax.Array:
+    """`linear` by `layers.kernels`, or by weights that are widened where those do not multiply."""
+    x_dims, _, y_dims = _dims(equation)
+    rows = len([dim for dim in x_dims if dim in y_dims])
+    R, K = math.prod(x.shape[:rows]), math.prod(x.shape[rows:])
+    N = math.prod(kernel.data.shape[:-1])
+    by_kernel = by_kernels() and kernels.serves(kernel.kind, R, K, N)
+
+    def multiply(x: jax.Array, data: jax.Array) -> jax.Array:
+        x_RK, w_NK = x.reshape(R, K), kernel.replace(data=data.reshape(N, -1))
+        if by_kernel:
+            y_RN = kernels.product(x_RK, w_NK)
+        else:
+            wide = blocks.wide(w_NK).astype(x.dtype)
+            y_RN = jnp.einsum("RK,NK->RN", x_RK, wide, preferred_element_type=dtype)
+        return y_RN.astype(dtype).reshape(x.shape[:rows] + data.shape[:-1])
+
+    return _on_device(multiply, out(y_dims), x, kernel.data)
 
 
 def _dropped(x: jax.Array, dims: str, kernel: Adapted) -> jax.Array:
@@ -314,7 +343,7 @@ def _round_few(x: jax.Array, summed: Sequence[int] | None) -> Scaled | None:
         return None
     rows = x.shape[: x.ndim - len(summed)]
     R, K = math.prod(rows), math.prod(x.shape[len(rows) :])
-    if not kernels.serves(jnp.int8, R, K, kernels.OUTPUTS):
+    if not kernels.serves("int8", R, K, kernels.OUTPUTS):
         return None
 
     def one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -376,7 +405,7 @@ def _few(equation: str, plain: Product, dtype: Any, sums: bool, a: Scaled, b: Sc
     if turned and sums and R == 1 and not scales:
         # As float32: of bfloat16 XLA makes sums too, but writes the products to memory before.
         y = (x.reshape(K).astype(jnp.float32) * w.reshape(N, K).astype(jnp.float32)).sum(1)
-    elif turned and not sums and x.dtype == w.dtype and kernels.serves(w.dtype, R, K, N):
+    elif turned and not sums and x.dtype == w.dtype and kernels.serves(w.dtype.name, R, K, N):
         y = kernels.product(x.reshape(R, K), w.reshape(N, K), *scales)
     if y is not None:
         return y.astype(dtype).reshape(x.shape[: len(rows)] + w.shape[: len(outputs)])

@@ -28,6 +28,7 @@ from scipy.special import ndtri
 
 from gptjax import parametrisation, sharding
 from gptjax.config import Model, choose
+from gptjax.layers.blocks import Blocks
 
 # Role -> kind: what a parameter is to muP (`gptjax.parametrisation`), weight decay and Muon. An
 # embedding is a table whose rows are looked up, a matrix maps between two sizes that grow with
@@ -244,8 +245,8 @@ def parameter(
 ) -> jax.Array:
     """Declares a float32 parameter of `module`; returns it cast and gathered for use.
 
-    One that `layers.linear.keep` has rounded comes `Scaled` or `Turned`, to what can take it, and one
-    with an adapter as `Adapted`.
+    One that `layers.linear.keep` has rounded comes `Scaled` or `Turned`, to what can take it, one in
+    `Blocks` so, and one with an adapter as `Adapted`.
 
     Args:
         module: the Linen module that owns it.
@@ -276,6 +277,8 @@ def parameter(
         std = scheme[role](base_fan_in, base_layers) * parametrisation.init_std(config, spec.kind)
         spec = dataclasses.replace(spec, std=std * config.init_scale)
     value: Any = module.get_variable("params", name)
+    if isinstance(value, Blocks):
+        return value  # type: ignore[return-value]
     if not isinstance(value, Turned):  # whose shape Linen would refuse
         # Linen unboxes it: what comes back is the bare value.
         value = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
