@@ -234,8 +234,8 @@ eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refus
 its code.
 
 With --quantised the folder holds the .gguf file itself. On one CPU generate, ask, chat and serve then
-multiply by its blocks of Q8_0, Q4_0 and Q4_1 as they are, and write the texts that the dequantised
-model writes; all else, and model.products=int8, dequantises when the model is loaded.
+multiply by its blocks of Q8_0, Q4_0 and Q4_1 as they are, which rounds nothing; all else, and
+model.products=int8, dequantises when the model is loaded.
 
   import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
   import hf:HuggingFaceTB/SmolLM2-135M-Instruct --out=models/smollm2
