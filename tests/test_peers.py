@@ -51,6 +51,7 @@ RESULTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("decode", "gptjax int8"): [{"tokens/s, batch 1": 40, "tokens/s, batch 8": 160}] * 3,
     ("decode", "transformers"): [{"tokens/s, batch 1": 5, "tokens/s, batch 8": 40}] * 3,
+    ("decode", "gptjax blocks"): [{"absent": "reads .gguf files"}],
     ("decode", "llama.cpp"): [{"absent": "xllamacpp is not installed"}],
 }
 

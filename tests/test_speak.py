@@ -121,7 +121,7 @@ def test_a_begin_token_takes_its_place_in_the_context() -> None:
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_question_is_shown_once(monkeypatch: pytest.MonkeyPatch, process: int) -> None:
     opened = trained.Opened(configure(), 0, {}, BYTES)
-    monkeypatch.setattr(trained, "opened", lambda *_: contextlib.nullcontext(opened))
+    monkeypatch.setattr(trained, "opened", lambda *_, **__: contextlib.nullcontext(opened))
     monkeypatch.setattr(models, "model_of", lambda *_: None)
     monkeypatch.setattr(decode, "cast", lambda *_: None)
     monkeypatch.setattr(models, "prepare_jax", lambda _: None)
