@@ -42,7 +42,7 @@ from gptjax.layers.context import (
 from gptjax.layers.feedforward import FEEDFORWARD, FeedForward
 from gptjax.layers.linear import drop_inputs, linear, look_up, on_grid
 from gptjax.layers.norm import NORM, Norm
-from gptjax.layers.parameter import INIT, Declared, Scaled, Turned, draw, parameter, turned
+from gptjax.layers.parameter import INIT, Declared, Scaled, Turned, draw_all, parameter, turned
 from gptjax.layers.position import POSITION
 
 Params = dict[str, Any]
@@ -232,23 +232,10 @@ def init(config: Model, seed: int) -> Params:
 
     Where a mesh is set they are born sharded: no device ever holds a whole one.
     """
-    key = jax.random.key(check_seed(seed))
-    if isinstance(key, jax.core.Tracer):  # within another program
-        return _draw_all(config, key)
-    return _drawing(jax.default_backend())(config, key)
-
-
-@functools.cache
-def _drawing(platform: str) -> Callable[[Model, jax.Array], Params]:
-    """`_draw_all` in a program, which LLVM makes for CPUs in a third of the time, as fast a one."""
-    options = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
-    return jax.jit(_draw_all, static_argnums=0, compiler_options=options)
-
-
-def _draw_all(config: Model, key: jax.Array) -> Params:
+    specs, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     name = lambda path: "/".join(part.key for part in path)  # noqa: E731
-    specs = abstract_params(config)
-    return jax.tree.map_with_path(lambda path, s: draw(s, name(path), key), specs)
+    named = tuple((name(path), spec) for path, spec in specs)
+    return jax.tree.unflatten(tree, draw_all(named, jax.random.key(check_seed(seed))))
 
 
 def init_cache(config: Model, rows: int, length: int) -> Params:

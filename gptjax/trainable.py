@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gptjax import model, sharding
 from gptjax.config import Config, ConfigError, Model, choose
 from gptjax.layers.linear import is_adapted, keep
-from gptjax.layers.parameter import Adapted, Spec, draw, widen
+from gptjax.layers.parameter import Adapted, Spec, draw_all, widen
 from gptjax.model import Params
 
 
@@ -155,8 +155,8 @@ def lora(config: Config) -> Trainable:
             trained = {f"{p}/{n}": getattr(x, n) for p, x in given.items() for n in "ab"}
             leaves |= {path: leaf.base for path, leaf in given.items()}
         else:
-            key = jax.random.key(config.seed)
-            trained = jax.jit(lambda key: {p: draw(s, p, key) for p, s in factors.items()})(key)
+            drawn = draw_all(tuple(factors.items()), jax.random.key(config.seed))
+            trained = dict(zip(factors, drawn, strict=True))
         return unflatten_dict(trained, sep="/"), unflatten_dict(leaves, sep="/")
 
     def realise(trained: Params, kept: Params | None) -> Params:

@@ -342,3 +342,25 @@ def draw(spec: Spec, path: str, seed: jax.Array) -> jax.Array:
     if not stacked:
         return one(key)
     return jax.vmap(lambda layer: one(jax.random.fold_in(key, layer)))(jnp.arange(spec.shape[0]))
+
+
+Named = tuple[tuple[str, Spec], ...]
+
+
+def draw_all(specs: Named, seed: jax.Array) -> list[jax.Array]:
+    """`draw` of each path, in one program."""
+    if isinstance(seed, jax.core.Tracer):  # within another
+        return _draw_all(specs, seed)
+    return _drawing(jax.default_backend())(specs, seed)
+
+
+def _draw_all(specs: Named, seed: jax.Array) -> list[jax.Array]:
+    return [draw(spec, path, seed) for path, spec in specs]
+
+
+@functools.cache
+def _drawing(platform: str) -> Callable[[Named, jax.Array], list[jax.Array]]:
+    """`_draw_all` in a program, which LLVM makes for CPUs in a third of the time, as fast a one."""
+    less = jax.config.read("jax_disable_most_optimizations")  # there is no effort to save then
+    options = {"xla_backend_optimization_level": 1} if platform == "cpu" and not less else None
+    return jax.jit(_draw_all, static_argnums=0, compiler_options=options)
