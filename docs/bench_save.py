@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import jax
-from bench_ensemble import batch as random_batch
+import numpy as np
 
 from gptjax import configure, loop, setup, state
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.data.batches import Batch
 from gptjax.sharding import make_mesh
 
 TURNS = 5
@@ -91,6 +92,17 @@ def measure(config: Config, folder: Path, turns: int = 5) -> dict[str, float]:
         f"{whole:.2f} s, a restore {medians['a restore']:.2f} s"
     )
     return medians
+
+
+def random_batch(config: Config) -> Batch[np.ndarray]:
+    shape = (config.data.batch_size // config.train.accumulation, config.train.accumulation)
+    rng = np.random.default_rng(config.seed)
+    tokens = rng.integers(config.model.vocab_size, size=(*shape, config.model.context + 1))
+    return Batch(
+        tokens[..., :-1].astype(np.int32),
+        tokens[..., 1:].astype(np.int32),
+        np.ones((*shape, config.model.context), np.float32),
+    )
 
 
 if __name__ == "__main__":

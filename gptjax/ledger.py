@@ -1,10 +1,9 @@
 """What finished runs took beside what was planned for them, so that later plans forecast.
 
-A line is appended for each run that ends, and one for those that were trained together: the seconds
-of a step if all devices had computed at their peak, and what a step took, the median of the run.
-Their ratio, 1 / MFU, is what no plan can know. The ratios of one kind of device make an interval
-that holds a further run in 95 of 100 cases if they are drawn alike from a log-normal distribution.
-One run makes a number alone.
+A line is appended for each run that ends: the seconds of a step if all devices had computed at their
+peak, and what a step took, the median of the run. Their ratio, 1 / MFU, is what no plan can know. The
+ratios of one kind of device make an interval that holds a further run in 95 of 100 cases if they are
+drawn alike from a log-normal distribution. One run makes a number alone.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gptjax import configure
 from gptjax.config import UserError
 from gptjax.locks import alone
 from gptjax.places import cache
-from gptjax.records import CONFIG, ENSEMBLE, read_environment, read_metrics
+from gptjax.records import CONFIG, read_environment, read_metrics
 from gptjax.report.interval import CONFIDENCE, Interval
 from gptjax.storage import Place
 
@@ -54,13 +53,18 @@ class Entry(NamedTuple):
 
 
 def measure(run: Place) -> Entry:
-    """What a run took; of one that was trained with others, what all of them took.
+    """What a run took.
 
     Raises:
-        UserError: if it is none, or has measured no step against a known peak.
+        UserError: if it is none, or has measured no step of its own against a known peak.
     """
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run's folder: it has no {CONFIG}")
+    if (run / "ensemble.json").is_file():
+        raise UserError(
+            f"{run} was trained in one program with others, by an older gptjax: its speed is a share "
+            "of theirs, and foretells nothing"
+        )
     config = configure.as_recorded(run)
     lines = [line for line in read_metrics(run) if "mfu" in line]
     environments = read_environment(run)
@@ -74,8 +78,6 @@ def measure(run: Place) -> Entry:
     tokens = config.data.batch_size * config.model.context
     measured = tokens / statistics.median(line["tokens_per_second"] for line in lines)
     planned = measured * statistics.median(line["mfu"] for line in lines)
-    if (run / ENSEMBLE).is_file():
-        planned *= json.loads((run / ENSEMBLE).read_bytes())["members"]
     folder = run.absolute() if isinstance(run, Path) else run
     return Entry(kind, devices, planned, measured, str(folder))
 

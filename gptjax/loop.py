@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax import accounting, alive, branch, heap, ledger, model, preferences, spike, state
@@ -182,9 +181,8 @@ def _attempt(
             traced=bool(profile),
         )  # fmt: skip
         stop = stack.enter_context(Stop())
-        devices = jax.sharding.get_mesh().devices.flatten().tolist()
         log = Log(config, run, start, cost, setup.batches, spikes, recent)
-        meter = Meter(config, devices, progress, log.write)
+        meter = Meter(config, progress, log)
         watch = make_watch(config) if config.train.watch else None
         held_out: Mapping[str, float] = {}
         for step in range(start + 1, (steps if until is None else until) + 1):
@@ -220,7 +218,8 @@ def _attempt(
             if pause:
                 meter.restart()
             if due.end and step < steps:
-                raise stopped(step)
+                say(f"stopped at step {step}, saved: run the same command to go on")
+                raise Stopped
         meter.catch_up()
         if until is None:
             _check_end(steps, held_out)
@@ -296,11 +295,6 @@ def due_at(step: int, config: Train, stopping: bool) -> Due:
         save=last or stopping or step % config.checkpoint_every == 0,
         end=last or stopping,
     )
-
-
-def stopped(step: int) -> Stopped:
-    say(f"stopped at step {step}, saved: run the same command to go on")
-    return Stopped()
 
 
 # What XLA is told of a training step, by platform; a user's XLA_FLAGS come first. docs/gpu.md has
@@ -383,9 +377,7 @@ def score(
     return scores
 
 
-def log_scores(
-    run: Run, step: int, scores: Mapping[str, Score | Means], whose: str = ""
-) -> dict[str, float]:
+def log_scores(run: Run, step: int, scores: Mapping[str, Score | Means]) -> dict[str, float]:
     """Writes, says and returns held-out scores; "val_loss" is that of all sources together."""
     *_, overall = scores.values()
     values = {f"val_{name}": value for name, value in overall.values.items()}
@@ -393,7 +385,7 @@ def log_scores(
         values |= {f"val_loss/{name}": s.loss for name, s in scores.items() if name != "all"}
     run.log(step, values)
     for name, s in scores.items():
-        say(f"{whose}step {step}: held-out {name}: {s}")
+        say(f"step {step}: held-out {name}: {s}")
     return values
 
 
@@ -402,7 +394,7 @@ Measured = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 class Log:
-    """Writes the steps of one run in their rhythm, and tells when it has diverged.
+    """Writes the steps of a run in their rhythm, and tells when it has diverged.
 
     The first record of a start holds `cost` as well.
 
@@ -477,24 +469,14 @@ def skipped(step: int, batch: int, has: str, batches: Batches, workdir: Place) -
 class Meter:
     """Turns the metrics of each step, one step late, into records and what the bar shows.
 
-    Rates are those of one run, and count the time of training alone: not compilation, evaluation
-    or saving.
-
-    Args:
-        devices: that take the step; their peak is what MFU is a share of.
-        write: takes a step, what it gave, on the host, and its speed, and records them; returns
-            what to show, and whether to say it in a line. Such as `Log.write`.
+    Rates count the time of training alone: not compilation, evaluation or saving. MFU is a share
+    of the peak of all devices of the current mesh.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        devices: Sequence[jax.Device],
-        progress: Progress,
-        write: Callable[[int, Any, dict[str, float]], tuple[dict[str, float], bool]],
-    ) -> None:
-        self._config, self._progress, self._write = config, progress, write
-        self._pending: tuple[int, Any] | None = None
+    def __init__(self, config: Config, progress: Progress, log: Log) -> None:
+        self._config, self._progress, self._log = config, progress, log
+        self._pending: tuple[int, Measured] | None = None
+        devices = jax.sharding.get_mesh().devices.flatten()
         peak, source = accounting.peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
         try:
@@ -513,7 +495,7 @@ class Meter:
         self._steps = 0
         self._rate = math.nan
 
-    def add(self, step: int, measured: Any) -> None:
+    def add(self, step: int, measured: Measured) -> None:
         """Takes what a step gave, still being computed; records that of the step before."""
         self.catch_up()
         self._pending = (step, measured)
@@ -525,7 +507,7 @@ class Meter:
         (step, measured), self._pending = self._pending, None
         measured = jax.device_get(measured)
         self._measure()
-        shown, recorded = self._write(step, measured, self._speed(measured[0]))
+        shown, recorded = self._log.write(step, measured, self._speed(measured[0]))
         if recorded:
             steps = self._config.train.steps
             self._progress.line(f"step {step:>{len(str(steps))}}  {readable(shown)}")
@@ -547,7 +529,7 @@ class Meter:
         if self._peak is None:
             return {"tokens_per_second": tokens}
         # What was dropped was not computed.
-        flops = self._flops - self._routed * float(np.mean(metrics.get("dropped_share", 0.0)))
+        flops = self._flops - self._routed * float(metrics.get("dropped_share", 0.0))
         share = accounting.mfu(tokens, flops, self._peak)
         return {"tokens_per_second": tokens, "mfu": share}
 

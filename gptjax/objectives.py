@@ -62,11 +62,6 @@ class Objective(NamedTuple):
     reference: bool = False
     rollouts: bool = False
 
-    @property
-    def alone(self) -> bool:
-        """Whether a run does more than step after step, so that none trains together with it."""
-        return self.reference or self.rollouts
-
 
 def next_token(
     config: Config, params: model.Params, batch: Batch[jax.Array], dropout_key: jax.Array | None

@@ -236,8 +236,7 @@ def schedule_free(config: Optim, rates: Rates, specs: Tree) -> optax.GradientTra
     gradient is taken. Meant for schedule="constant" with a warmup; evaluate at
     `evaluation_params`.
     """
-    # A b1 that is traced was seen here as a number before.
-    if not isinstance(config.b1, jax.core.Tracer) and config.b1 == 0:
+    if config.b1 == 0:
         raise ConfigError("optim.optimizer='schedule_free' needs optim.b1 above 0, such as 0.9")
     # Adam without momentum: schedule-free averaging takes its place.
     direction = optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True)

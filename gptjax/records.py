@@ -10,7 +10,6 @@
 In a bucket nothing is appended to: there, both are put whole, every ten seconds at most and before
 a checkpoint, so that what a checkpoint stands for is there.
     WORKDIR/diverged.json       {"step", "reason"}, of a run that diverged, until it is started again
-    WORKDIR/ensemble.json       {"member", "members", "varied"}, of runs that were trained together
     WORKDIR/failed.json         {"reason"}, of a study's run that could not run
     WORKDIR/begun               of a study's run: a byte for each start that has not ended, while a
                                 process trains it, or where killed ones did and none has since
@@ -65,7 +64,6 @@ from gptjax.storage import (
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 DIVERGED, FAILED, BEGUN = "diverged.json", "failed.json", "begun"
-ENSEMBLE = "ensemble.json"
 
 # What a resumed run may set anew: sections or knobs, none of which changes the function being
 # trained or the order of its data. Those of the second line change the rounding of its sums, so

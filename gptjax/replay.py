@@ -3,9 +3,8 @@
 Verified before anything is computed: config.json against the sha256 that the run's last start
 recorded; the tokenizer and every byte of both splits of the data against the recorded
 fingerprints. Then the run is trained from its beginning, in one go and in a temporary folder, on
-the mesh that it had where so many devices are here, with the whole group if it was trained in one
-(`gptjax/ensemble.py`), whose program is another; and each number of metrics.jsonl that is a result
-is compared with the new one.
+the mesh that it had where so many devices are here; and each number of metrics.jsonl that is a
+result is compared with the new one.
 
 Where versions, code, devices and settings are those of the run, numbers must recur bit for bit.
 Where they are not, sums may be rounded in another order, which training amplifies from step to
@@ -24,7 +23,7 @@ from typing import Any
 
 import jax
 
-from gptjax import ensemble, loop, places, records, setup, spike, tokenizer
+from gptjax import loop, places, records, setup, spike, tokenizer
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import (
     Config,
@@ -79,16 +78,12 @@ class Past:
             the log.
         logged: the log.
         saved: the step of the latest checkpoint, 0 without one: up to it the log is whole.
-        group: the configs of all runs that were trained together, None of a run alone.
-        member: which of them is this run.
     """
 
     config: Config
     starts: list[tuple[int, dict[str, Any]]]
     logged: Numbers
     saved: int
-    group: list[Config] | None
-    member: int
 
     @property
     def ends(self) -> set[int]:
@@ -138,10 +133,7 @@ def replay_run(workdir: Place, begin: setup.Start | None = None) -> dict[str, An
     mesh = _mesh(past)
     with jax.set_mesh(mesh):
         differs = differences(past)
-    companions = f" with {len(past.group) - 1} others" if past.group else ""
-    say(
-        f"{workdir}: config and data are those of the run; training{companions} to step {past.last}"
-    )
+    say(f"{workdir}: config and data are those of the run; training to step {past.last}")
     with scratch() as folder:
         retrained = _train(past, workdir, folder, mesh, begin)
     precision = _precision(past) if differs else None
@@ -175,7 +167,6 @@ def _verify(workdir: Place, history: list[dict[str, Any]], begin: setup.Start | 
         model = history[-1]["initial"]["model"]
         raise UserError(f"the run began with a pretrained model: name it by --from={model}")
     verify_content(config, history[-1]["fingerprints"], begin)
-    group, member = _read_group(workdir, config)
     logged = by_step(records.read_metrics(workdir), workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         saved = checkpoints.latest() or 0
@@ -187,8 +178,7 @@ def _verify(workdir: Place, history: list[dict[str, Any]], begin: setup.Start | 
     changed = [record["changed_knobs"] for _, record in starts[1:]]
     # A finished run that is started again adds a record, but trains nothing.
     starts = [starts[0], *(start for start in starts[1:] if start[0] < max(logged))]
-    original_group = [_before(changed, c) for c in group] if group else None
-    return Past(_before(changed, config), starts, logged, saved, original_group, member)
+    return Past(_before(changed, config), starts, logged, saved)
 
 
 def _before(changed: list[dict[str, list[Any]]], config: Config) -> Config:
@@ -214,21 +204,6 @@ def _read_config(workdir: Place, sha256: str) -> Config:
         f"{path} is not what the run wrote: {_altered(workdir, content)}. Restore it to replay "
         "the run"
     )
-
-
-def _read_group(workdir: Place, config: Config) -> tuple[list[Config] | None, int]:
-    """The runs that were trained together with this one, and which of them it is."""
-    file = workdir / records.ENSEMBLE
-    if not file.exists():
-        return None, 0
-    try:
-        group, member = ensemble.group_of(workdir)
-        recorded_config = group[member]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} was altered ({error}): restore it to replay the run") from error
-    if recorded_config != config:
-        raise UserError(f"{file} was altered: its member {member} is not the run of config.json")
-    return group, member
 
 
 def _altered(workdir: Place, content: bytes) -> str:
@@ -359,23 +334,16 @@ def _train(
         t, log_every=log_every, eval_every=eval_every, checkpoint_every=t.steps, keep_checkpoints=1,
         keep_every=None,
     )  # fmt: skip
-    shape = section(mesh.shape)
-    group = [
-        dataclasses.replace(config, train=t, mesh=shape) for config in past.group or [past.config]
-    ]
-    folders = [folder / str(member) for member in range(len(group))]
+    config = dataclasses.replace(past.config, train=t, mesh=section(mesh.shape))
+    spike.write(folder, spike.read(workdir))  # it passes over what the run did
     try:
-        if past.group:
-            ensemble.train_together(group, folders, mesh.devices.flatten().tolist(), past.last)
-        else:
-            spike.write(folders[0], spike.read(workdir))  # it passes over what the run did
-            with jax.set_mesh(mesh):
-                loop.train(group[0], folders[0], begin, past.last)
+        with jax.set_mesh(mesh):
+            loop.train(config, folder, begin, past.last)
     except loop.Stopped:
         raise KeyboardInterrupt from None
     except loop.Diverged as error:  # as the run may have done: its log tells
         say(str(error))
-    return by_step(records.read_metrics(folders[past.member]), folder)
+    return by_step(records.read_metrics(folder), folder)
 
 
 def _precision(past: Past) -> str:

@@ -364,7 +364,7 @@ def study(store: Path, trunk: Path, **fields: Any) -> spec.Study:
 def test_arms_start_from_a_shared_trunk(store: Path, stable: Path, tmp_path: Path) -> None:
     trunk = Path(shutil.copytree(stable, tmp_path / "trunk"))
     cells = tmp_path / "cells"
-    done = runner.run_study(study(store, trunk), cells, together=2)
+    done = runner.run_study(study(store, trunk), cells)
     base, slow = done.outcomes
     digits = Checkpoints(trunk / CHECKPOINTS).fingerprint(8)[:16]
     for o in (base, slow):

@@ -641,7 +641,7 @@ def studied(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Studied:
     folder = tmp_path_factory.mktemp("study")
     axis = ["--axis", "optim.peak_lr=1e-2,1e-6", f"--store={folder / 'cells'}", "--seeds=3"]
     words = [*on_one_device(store), *axis]
-    done = works("study", *words, f"--out={folder / 'out'}", "--together=6")
+    done = works("study", *words, f"--out={folder / 'out'}")
     return Studied(folder / "cells", words, done)
 
 
@@ -771,9 +771,6 @@ def test_a_study_that_cannot_be(
 
 
 def test_what_the_commands_of_studies_refuse(tmp_path: Path) -> None:
-    axis = ["--axis", "optim.b1=0.8,0.9", f"--config={RECIPE}"]
-    for command, words in (("study", axis), ("scaling", axis), ("noise", [])):
-        refused("--together=0 must be above 0", command, *words, "--together=0")
     refused("--seeds=1: noise is measured between 2 seeds or more", "noise", "--seeds=1")
     refused("--effect=0 must be above 0", "noise", "--effect=0")
     refused("no config file nowhere.py", "noise", "--config=nowhere.py")

@@ -329,7 +329,6 @@ REFUSED = [
             ("study experiments/positions.py --config.train.stepz=3", "key 'train.stepz'"),
             ("study experiments/positions.py --seeds=0", "seeds must be above 0"),
             ("study --axis model.feedforward=gelu,nonsense", "'nonsense' is not one of"),
-            ("study experiments/positions.py --together=0", "--together=0 must be above 0"),
             ("noise --seeds=1", "between 2 seeds or more"),
         )
     ),

@@ -619,7 +619,7 @@ def test_slots_that_stay_empty_on_a_mesh_are_not_counted(factor):
     with jax.set_mesh(tiny.mesh(expert=4, fsdp=2)):
         accounting._products.cache_clear()
         assert accounting.flops_by_part(c, causal=True) == want
-        meter = loop.Meter(run, jax.devices(), None, None)  # type: ignore[arg-type]
+        meter = loop.Meter(run, None, None)  # type: ignore[arg-type]
     assert (meter._flops, meter._routed) == (sum(want.values()), want["experts"])
 
 
@@ -641,7 +641,8 @@ def test_active_parameters_by_hand():
 
 def test_mfu_leaves_out_what_was_dropped():
     c = config(capacity_factor=1.0)
-    meter = loop.Meter(c, jax.devices()[:1], None, None)  # type: ignore[arg-type]
+    with jax.set_mesh(tiny.mesh()):
+        meter = loop.Meter(c, None, None)  # type: ignore[arg-type]
     meter._rate = 1.0
     parts = accounting.flops_by_part(c.model, causal=True)
     share = meter._speed({"dropped_share": 0.25})["mfu"] / meter._speed({})["mfu"]

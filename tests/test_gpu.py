@@ -160,9 +160,6 @@ def test_the_flags_are_those_of_the_compiler(flag: str) -> None:
 def test_every_part_runs_with_tiny_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the knobs: those are the same with other configs, which the next test resolves."""
     answer, answers = measure.answer, {}
-    monkeypatch.syspath_prepend(str(Path("docs").absolute()))
-    for name in ("SEEDS", "STEPS"):
-        monkeypatch.setattr(f"bench_ensemble.{name}", 2)
 
     def once(job: dict[str, Any]) -> Any:
         """What differs in an environment alone is not measured again within this process."""

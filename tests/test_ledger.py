@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import ensemble, ledger, loop
+from gptjax import ledger, loop
 from gptjax.plan import hardware, summary
 from gptjax.plan import plan as plans
 from gptjax.records import read_metrics
@@ -110,24 +110,15 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_plan(tmp_path: Path) -> None:
     assert [e.run for e in ledger.read(hardware.parse("v5e-8").chip.covers)] == ["a", "b"]
 
 
-def test_every_run_that_ends_is_there_and_a_group_once(tmp_path: Path) -> None:
-    store, (device, *_) = tiny.make_store(tmp_path), jax.devices()
-    knobs = {"model__layers": 1, "train__steps": 8, "train__log_every": 2}
-    runs = [tiny.config(store, **knobs, seed=seed) for seed in range(3)]
-    alone, *members = (tmp_path / name for name in ("alone", "first", "second"))
-    with jax.set_mesh(make_mesh(runs[0].mesh, [device])):
-        loop.train(runs[0], alone, until=6)
+def test_every_run_that_ends_is_there_once(tmp_path: Path) -> None:
+    store, folder = tiny.make_store(tmp_path), tmp_path / "run"
+    run = tiny.config(store, model__layers=1, train__steps=8, train__log_every=2)
+    with jax.set_mesh(make_mesh(run.mesh, jax.devices()[:1])):
+        loop.train(run, folder, until=6)
         assert ledger.read(lambda kind: True) == []
-        loop.train(runs[0], alone)
-        loop.train(runs[0], alone)  # is done
-    ensemble.train_together(runs[1:], members, [device])
-    one, group = ledger.read(lambda kind: True)
-    assert (one, group) == (ledger.measure(alone), ledger.measure(members[0]))
-
-    def mfu(run: Path) -> float:
-        return float(np.median([line["mfu"] for line in read_metrics(run) if "mfu" in line]))
-
-    assert one.ratio == pytest.approx(1 / mfu(alone))
-    # Two took their steps at the same time: of the machine the group has twice a member's share.
-    assert group.ratio == pytest.approx(1 / (2 * mfu(members[0])))
-    assert len((tmp_path / "cache" / ledger.LEDGER).read_text().splitlines()) == 2
+        loop.train(run, folder)
+        loop.train(run, folder)  # is done
+    assert ledger.read(lambda kind: True) == [ledger.measure(folder)]
+    shares = [line["mfu"] for line in read_metrics(folder) if "mfu" in line]
+    assert ledger.measure(folder).ratio == pytest.approx(1 / np.median(shares))
+    assert len((tmp_path / "cache" / ledger.LEDGER).read_text().splitlines()) == 1

@@ -262,11 +262,18 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(store: Path, tmp_pat
 
 
 def test_a_diverging_run_is_told(store: Path, tmp_path: Path) -> None:
-    """An absurd rate without a clip: updates that are not finite are skipped, then it ends."""
-    config = tiny.config(store, optim__peak_lr=1e30, optim__clip="None", train__steps=60)
-    with jax.set_mesh(make_mesh(config.mesh)), pytest.raises(UserError, match="has diverged"):
-        loop.train(config, tmp_path)
-    assert read_metrics(tmp_path)[-1]["skipped"] == 1
+    """An absurd rate without a clip: updates that are not finite are skipped, then it ends; no later
+    where it was interrupted."""
+    knobs: dict[str, Any] = {"train__steps": 60, "train__checkpoint_every": 10}
+    config = tiny.config(store, optim__peak_lr=1e30, optim__clip="None", **knobs)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        with pytest.raises(loop.Diverged, match="has diverged") as whole:
+            loop.train(config, tmp_path / "whole")
+        loop.train(config, tmp_path / "parts", until=10)
+        with pytest.raises(loop.Diverged) as parts:
+            loop.train(config, tmp_path / "parts")
+    assert read_metrics(tmp_path / "whole")[-1]["skipped"] == 1
+    assert parts.value.step == whole.value.step < 10 + loop.MAX_SKIPPED
 
 
 def test_a_batch_without_scored_tokens_is_told_and_is_no_divergence(

@@ -604,7 +604,7 @@ def test_code_that_looks_on_or_serves_does_not_count(package: Path, name: str) -
 
 
 def test_no_code_that_computes_imports_code_that_does_not_count() -> None:
-    """But for these, by which the loop and the ensembles only show, name, time and write down."""
+    """But for these, by which the loop only shows, names, times and writes down."""
     shown = {"accounting", "alive", "ledger", "profile", "progress", "records"}
     idle = {name.removesuffix(".py").replace("/", ".") for name in records.NOT_COMPUTING}
     files = modules(REPO)

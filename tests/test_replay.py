@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import ensemble, loop, model, records, replay, setup
+from gptjax import loop, model, records, replay, setup
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, UserError
 from tests import tiny
@@ -151,34 +151,6 @@ def test_a_diverged_run_diverges_again(store: Path, tmp_path: Path) -> None:
     assert record["bitwise"] and f"the last at step {record['steps']}," in str(caught.value)
     last = records.read_metrics(tmp_path / "run")[-1]
     assert math.isnan(last["loss"]) or math.isinf(last["gradient_norm"])
-
-
-def test_a_run_trained_with_others_recurs_with_them(store: Path, tmp_path: Path) -> None:
-    """Three runs on one device, for alone a run is rounded otherwise."""
-    group = [
-        dataclasses.replace(tiny.config(store, **KNOBS), seed=seed, mesh=tiny.axes())
-        for seed in (0, 1, 2)
-    ]
-    folders = [tmp_path / str(seed) for seed in (0, 1, 2)]
-    ensemble.train_together(group, folders, tiny.devices()[:1])
-    past = replay.verify(folders[1])
-    assert (past.group, past.member, past.config) == (group, 1, group[1])
-    record = replay.replay_run(folders[1])
-    assert (record["differs"], record["bitwise"], record["numbers"]) == ([], True, COUNTED)
-
-    file = folders[1] / "ensemble.json"
-    told = json.loads(file.read_text())
-    for change in ({"member": 2}, {"varied": {"seed": [0, 5, 2]}}):
-        file.write_text(json.dumps(told | change))
-        with pytest.raises(UserError, match="ensemble.json was altered: its member . is not"):
-            replay.verify(folders[1])
-    for change in ({"member": 3}, {"varied": {"seed": [0]}}, {"varied": {"sead": [1, 2, 3]}}):
-        file.write_text(json.dumps(told | change))
-        with pytest.raises(UserError):
-            replay.verify(folders[1])
-    file.unlink()
-    record = replay.replay_run(folders[1])
-    assert not record["same"] and 0 < record["largest"]["relative"] < 1e-4
 
 
 def test_a_run_begun_with_a_pretrained_model_needs_it(store: Path, tmp_path: Path) -> None:

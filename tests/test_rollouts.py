@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import decode, ensemble, loop, model, objectives, replay, rollouts, setup, state
+from gptjax import decode, loop, model, objectives, replay, rollouts, setup, state
 from gptjax.cli import main
 from gptjax.config import Config, ConfigError, UserError
 from gptjax.data.batches import Batch, Batches, Prompts
@@ -405,13 +405,6 @@ def test_a_study_of_rewarded_runs(
     study_store._evaluation.cache_clear()
     assert study_store.differences(folder, cell) == ["evaluation"]
     study_store._evaluation.cache_clear()
-
-
-def test_runs_with_answers_do_not_train_together(store: Path) -> None:
-    configs = [dataclasses.replace(configure(store), seed=seed) for seed in (0, 1)]
-    assert ensemble.key(configs[0]) != ensemble.key(configs[1])
-    with pytest.raises(UserError, match="a run with train.objective='grpo' trains alone"):
-        ensemble.check_together(configs)
 
 
 def test_prompts_that_nobody_answered_train_nothing(store: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from gptjax import branch, ensemble, loop, replay, setup, spike
+from gptjax import branch, loop, replay, setup, spike
 from gptjax.config import Config, UserError
 from gptjax.data.prepare import prepare
 from tests import tiny
@@ -180,12 +180,6 @@ def test_what_is_a_spike(monkeypatch: pytest.MonkeyPatch) -> None:
         spike.remember(float(n), kept)
     spike.remember(float("inf"), kept)
     assert kept == [float(n) for n in range(50, 150)]
-
-
-def test_such_runs_train_alone(store: Path) -> None:
-    config = tiny.config(store, **KNOBS)
-    with pytest.raises(UserError, match="a run with train.spike trains alone"):
-        ensemble.check_together([config, config])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from gptjax import ensemble, loop, records, setup, status
+from gptjax import loop, records, setup, status
 from gptjax.cli import main
 from gptjax.cluster import slurm
 from gptjax.config import UserError
@@ -152,7 +152,7 @@ def test_what_differs_is_what_most_have_otherwise(store: Path, tmp_path: Path) -
         for rate in (1e-3, 5e-3, 1e-3):
             config = tiny.config(store, seed=seed, optim__peak_lr=rate)
             name = f"{seed}{rate}".encode().hex().ljust(16, "0")[:16]
-            ensemble.open_run(tmp_path / name, loop.to_dict(config), {}, None).close()
+            records.open_run(tmp_path / name, loop.to_dict(config), {}, None).close()
     seen = [s.differs for s in status.statuses(tmp_path)]
     assert seen == [
         {"seed": 9}, {"seed": 10},

@@ -43,7 +43,7 @@ def study(
 class Ran:
     def __init__(self, study: Study, cells: Path) -> None:
         self.study, self.cells = study, cells
-        self.outcomes = runner.run_study(study, cells, together=4).outcomes
+        self.outcomes = runner.run_study(study, cells).outcomes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def ran(text: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran
 
 
 def test_a_cell_is_the_run_of_train_from(ran: Ran, text: Path, base: Path, tmp_path: Path) -> None:
-    """Bit for bit, with and without adapters; and each trains alone, whatever may train together."""
+    """Bit for bit, with and without adapters."""
     for o, settings in zip(ran.outcomes, ({}, *LORA.values(), *SLOW.values()), strict=True):
         words = tiny.overrides(text) + [f"--config.{k}={v}" for k, v in settings.items()]
         config, begin = trained.start_from(configure.from_file(tiny.RECIPE, words), base, words)
@@ -62,7 +62,6 @@ def test_a_cell_is_the_run_of_train_from(ran: Ran, text: Path, base: Path, tmp_p
         assert timeless(o.folder) == timeless(tmp_path / o.cell.arm) != []
         (ours,), (theirs,) = (read_environment(f) for f in (o.folder, tmp_path / o.cell.arm))
         assert ours["initial"] == theirs["initial"] and ours["initial"]["model"] == str(base)
-        assert not (o.folder / records.ENSEMBLE).exists()
     # All began with the model, whose loss is that of no random one.
     first = [timeless(o.folder)[0]["loss"] for o in ran.outcomes]
     assert first[0] == pytest.approx(first[1], rel=1e-6) and first[0] == first[2]

@@ -585,8 +585,8 @@ def test_a_cell_that_was_killed_comes_after_the_others(
     one, two, *rest = [tmp_path / cell.address for cell in cells(load(file), {})]
     assert runner.kills(one) == 1 and not two.exists()
     order: list[Path] = []
-    monkeypatch.setattr(runner, "train_group", lambda group, begin: order.extend(group))
-    monkeypatch.setattr(runner, "_sample", lambda outcomes: None)
+    monkeypatch.setattr(runner, "train_cell", lambda o, begin: order.append(o.folder))
+    monkeypatch.setattr(runner, "_sample", lambda o: None)
     runner.run_study(load(file), tmp_path)
     assert order == [two, *rest, one]
     # The one that was killed more often is the likelier to be killed again.
@@ -603,6 +603,14 @@ def test_a_cell_that_ended_or_failed_was_not_killed(text: Path, whole: Whole, co
     with pytest.raises(runner.Failed):
         runner.run_study(tiny.study(text, {"bad": {"model.vocab_size": 128}}, seeds=1), copied)
     assert not list(copied.rglob(records.BEGUN))
+
+
+def test_a_sample_that_a_kill_prevented_is_made_later(whole: Whole, copied: Path) -> None:
+    sample = copied / cells(whole.study, {})[0].address / "sample.txt"
+    text = sample.read_text()
+    sample.unlink()
+    runner.run_study(whole.study, copied)
+    assert text == sample.read_text() != ""
 
 
 @pytest.mark.slow

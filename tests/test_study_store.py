@@ -69,7 +69,7 @@ def under_other_code(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def forget() -> None:
     """As a new process would know nothing."""
-    for cached in (store._initial, store._step, store._steps_together, store._evaluation):
+    for cached in (store._initial, store._step, store._evaluation):
         cached.cache_clear()
     jax.clear_caches()
 
@@ -230,22 +230,6 @@ def test_names_and_places_are_no_part_of_a_program() -> None:
     texts = [jax.jit(f).lower(jnp.ones(4)).as_text() for f in (one, two, three)]
     assert texts[0] != texts[1]
     assert store.nameless(texts[0]) == store.nameless(texts[1]) != store.nameless(texts[2])
-
-
-def test_a_group_is_what_its_program_computes(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, under_other_code: Any
-) -> None:
-    """Two seeds in one program, whose step is not that of a run alone."""
-    two = dataclasses.replace(study(text, arms={}), seeds=2)
-    configs = [cell.config for cell in cells(two, {})]
-    mesh = tiny.mesh()
-    alone, *together = (
-        store.facts(*who, mesh) for who in (([configs[0]], 0), (configs, 0), (configs, 1))
-    )
-    assert [k for k in alone if alone[k] != together[0][k]] == ["step"]
-    assert [k for k in alone if together[0][k] != together[1][k]] == ["first batch", "last batch"]
-    forget()
-    assert store.facts(configs, 0, mesh) == together[0]
 
 
 # --- what older versions recorded -------------------------------------------------------------

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import ensemble, loop, model, setup, sharding, state
-from gptjax.config import Config, ConfigError, UserError
+from gptjax import loop, model, setup, sharding, state
+from gptjax.config import Config, ConfigError
 from gptjax.data.batches import Batch
 from gptjax.records import read_metrics
 from gptjax.watch import STATISTICS, make_watch
@@ -123,11 +123,3 @@ def test_a_statistic_that_is_none_is_refused_with_the_list():
     for refuse in (make_watch, setup.check_names):
         with pytest.raises(ConfigError, match=r"train.watch='score' is not one of: stream_rms, "):
             refuse(bad)
-
-
-def test_runs_that_train_together_are_not_watched(tmp_path):
-    store = tiny.make_store(tmp_path)
-    pair = [tiny.config(store, seed=seed, train__watch=EVERY) for seed in (0, 1)]
-    with pytest.raises(UserError, match="not watched: set train.watch=()"):
-        ensemble.check_together(pair)
-    assert ensemble.key(pair[0]) != ensemble.key(pair[1])

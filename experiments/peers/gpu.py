@@ -13,7 +13,6 @@ takes. All of it computes in bfloat16.
           GPT, both under torch.compile with autocast, fused AdamW and flash attention.
   1558m   GPT-2 1558M, likewise, gptjax alone.
   decode  both at batch 1, beside transformers and the bound: bandwidth / bytes of the weights.
-  seeds   8 seeds of a 10.6M model in one program against one after another, in turns.
   muon    a whole step of the recipe, of 512 rows, by Muon and by AdamW.
   fp8     model.products=fp8 against bfloat16: speed, and losses over 500 equal steps of 8 rows.
   packed  rows of four documents that do not see each other against rows of one.
@@ -62,10 +61,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1558m": {
         **GPT2, "recipe": "one_gpu.py:1558m", "layers": 48, "width": 1600, "heads": 25, "rows": 128,
         "steps": 3, "rate": 2e-4,
-    },
-    "10m": {
-        "layers": 6, "width": 384, "heads": 6, "rows": 16, "context": 256, "vocab_size": 65,
-        "steps": 1, "rate": 1e-3,
     },
 }  # fmt: skip
 SMOKE = {
@@ -126,7 +121,6 @@ PARTS: dict[str, list[Measurement]] = {
         for subject in ("124m", "1558m")
         for side in ("gptjax", "transformers")
     ],
-    "seeds": [Measurement("10m", "seeds", "gptjax", 180)],
     "muon": [
         _train("whole step", "train.accumulation=8", shape=WHOLE),
         _train("whole step, Muon", "train.accumulation=8", "optim.optimizer=muon", shape=WHOLE),
@@ -279,10 +273,6 @@ FIGURES = [
             times(f"{subject} decode gptjax", f"{subject} decode transformers", f"tokens/s, batch {rows}"),
         )
         for subject in ("1558m", "124m") for rows in (1, 8)
-    ),
-    Figure(
-        "seeds", "8 seeds of 10.6M in one program, times one after another",
-        lambda runs: runs.median("10m seeds gptjax", "times one after another"), least=4,
     ),
     Figure(
         "muon", "124M: Muon's step takes more than AdamW's, %",

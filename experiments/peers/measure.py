@@ -571,18 +571,6 @@ def device_gptjax(job: Job) -> Result:
     }
 
 
-def seeds_gptjax(job: Job) -> Result:
-    """Of seeds trained together, the throughput over that of one after another, of each turn."""
-    from gptjax.commands import command
-
-    sys.path.append(str(Path(__file__).parents[2] / "docs"))
-    import bench_ensemble
-
-    command.prepare_jax(None)
-    turns = 1 if job["smoke"] else bench_ensemble.TURNS
-    return {"times one after another": bench_ensemble.compare(gptjax_config(job), turns)}
-
-
 def in_blocks(measure: Callable[[Job], Result]) -> Callable[[Job], Result]:
     """The weights as the .gguf file has them."""
 
@@ -610,7 +598,6 @@ MEASURES: dict[str, dict[str, Callable[[Job], Result]]] = {
         "transformers": decode_transformers,
         "llama.cpp": decode_llamacpp,
     },
-    "seeds": {"gptjax": seeds_gptjax},
     "score": {
         "gptjax": score_gptjax,
         "gptjax int8": in_int8(score_gptjax),

@@ -15,7 +15,7 @@ from gptjax.commands.command import (
     check_outputs,
     prepare_jax,
 )
-from gptjax.commands.studies import add_study, add_together, run_all, study_of
+from gptjax.commands.studies import add_study, run_all, study_of
 from gptjax.config import UserError
 from gptjax.storage import local
 
@@ -60,7 +60,6 @@ def _read(arguments: argparse.Namespace, overrides: list[str]) -> Points:
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
     add_study(parser)
-    add_together(parser)
     parser.add_argument(
         "--points",
         type=local,

@@ -32,7 +32,6 @@ STORE, OUT = Path("runs/cells"), Path("runs/studies")
 def _check_study(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.study import spec
 
-    _check_together(arguments)
     spec.check_names(study_of(arguments, overrides))
 
 
@@ -67,19 +66,13 @@ def run_all(arguments: argparse.Namespace, definition: Study, worker: bool = Fal
     Raises:
         Elsewhere: to a worker, when other processes have all that is left.
     """
-    _check_together(arguments)
     prepare_jax(None)
     from gptjax.progress import say
     from gptjax.study import plan, results, runner
 
     for line in plan.lines(results.read(definition, arguments.store, now=True), arguments.store):
         say(line)
-    return runner.run_study(definition, arguments.store, arguments.together, worker)
-
-
-def _check_together(arguments: argparse.Namespace) -> None:
-    if arguments.together < 1:
-        raise UserError(f"--together={arguments.together} must be above 0")
+    return runner.run_study(definition, arguments.store, worker)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -163,17 +156,6 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_together(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--together",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train up to N runs in one program, where seed or numbers of the optimiser are all "
-        "they differ in: for small models on a GPU or TPU (%(default)s)",
-    )
-
-
 def _add_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker",
@@ -193,7 +175,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_report(parser)
-    add_together(parser)
     _add_worker(parser)
     parser.add_argument(
         "--dry_run",
@@ -205,7 +186,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _check_noise(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gptjax.study import spec
 
-    _check_together(arguments)
     spec.check_names(_noise_of(arguments, overrides))
 
 
@@ -251,7 +231,6 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
         help="the difference to detect, in nats/token (%(default)s)",
     )
     _add_store(parser)
-    add_together(parser)
     _add_worker(parser)
     add_dry_launch(parser)
 

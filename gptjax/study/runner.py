@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
-from gptjax import ensemble, loop, setup, speak, trained
+from gptjax import loop, setup, speak, trained
 from gptjax.checkpoint import Busy
 from gptjax.config import LESS_MEMORY, Config, UserError, out_of_memory
 from gptjax.locks import Held, Lock
 from gptjax.progress import say
-from gptjax.records import BEGUN, CONFIG, DIVERGED, ENSEMBLE, FAILED, read_environment
+from gptjax.records import BEGUN, DIVERGED, FAILED, read_environment
 from gptjax.sharding import make_mesh
 from gptjax.signals import undone
 from gptjax.storage import Place, disk, patient, replace_file
@@ -27,7 +26,6 @@ from gptjax.study.store import (
     code_and_versions,
     computation_recorded,
     current_code_and_versions,
-    place,
 )
 
 POLL_SECONDS = 2.0  # between two looks at what other processes are running
@@ -43,7 +41,7 @@ class Elsewhere(Exception):
 
 
 @patient()
-def run_study(study: Study, store: Place, together: int = 1, worker: bool = False) -> Results:
+def run_study(study: Study, store: Place, worker: bool = False) -> Results:
     """Runs every cell that is not there, goes on with those that broke, and reads the results.
 
     Several processes, on several hosts that share the store, may run the same study or others:
@@ -53,9 +51,6 @@ def run_study(study: Study, store: Place, together: int = 1, worker: bool = Fals
     Args:
         study: what is asked.
         store: the folder of all cells.
-        together: so many cells at most train in one program, where they differ in numbers alone
-            (`ensemble.VARIED`) and begin at random. One that was begun goes on as it was begun,
-            with its group or alone.
         worker: ends, where others have all that is left, rather than wait for them.
 
     Raises:
@@ -64,9 +59,9 @@ def run_study(study: Study, store: Place, together: int = 1, worker: bool = Fals
         Failed: if some cell cannot run, once all others have.
         UserError: if cells were made by other code that did not record what it computes.
     """
-    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, together, worker)
+    failures = _run(study, [cell for cell, _ in tuning_cells(study)], store, worker)
     results = read(study, store, now=True)
-    failures += _run(study, [o.cell for o in results.outcomes], store, together, worker)
+    failures += _run(study, [o.cell for o in results.outcomes], store, worker)
     if failures:
         raise Failed(
             f"{len(failures)} cells could not run; the first, {failures[0].cell.label}: "
@@ -74,16 +69,14 @@ def run_study(study: Study, store: Place, together: int = 1, worker: bool = Fals
         )
     complete = read(study, store, now=True)
     for o in complete.outcomes:
-        with _claim(store, [o.folder]) as locked:
+        with _claim(store, o.folder) as locked:
             # One that was killed between its last checkpoint and its sample.
             if locked and o.status == "finished":
-                _sample([o])
+                _sample(o)
     return complete
 
 
-def _run(
-    study: Study, cells: Sequence[Cell], store: Place, together: int, worker: bool
-) -> list[Outcome]:
+def _run(study: Study, cells: Sequence[Cell], store: Place, worker: bool) -> list[Outcome]:
     """Runs `cells`; returns those that failed."""
     begin, tried = beginning(study), set[Place]()
     waiting = False
@@ -95,31 +88,22 @@ def _run(
             return [o for o in outcomes if o.status == "failed"]
         _refuse_other_code(outcomes)
         ran = undecided = False
-        for group in sorted(_groups(todo, store, together), key=_setbacks):
-            with _claim(store, group) as locked:
+        for o in sorted(todo, key=_setbacks):
+            with _claim(store, o.folder) as locked:
                 undecided |= locked is None
-                group_outcomes = [
-                    outcome(study, o.cell, store, now=True) for o in todo if o.folder in group
-                ]
-                # Another process may have ended them, or begun one by other code.
-                if (
-                    locked
-                    and group.keys() >= {o.folder for o in group_outcomes}
-                    and not _ended(group_outcomes)
-                ):
-                    for o in group_outcomes:
-                        say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
-                        for other_folder, names in cells_store.other_computations(
-                            o.cell, store
-                        ).items():
-                            say(f"{other_folder} stays: it differs in {', '.join(names)}")
+                current = outcome(study, o.cell, store, now=True)
+                # Another process may have ended it, or begun it by other code.
+                if locked and current.folder == o.folder and current.status not in ENDED:
+                    say(f"[{cells.index(o.cell) + 1}/{len(cells)}] {o.cell.label}")
+                    for other, names in cells_store.other_computations(o.cell, store).items():
+                        say(f"{other} stays: it differs in {', '.join(names)}")
                     try:
-                        train_group(group, begin)
+                        train_cell(o, begin)
                     except Busy as error:  # by a `train` in that folder
                         say(str(error))
                         continue
-                    tried.update(group)
-                    _sample(group_outcomes)
+                    tried.add(o.folder)
+                    _sample(o)
                     ran = True
         if not ran:
             if worker and not undecided:
@@ -131,88 +115,43 @@ def _run(
             time.sleep(POLL_SECONDS)
 
 
-def _setbacks(group: Iterable[Place]) -> tuple[bool, int]:
-    """By which groups are sorted: what failed before comes last, so that it keeps no other from
+def _setbacks(o: Outcome) -> tuple[bool, int]:
+    """By which cells are sorted: what failed before comes last, so that it keeps no other from
     running; behind it what was killed, maybe by the system because it takes too much memory."""
-    failed, most_kills = any((f / FAILED).exists() for f in group), max(map(kills, group))
-    return failed or most_kills > 0, most_kills
+    failed, times = (o.folder / FAILED).exists(), kills(o.folder)
+    return failed or times > 0, times
 
 
-def _ended(outcomes: Iterable[Outcome]) -> bool:
-    return all(o.status in ENDED for o in outcomes)
-
-
-def _groups(todo: Sequence[Outcome], store: Place, together: int) -> Iterator[dict[Place, Config]]:
-    """What trains in one program each, by folder; between them all of `todo`, each once.
-
-    A group that was begun stays as it is, whichever of its members `todo` has, so that what a
-    kill broke off gives the same bits as what ran through.
-    """
-    fresh: dict[str, dict[Place, Config]] = {}
-    begun: set[Place] = set()
-    for o in todo:
-        config = o.cell.config
-        if o.folder in begun:
-            continue
-        if (o.folder / CONFIG).is_file():
-            alone = not (o.folder / ENSEMBLE).is_file()
-            group = [config] if alone else ensemble.group_of(o.folder)[0]
-            members = [dataclasses.replace(o.cell, config=c) for c in group]
-            by_folder = {
-                o.folder if m == o.cell else place(m, store, now=True): m.config for m in members
-            }
-            begun.update(by_folder)
-            yield by_folder
-        else:
-            apart = together == 1 or o.cell.initial != ""
-            alike = o.folder.name if apart else ensemble.key(config)
-            fresh.setdefault(alike, {})[o.folder] = config
-    for configs in fresh.values():
-        unbegun = [(folder, config) for folder, config in configs.items() if folder not in begun]
-        for i in range(0, len(unbegun), together):
-            yield dict(unbegun[i : i + together])
-
-
-def train_group(group: Mapping[Place, Config], begin: setup.Start | None = None) -> None:
-    """Runs or goes on with the cells of a group, by folder; what ends one is in its folder.
+def train_cell(o: Outcome, begin: setup.Start | None = None) -> None:
+    """Runs or goes on with a cell; what ends it is in its folder.
 
     Args:
-        begin: what a cell that trains alone begins with, where not at random.
+        begin: what it begins with, where not at random.
 
     Raises:
         Stopped: as `loop.train`.
         Busy: if another process trains there.
     """
-    folders = list(group)
-    for folder in folders:
-        (folder / FAILED).unlink(missing_ok=True)
+    (o.folder / FAILED).unlink(missing_ok=True)
 
     def not_begun() -> None:  # which a kill leaves out
-        for folder in folders:
-            (folder / BEGUN).unlink(missing_ok=True)
+        (o.folder / BEGUN).unlink(missing_ok=True)
 
     with undone(not_begun):
-        _train_group(group, begin)
+        _train_cell(o.folder, o.cell.config, begin)
 
 
-def _train_group(group: Mapping[Place, Config], begin: setup.Start | None) -> None:
-    folders, configs = list(group), list(group.values())
+def _train_cell(folder: Place, config: Config, begin: setup.Start | None) -> None:
     try:
-        for folder in folders:
-            with disk(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                replace_file(folder / BEGUN, b"." * (kills(folder) + 1))
-        for config in configs:  # else found out after the training
-            speak.check_sample(config, setup.load_tokenizer(config))
-        mesh = make_mesh(configs[0].mesh)
-        for member, folder in enumerate(folders):
-            if not read_environment(folder):
-                initial = "" if begin is None else begin.fingerprint
-                cells_store.write(folder, configs, member, mesh, initial)
-        if len(group) > 1:
-            ensemble.train_together(configs, folders)
-            return
-        (config,), (folder,) = configs, folders
+        with disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / BEGUN, b"." * (kills(folder) + 1))
+        # Else found out after the training.
+        speak.check_sample(config, setup.load_tokenizer(config))
+        mesh = make_mesh(config.mesh)
+        if not read_environment(folder):
+            initial = "" if begin is None else begin.fingerprint
+            cells_store.write(folder, config, mesh, initial)
         with jax.set_mesh(mesh):
             loop.train(config, folder, begin)
     except Busy:
@@ -224,11 +163,10 @@ def _train_group(group: Mapping[Place, Config], begin: setup.Start | None) -> No
     except ERRORS as error:
         if (reason := _reason(error)) is None:
             raise
-        for folder in folders:
-            say(f"{folder}: {reason}")
-            with disk(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                replace_file(folder / FAILED, json.dumps({"reason": reason}).encode())
+        say(f"{folder}: {reason}")
+        with disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / FAILED, json.dumps({"reason": reason}).encode())
 
 
 def kills(folder: Place) -> int:
@@ -247,29 +185,27 @@ def _reason(error: Exception) -> str | None:
     return None
 
 
-def _sample(outcomes: Sequence[Outcome]) -> None:
+def _sample(o: Outcome) -> None:
     """Lets the first seed of what has finished speak, once, for the report."""
-    for o in outcomes:
-        ended = (FAILED, DIVERGED, SAMPLE)
-        if o.cell.seed or any((o.folder / file).exists() for file in ended):
-            continue
-        try:
-            opened = speak.opened(trained.Trained(o.folder, o.cell.config))
-            # Shown with the progress: what a command prints is its answer alone.
-            with opened as speaker, contextlib.redirect_stdout(sys.stderr):
-                texts = speak.generate(*speaker)
-        except ERRORS as error:  # a sample decides nothing, and must stop no other cell
-            if (reason := _reason(error)) is None:
-                raise
-            texts = [f"no sample: {reason}"]
-            say(f"{o.folder}: {texts[0]}")
-        with disk(o.folder):
-            replace_file(o.folder / SAMPLE, "\n".join(texts).encode())
+    if o.cell.seed or any((o.folder / file).exists() for file in (FAILED, DIVERGED, SAMPLE)):
+        return
+    try:
+        opened = speak.opened(trained.Trained(o.folder, o.cell.config))
+        # Shown with the progress: what a command prints is its answer alone.
+        with opened as speaker, contextlib.redirect_stdout(sys.stderr):
+            texts = speak.generate(*speaker)
+    except ERRORS as error:  # a sample decides nothing, and must stop no other cell
+        if (reason := _reason(error)) is None:
+            raise
+        texts = [f"no sample: {reason}"]
+        say(f"{o.folder}: {texts[0]}")
+    with disk(o.folder):
+        replace_file(o.folder / SAMPLE, "\n".join(texts).encode())
 
 
 @contextlib.contextmanager
-def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool | None]:
-    """Holds cells for as long as the context lasts, or tells that another process has one.
+def _claim(store: Place, folder: Place) -> Iterator[bool | None]:
+    """Holds a cell for as long as the context lasts, or tells that another process has it.
 
     None: it is not known yet whether that process still lives; ask again.
     """
@@ -277,8 +213,7 @@ def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool | None]:
     with contextlib.ExitStack() as stack:
         try:
             with disk(store):
-                for folder in folders:
-                    stack.enter_context(Lock(store / ".locks" / folder.name))
+                stack.enter_context(Lock(store / ".locks" / folder.name))
         except Held as held:
             locked = False if held.certain else None
         yield locked
@@ -288,7 +223,7 @@ def _claim(store: Place, folders: Iterable[Place]) -> Iterator[bool | None]:
 def reporting(study: Study, store: Place) -> Iterator[None]:
     """Lets processes that end a study together report it one after the other."""
     while True:
-        with _claim(store, [store / f"report.{study.name}"]) as locked:
+        with _claim(store, store / f"report.{study.name}") as locked:
             if locked:
                 yield
                 return

@@ -20,23 +20,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax import branch, ensemble, setup, state
+from gptjax import branch, setup, state
 from gptjax.config import Config, ConfigError, UserError, recorded
 from gptjax.data.batches import Batch
-from gptjax.records import (
-    CONFIG,
-    ENSEMBLE,
-    ENVIRONMENT,
-    code_fingerprint,
-    environment,
-    read_environment,
-)
+from gptjax.records import CONFIG, ENVIRONMENT, code_fingerprint, environment, read_environment
 from gptjax.sharding import make_mesh, section
 from gptjax.storage import Place, changed, children, disk, replace_file
 from gptjax.study.spec import Cell, address
@@ -120,11 +113,9 @@ def computation_recorded(folder: Place) -> bool:
     return (folder / COMPUTES).is_file()
 
 
-def write(
-    folder: Place, configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh, initial: str
-) -> None:
-    """Records what a run is about to compute, on its mesh, with its group, from its beginning."""
-    computes = {"mesh": dict(mesh.shape), "facts": facts(configs, member, mesh, initial)}
+def write(folder: Place, config: Config, mesh: jax.sharding.Mesh, initial: str) -> None:
+    """Records what a run is about to compute, on its mesh, from its beginning."""
+    computes = {"mesh": dict(mesh.shape), "facts": facts(config, mesh, initial)}
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / COMPUTES, json.dumps(computes, indent=1).encode())
@@ -152,10 +143,8 @@ def differences(folder: Place, cell: Cell) -> list[str]:
             f"{len(devices)} of {jax.default_backend()}: whether it computes the same cannot be "
             "told. Go on with its code, or there; or use another --store"
         )
-    alone = not (folder / ENSEMBLE).is_file()
-    group, member = ([cell.config], 0) if alone else ensemble.group_of(folder)
     mesh = make_mesh(section(computes["mesh"]), devices[:size])
-    current_facts = facts(group, member, mesh, cell.initial)
+    current_facts = facts(cell.config, mesh, cell.initial)
     recorded_facts = computes["facts"]
     return [
         name
@@ -164,17 +153,13 @@ def differences(folder: Place, cell: Cell) -> list[str]:
     ]
 
 
-def facts(
-    configs: Sequence[Config], member: int, mesh: jax.sharding.Mesh, initial: str = ""
-) -> dict[str, str]:
+def facts(config: Config, mesh: jax.sharding.Mesh, initial: str = "") -> dict[str, str]:
     """What a run computes, by names: digests, fingerprints, versions and settings.
 
     Args:
-        configs: of the runs that train in one program, and `member` which of them it is.
-        mesh: of the run.
+        config, mesh: of the run.
         initial: as of `Cell`.
     """
-    config = configs[member]
     with jax.set_mesh(mesh):
         opened = setup.set_up(config)
         rows = config.data.batch_size // config.train.accumulation
@@ -185,15 +170,10 @@ def facts(
         }
     # The seed is a number in the programs, which the config tells: one lowering serves all seeds.
     config_without_seed = dataclasses.replace(config, seed=0)
-    step = (
-        _step(config_without_seed, mesh)
-        if len(configs) == 1
-        else _steps_together(tuple(configs), mesh)
-    )
     current, trunk = environment(), branch.of(config)
     return {
         "initial values": _initial(config_without_seed, mesh) if trunk is None else trunk.sha256,
-        "step": step,
+        "step": _step(config_without_seed, mesh),
         "evaluation": _evaluation(config_without_seed, mesh),
         **{name: _digest_arrays(batch) for name, batch in fed.items()},
         **opened.fingerprints,
@@ -216,11 +196,6 @@ def _step(config: Config, mesh: jax.sharding.Mesh) -> str:
         opened = setup.set_up(config)
         step: Any = state.make_train_step(opened.config)
         return _digest(step.lower(state.abstract(opened.config), setup.load_batch(opened, 0)))
-
-
-@functools.cache
-def _steps_together(configs: tuple[Config, ...], mesh: jax.sharding.Mesh) -> str:
-    return _digest(ensemble.lower(configs, mesh))
 
 
 @functools.cache

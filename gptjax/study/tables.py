@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.records import ENSEMBLE
 from gptjax.report.formats import Table, below, csv_of, terminal
 from gptjax.report.interval import Interval
 from gptjax.report.terminal import MISSING, new_console, number
@@ -219,7 +218,6 @@ def method(a: Analysis) -> list[str]:
     study = a.study
     comparisons = len(study.arms) * len(study.scales)
     ratios = [r.pairing for r in a.rows if not math.isnan(r.pairing)]
-    together = sum((o.folder / ENSEMBLE).is_file() for o in a.results.outcomes)
     sentences = [
         "Differences are arm less baseline in pairs of equal seed, which see the same batches in "
         "the same order and begin with the same values of the parameters that they share. Below 0 "
@@ -256,11 +254,6 @@ def method(a: Analysis) -> list[str]:
         sentences.append(
             "From scale to scale: Welch's t interval of the change of gain, 95% for each arm by "
             f"itself. It holds where the change is shown to be smaller than {study.smallest:g}"
-        )
-    if together:
-        sentences.append(
-            f"{together} of {len(a.results.outcomes)} runs trained together with others in one "
-            "program: their tokens/s and memory are a share of the whole"
         )
     return sentences
 
