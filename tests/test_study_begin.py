@@ -105,7 +105,7 @@ def test_what_is_done_is_read_by_other_code_too(ran: Ran, monkeypatch: pytest.Mo
     runner.run_study(ran.study, ran.cells)
     assert tiny.files(ran.cells) == before
     cell = found[0].cell
-    facts = (store.facts([cell.config], 0, tiny.mesh(), x) for x in (cell.initial, "other"))
+    facts = (store.facts(cell.config, tiny.mesh(), x) for x in (cell.initial, "other"))
     ours, others = facts
     assert [name for name in ours if ours[name] != others[name]] == ["initial"]
 
