@@ -123,7 +123,7 @@ def test_what_a_study_leaves(finished: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_bytes(content)
     shutil.copytree(finished, tmp_path / "finished")
-    with runner._claim(tmp_path, [tmp_path / "claimed"]) as locked:
+    with runner._claim(tmp_path, tmp_path / "claimed") as locked:
         assert locked
         seen = [(s.run, s.state, s.who, s.why) for s in status.statuses(tmp_path)]
     assert seen == [

@@ -180,9 +180,9 @@ def test_a_process_that_holds_a_cell_is_waited_for(
     away = copied.parent / "away"
     (copied / first.address).rename(away)
     naps: list[float] = []
-    with runner._claim(copied, [copied / first.address]) as mine:
+    with runner._claim(copied, copied / first.address) as mine:
         assert mine
-        with runner._claim(copied, [copied / first.address]) as again:
+        with runner._claim(copied, copied / first.address) as again:
             assert not again
 
         def nap(seconds: float) -> None:
@@ -556,7 +556,7 @@ def test_a_worker_takes_what_is_free_and_the_last_one_reports(
         shutil.rmtree(copied / name)
     monkeypatch.chdir(copied.parent)
     words = ["study", str(file), "--worker", f"--store={copied}", "--out=report"]
-    with runner._claim(copied, [copied / last]) as locked:
+    with runner._claim(copied, copied / last) as locked:
         assert locked
         assert main(words) == 0
     assert set(starts(whole.cells)) - set(starts(copied)) == {last}
