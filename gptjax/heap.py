@@ -13,6 +13,7 @@ import time
 
 # Temporaries of a program above this are waited for; of others two steps may have theirs at once.
 MOST = 256 * 2**20
+SLACK = 64 * 2**20  # room beside temporaries for what is smaller and stays
 PATIENCE = 0.1  # seconds at most that memory of a program is waited for after its results
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
@@ -25,16 +26,26 @@ def share() -> None:
     _shared = _set(_ARENA_MAX, 1)
 
 
-def keep() -> bool:
+def keep(temporaries: int) -> bool:
     """Keeps what programs give back from now on, after `share`; what is free now is let go.
+
+    Args:
+        temporaries: of the program that is run most, in bytes. There is more room for them than they
+            need: else a small piece that stays in it would have them taken, and kept, elsewhere too.
 
     Returns:
         False where nothing is kept: without `share`, or another C library.
     """
     if _shared:
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.malloc_trim(0)
         _set(_MMAP_MAX, 0)  # all of it from the heap, which shrinks where 2 GB of it are free
         _set(_TRIM_THRESHOLD, 2**31 - 1)
+        room = libc.malloc(temporaries + SLACK)
+        libc.malloc(SLACK)  # stays, of no pages: else the room would end where the heap does
+        libc.free(room)
     return _shared
 
 

@@ -339,8 +339,10 @@ def compile_step(
             + memory.temp_size_in_bytes
             - memory.alias_size_in_bytes
         )
-        if jax.default_backend() == "cpu" and heap.keep() and memory.temp_size_in_bytes > heap.MOST:
-            compiled = Unhurried(compiled, memory.temp_size_in_bytes)
+        temporaries = memory.temp_size_in_bytes
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and heap.keep(temporaries) and temporaries > heap.MOST:
+            compiled = Unhurried(compiled, temporaries)
     return compiled, cost
 
 

@@ -82,15 +82,28 @@ def decoding() -> bool:
     return _PHASE.get() == "decoding"
 
 
-def on_cpu() -> bool:
-    """Whether what is traced runs on CPUs."""
-    return platform() == "cpu"
+def alone_on(kind: str) -> bool:
+    """Whether what is traced runs on one device of this platform."""
+    return jax.sharding.get_abstract_mesh().size <= 1 and platform() == kind
 
 
 def platform() -> str:
     """That of the devices which run what is traced: "cpu", "gpu" or "tpu"."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    device = None if mesh.empty else mesh.abstract_device  # None too of a mesh without devices
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_device(function: Callable[..., Any], where: Any, *operands: Any) -> Any:
+    """What XLA cannot partition, on a mesh of one device, or where none is set.
+
+    Args:
+        where: the sharding of what it returns, see `like`.
+    """
+    if out("") is None:
+        return function(*operands)
+    specs = jax.tree.map(like, operands)
+    return jax.shard_map(function, in_specs=specs, out_specs=where, check_vma=False)(*operands)
 
 
 # A batches, B rows, T query and S key positions, D width, N heads, K kv heads, G = N/K,

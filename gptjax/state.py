@@ -22,7 +22,7 @@ from gptjax.config import Config, UserError, choose
 from gptjax.data.batches import Batch
 from gptjax.layers.parameter import Spec
 from gptjax.objectives import OBJECTIVE, Totals
-from gptjax.sharding import like, out
+from gptjax.sharding import alone_on, like, out
 from gptjax.trainable import trainable
 
 Metrics = dict[str, jax.Array]
@@ -226,8 +226,9 @@ def update(
             ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         accept = finite & (sums.weight > 0)
-        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        accepted = jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
+        params = _accepted(accept, params, state.params)
+        new, old = (opt_state, ema), (state.opt_state, state.ema)
+        opt_state, ema = _accepted(_once(params, accept), new, old)
         frozen = _moved(config, state.frozen, sums.moves, accept)
     weight = some(sums.weight)
     metrics = {name: value / weight for name, value in sums.metrics.items()}
@@ -237,8 +238,23 @@ def update(
         "tokens": sums.weight,
         "skipped": 1.0 - accept,
     }
-    params, opt_state, ema = accepted
     return TrainState(state.step + 1, params, opt_state, ema, frozen), metrics
+
+
+def _accepted(accept: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
+
+
+def _once(params: model.Params, accept: jax.Array) -> jax.Array:
+    """`accept`, but no sooner than the parameters are there.
+
+    For XLA on CPUs, which copies moments before it writes them anew in their place, if what it makes
+    of them in another loop, the parameters, may come later.
+    """
+    if not alone_on("cpu"):
+        return accept
+    some = [p.at[(0,) * p.ndim].get(out_sharding=out("")) for p in jax.tree.leaves(params)]
+    return accept & ~jnp.isnan(jnp.stack(some)).any()  # which none is that may be accepted
 
 
 def _moved(

@@ -17,7 +17,6 @@ from gptjax import configure, setup, sharding, state
 from gptjax.checkpoint import CHECKPOINTS, Checkpoints
 from gptjax.config import Config, ConfigError, Model, UserError
 from gptjax.interop import pretrained
-from gptjax.layers.linear import one_cpu
 from gptjax.model import Params, abstract_params
 from gptjax.records import read_environment
 from gptjax.sharding import make_mesh
@@ -137,7 +136,7 @@ def opened(
         if model.source is None:
             yield Opened(config, *_latest(config, model.folder), tokenizer)
         else:
-            blocks = blocks and one_cpu() and config.model.products == "dtype"
+            blocks = blocks and sharding.alone_on("cpu") and config.model.products == "dtype"
             yield Opened(config, 0, pretrained.load(model.source, blocks).params, tokenizer)
 
 

@@ -53,13 +53,44 @@ def test_a_program_that_runs_again_takes_no_page_afresh():
     assert pages(share=True, most=2**25) < fresh / 20
 
 
+# Takes temporaries again and again, beside pieces that stay; prints by how much the heap grew.
+PIECES = """
+import ctypes
+from gptjax import heap
+heap.SLACK = {slack}
+heap.share()
+heap.keep(2**28)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.mallinfo2.restype = heap._Information
+before = libc.mallinfo2().arena
+for _ in range(20):
+    temporaries = libc.malloc(2**28)
+    for size in (1_000, 10_000, 100_000):
+        libc.malloc(size)
+    libc.free(temporaries)
+    libc.malloc(30_000)
+print(libc.mallinfo2().arena - before)
+"""
+
+
+@pytest.mark.skipif(not heap._used(), reason="glibc 2.33's and later")
+def test_small_pieces_that_stay_do_not_take_the_room_of_temporaries():
+    def growth(slack: int) -> int:
+        program = PIECES.format(slack=slack)
+        return int(subprocess.check_output([sys.executable, "-c", program], text=True))
+
+    assert growth(heap.SLACK) < 2**24
+    assert growth(0) > 2**27  # they are taken elsewhere too: else this shows nothing
+
+
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[int] = []
     monkeypatch.setattr(heap, "_set", lambda option, value: options.append(option) or True)
     monkeypatch.setattr(heap, "_shared", False)
-    assert not heap.keep() and options == []
+    assert not heap.keep(0) and options == []
     monkeypatch.setattr(heap, "_shared", True)
-    assert heap.keep() and options == [heap._MMAP_MAX, heap._TRIM_THRESHOLD]
+    assert heap.keep(0) and options == [heap._MMAP_MAX, heap._TRIM_THRESHOLD]
 
 
 def test_temporaries_are_waited_for_but_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gptjax import sharding
 from gptjax.config import ConfigError, Model
-from gptjax.layers import attention
+from gptjax.layers import attention, feedforward
 from gptjax.layers.attention import (
     ATTENTION,
     Row,
@@ -723,6 +723,22 @@ def test_a_feedforward_by_its_formula_in_float64(name):
     hidden = f(x @ q["gate"] + q["gate_bias"]) * up if gated else f(up)
     expected = hidden @ q["down"] + q["down_bias"]
     np.testing.assert_allclose(applied(FeedForward(c), x, Tap(), **p), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "own"), [(feedforward.gelu, jax.nn.gelu), (feedforward.silu, jax.nn.silu)]
+)
+def test_the_gradient_of_an_activation_from_its_input_and_result_is_that_of_float64(ours, own):
+    ends = [0.0, 1e-38, 1e-29, 100.0, 1e10]  # of the least ones 1 / u is no normal number, or large
+    u = np.concatenate([np.linspace(-12, 12, 2001), *([x, -x] for x in ends)]).astype(np.float32)
+    y, pull = jax.vjp(ours, u)
+    (slope,) = pull(jnp.ones_like(u))
+    with jax.enable_x64(True):
+        right, pull = jax.vjp(own, jnp.asarray(u, jnp.float64))
+        (right_slope,) = pull(jnp.ones_like(right))
+    # Roundings of 6e-8: of h, that of half an ulp of |u| < 6 is multiplied by k'(u) < 10; else h is u.
+    np.testing.assert_allclose(y, right, rtol=4e-7, atol=1e-7)
+    np.testing.assert_allclose(slope, right_slope, rtol=0, atol=4e-6)
 
 
 # Initial values.

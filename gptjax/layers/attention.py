@@ -636,7 +636,7 @@ class Attention(nn.Module):
         )
         with jax.named_scope(KERNEL):
             o_BTNH = attend(c, q_BTNH, k_BTKH, v_BTKH, scores)
-        return self._output(tap("heads", o_BTNH), cache is not None), own_value_BTKH, cache
+        return self._output(tap("heads", o_BTNH)), own_value_BTKH, cache
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         c, letter = self.config, "N" if name == "query" else "K"
@@ -654,12 +654,9 @@ class Attention(nn.Module):
         share_first = parameter(self, self.config, "value_first", "", (), "gain", mean=0.5)
         return (share_own * own + share_first * first).astype(own.dtype)
 
-    def _output(self, o_BTNH: jax.Array, cached: bool) -> jax.Array:
+    def _output(self, o_BTNH: jax.Array) -> jax.Array:
         c = self.config
         shape = (c.heads, c.H, c.width)
         kernel = parameter(self, c, "out", "NHD", shape, "residual", fan_in="NH")
-        # An einsum sums in the order of the alphabet. Of H before N XLA transposes the kernel, in
-        # decoding for each token.
-        H = "X" if cached else "H"
-        y = linear(f"BTN{H},N{H}D->BTD", o_BTNH, kernel, c.products)
+        y = linear("BTNH,NHD->BTD", o_BTNH, kernel, c.products)
         return add_bias(self, c, "out_bias", "D", y) if "out" in c.biased else y

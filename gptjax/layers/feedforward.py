@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,47 @@ class Branch(NamedTuple):
     apply: Callable[[nn.Module, Model, jax.Array, Tap], jax.Array]
     width: Callable[[int], int]
     experts: bool = False
+
+
+def by_sigmoid(own: Activation, k: Activation, slope: Activation) -> Activation:
+    """h = u sigmoid(k(u)), whose gradient is made of u and h, both of which products keep anyway.
+
+    By jax's rule a CPU keeps a third array. XLA would keep one here too, in place of h, if the last
+    operation were one that it takes for cheap, and does again; a division is not.
+
+    Args:
+        own: jax's, for other dtypes than float32.
+        k: the exponent.
+        slope: its derivative.
+    """
+
+    @jax.custom_vjp
+    def apply(u: jax.Array) -> jax.Array:
+        return u / (1 + jnp.exp(-k(u)))
+
+    def forward(u: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        h = apply(u)
+        return h, (u, h)
+
+    def backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array]:
+        u, h = residuals
+        small = jnp.abs(u) < 1e-30  # h may be no normal number then
+        # Not h / u, for which XLA would take what h is made of.
+        sigmoid = jnp.where(small, 0.5, h * jnp.where(small, 0.0, 1 / u))
+        return (g * sigmoid * (1 + (u - h) * slope(u)),)
+
+    apply.defvjp(forward, backward)
+    return lambda u: apply(u) if u.dtype == jnp.float32 else own(u)
+
+
+_GELU = (8 / math.pi) ** 0.5
+# The tanh form, as GPT-2 and faster; Hendrycks & Gimpel 2016.
+gelu = by_sigmoid(
+    jax.nn.gelu,
+    lambda u: _GELU * (u + 0.044715 * u**3),
+    lambda u: _GELU * (1 + 3 * 0.044715 * u**2),
+)
+silu = by_sigmoid(jax.nn.silu, lambda u: u, jnp.ones_like)
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -87,12 +129,12 @@ def _down(module: nn.Module, c: Model, h_BTF: jax.Array, tap: Tap) -> jax.Array:
 
 FEEDFORWARD: dict[str, Branch] = {
     "relu": ungated(jax.nn.relu),
-    "gelu": ungated(jax.nn.gelu),  # tanh form, as GPT-2 and faster; Hendrycks & Gimpel 2016
+    "gelu": ungated(gelu),
     "relu2": ungated(relu2),
-    "swiglu": gated(jax.nn.silu),
-    "geglu": gated(jax.nn.gelu),
-    "gelu_experts": mixture(ungated, jax.nn.gelu),
-    "swiglu_experts": mixture(gated, jax.nn.silu),
+    "swiglu": gated(silu),
+    "geglu": gated(gelu),
+    "gelu_experts": mixture(ungated, gelu),
+    "swiglu_experts": mixture(gated, silu),
 }
 
 

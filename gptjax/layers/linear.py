@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import string
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -102,17 +103,12 @@ def turn(spec: Spec, kept: jax.Array | Scaled | Adapted) -> jax.Array | Scaled |
 
 def by_kernels() -> bool:
     """Whether `layers.kernels` may multiply: for tokens that are written, on one CPU."""
-    return sharding.decoding() and one_cpu()
-
-
-def one_cpu() -> bool:
-    return jax.sharding.get_abstract_mesh().size <= 1 and sharding.on_cpu()
+    return sharding.decoding() and sharding.alone_on("cpu")
 
 
 def by_sums() -> bool:
     """Whether one row is multiplied as sums: a token that is written, on one GPU."""
-    one = jax.sharding.get_abstract_mesh().size <= 1
-    return sharding.decoding() and one and sharding.platform() == "gpu"
+    return sharding.decoding() and sharding.alone_on("gpu")
 
 
 def look_up(
@@ -230,7 +226,7 @@ def _by_blocks(equation: str, x: jax.Array, kernel: Blocks, dtype: Any) -> jax.A
             y_RN = jnp.einsum("RK,NK->RN", x_RK, wide, preferred_element_type=dtype)
         return y_RN.astype(dtype).reshape(x.shape[:rows] + data.shape[:-1])
 
-    return _on_device(multiply, out(y_dims), x, kernel.data)
+    return sharding.on_device(multiply, out(y_dims), x, kernel.data)
 
 
 def _dropped(x: jax.Array, dims: str, kernel: Adapted) -> jax.Array:
@@ -304,16 +300,23 @@ def _backward(
     if gradient is None:  # scales that differ along a sum cannot be multiplied after it
         x, kernel = (Scaled(wide(operand, g.dtype), None) for operand in (x, kernel))
     g_scaled = Scaled(g, None) if gradient is None else _round(g, gradient, None)
-    to_x, to_kernel = f"{y_dims},{kernel_dims}->{x_dims}", f"{x_dims},{y_dims}->{kernel_dims}"
+    to_x = f"{y_dims},{kernel_dims}->{x_dims}"
     # Hopper may add products of 8 bits in less than float32, which gradients do not bear.
     exact = None if gradient is None else jax.lax.Precision.HIGHEST
     dx = _multiply(to_x, g_scaled, kernel, g.dtype, like(x.values), exact)
     if trained is None:
         return dx, None
+    made, where = kernel_dims, like(kernel.values)
+    if len(x_dims) > len(y_dims):
+        # XLA for CPUs would write x anew, its tokens last, and keep that from the forward pass on,
+        # for a result that begins with several dims of x.
+        made = "".join(dim for dim in y_dims + x_dims if dim in kernel_dims)
+        where = where and jax.P(*(where[kernel_dims.index(dim)] for dim in made))
+    to_kernel = f"{x_dims},{y_dims}->{made}"
     to_kernel, (rows, g_rows) = sharding.merge_tokens(to_kernel, x.values, g_scaled.values)
     x, g_scaled = Scaled(rows, x.scale), Scaled(g_rows, g_scaled.scale)
-    dkernel = _multiply(to_kernel, x, g_scaled, g.dtype, like(kernel.values), exact)
-    return dx, dkernel
+    dkernel = _multiply(to_kernel, x, g_scaled, g.dtype, where, exact)
+    return dx, jnp.einsum(f"{made}->{kernel_dims}", dkernel)
 
 
 def _round(x: jax.Array, dtype: Any, summed: Sequence[int] | None) -> Scaled:
@@ -350,15 +353,7 @@ def _round_few(x: jax.Array, summed: Sequence[int] | None) -> Scaled | None:
         values, scale = kernels.rounded(x.astype(jnp.float32).reshape(R, K))
         return values.reshape(x.shape), scale.reshape(*rows, *(1 for _ in summed))
 
-    return Scaled(*_on_device(one, (like(x), like(x)), x))
-
-
-def _on_device(function: Product, where: Any, *operands: Any) -> Any:
-    """What XLA cannot partition, on a mesh of one device, or where none is set."""
-    if sharding.out("") is None:
-        return function(*operands)
-    specs = jax.tree.map(like, operands)
-    return jax.shard_map(function, in_specs=specs, out_specs=where, check_vma=False)(*operands)
+    return Scaled(*sharding.on_device(one, (like(x), like(x)), x))
 
 
 def _multiply(
@@ -373,7 +368,7 @@ def _multiply(
 
     def plain(a: Scaled, b: Scaled, where: Any = None) -> jax.Array:
         y = jnp.einsum(
-            equation,
+            _lettered(equation),
             a.values,
             b.values,
             precision=precision,
@@ -388,7 +383,7 @@ def _multiply(
 
     if by_kernels() or by_sums():
         few = functools.partial(_few, equation, plain, dtype, by_sums())
-        return _on_device(few, where, a, b)
+        return sharding.on_device(few, where, a, b)
     return plain(a, b, where)
 
 
@@ -423,6 +418,15 @@ def _along(scale: jax.Array, dims: str, y_dims: str) -> jax.Array:
         return scale
     sizes = dict(zip(dims, scale.shape, strict=True))
     return scale.reshape([sizes.get(dim, 1) for dim in y_dims])
+
+
+def _lettered(equation: str) -> str:
+    """The equation in letters of the alphabet's order, in which an einsum sums.
+
+    Of H before N XLA would write operands anew.
+    """
+    letters = dict.fromkeys(filter(str.isalpha, equation))
+    return equation.translate(dict(zip(map(ord, letters), string.ascii_letters, strict=False)))
 
 
 def _dims(equation: str) -> list[str]:

@@ -1,0 +1,154 @@
+"""Normalisation in float32 for CPUs, row by row, each of which is in the cache until it is done.
+
+XLA makes loops over whole arrays, one for each sum. `layers.norm` says what is computed; compiled
+by `gptjax.native`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import native
+from gptjax.native import F32, Code, Operand, Program, Value
+
+ROWS = 64  # of a task
+
+
+def serves(width: int) -> bool:
+    return width % 8 == 0 and width > 0
+
+
+def forward(
+    x: jax.Array, gain_D: jax.Array, eps: float, centre: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """y of x's shape (..., D), and of each row its mean, 0 if it is not to be taken off, and scale."""
+    D, rows = x.shape[-1], x.shape[:-1]
+    name = f"normalise_{eps!r}_{centre:d}_{_lanes(D)}"
+    name = native.register(name, functools.partial(_forward_program, eps, centre, _lanes(D)))
+    x_RD = x.reshape(-1, D)
+    whole, each = _like(x_RD), jax.ShapeDtypeStruct(x_RD.shape[:1], jnp.float32)
+    call = jax.ffi.ffi_call(name, (whole, each, each), vmap_method="sequential")
+    y, mean, scale = call(x_RD, gain_D)
+    return y.reshape(x.shape), mean.reshape(*rows, 1), scale.reshape(*rows, 1)
+
+
+def backward(
+    x: jax.Array,
+    gain_D: jax.Array,
+    mean: jax.Array,
+    scale: jax.Array,
+    dy: jax.Array,
+    centre: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """dx and dgain_D of what `forward` gave."""
+    D = x.shape[-1]
+    name = f"normalise_backward_{centre:d}_{_lanes(D)}"
+    name = native.register(name, functools.partial(_backward_program, centre, _lanes(D)))
+    x_RD, dy_RD = x.reshape(-1, D), dy.reshape(-1, D)
+    of_gain = jax.ShapeDtypeStruct((-(-len(x_RD) // ROWS), D), jnp.float32)
+    call = jax.ffi.ffi_call(name, (_like(x_RD), of_gain), vmap_method="sequential")
+    dx, dgain = call(x_RD, gain_D, mean.ravel(), scale.ravel(), dy_RD)
+    return dx.reshape(x.shape), dgain.sum(0)
+
+
+def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def _lanes(D: int) -> int:
+    return math.gcd(D, native.machine().lanes)
+
+
+# What follows writes the programs. Operands are arrays of R rows of D, vectors D and numbers R.
+
+
+def _sizes(code: Code, operands: list[Operand]) -> tuple[Value, Value]:
+    return operands[0].dim(code, 1), operands[0].dim(code, 0)
+
+
+def _tasks(code: Code, operands: list[Operand]) -> Value:
+    R, _ = _sizes(code, operands)
+    return (R + (ROWS - 1)) // ROWS
+
+
+def _no_memory(code: Code, operands: list[Operand]) -> Value:
+    return code.number(0)
+
+
+def _rows(code: Code, number: Value, R: Value) -> Any:
+    last = (number + 1) * ROWS
+    return code.loop(number * ROWS, code.select(last < R, last, R))
+
+
+def _share(code: Code, D: Value) -> Value:
+    """1 / D."""
+    return code.real(1.0) / Value(code.builder, code.builder.sitofp(D.of, F32))
+
+
+def _forward_program(eps: float, centre: bool, L: int, module: Any) -> Program:
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        R, D = _sizes(code, operands)
+        x, gain, y, means, scales = (operand.data for operand in operands)
+        share = _share(code, D)
+        with _rows(code, number, R) as r:
+            x_r, y_r = code.at(x, r * D), code.at(y, r * D)
+            mean = code.real(0.0)
+            if centre:
+                sums = code.variable(code.real(0.0, L))
+                with code.loop(0, D, L) as d:
+                    sums.set(sums.get() + code.load(x_r, d, L))
+                mean = code.across(Value.__add__, sums.get()) * share
+            means_L = code.splat(mean, L)
+            squares = code.variable(code.real(0.0, L))
+            with code.loop(0, D, L) as d:
+                off = code.load(x_r, d, L) - means_L
+                squares.set(code.fma(off, off, squares.get()))
+            square = code.across(Value.__add__, squares.get()) * share + eps
+            scale = code.real(1.0) / code.intrinsic("llvm.sqrt.f32", F32, square)
+            code.store(mean, means, r)
+            code.store(scale, scales, r)
+            scales_L = code.splat(scale, L)
+            with code.loop(0, D, L) as d:
+                unit = (code.load(x_r, d, L) - means_L) * scales_L
+                code.store(unit * code.load(gain, d, L), y_r, d)
+
+    return Program((2, 3), _tasks, _no_memory, task)
+
+
+def _backward_program(centre: bool, L: int, module: Any) -> Program:
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        R, D = _sizes(code, operands)
+        x, gain, means, scales, dy, dx, dgain = (operand.data for operand in operands)
+        share = _share(code, D)
+        dgain_n = code.at(dgain, number * D)
+        with code.loop(0, D, L) as d:
+            code.store(code.real(0.0, L), dgain_n, d)
+        with _rows(code, number, R) as r:
+            x_r, dy_r, dx_r = (code.at(array, r * D) for array in (x, dy, dx))
+            mean, scale = (code.splat(code.load(array, r), L) for array in (means, scales))
+            along, plain = (code.variable(code.real(0.0, L)) for _ in range(2))
+            with code.loop(0, D, L) as d:
+                unit = (code.load(x_r, d, L) - mean) * scale
+                back = code.load(dy_r, d, L)
+                code.store(code.fma(back, unit, code.load(dgain_n, d, L)), dgain_n, d)
+                back = back * code.load(gain, d, L)
+                along.set(code.fma(back, unit, along.get()))
+                if centre:
+                    plain.set(plain.get() + back)
+            of_unit, of_all = (
+                code.splat(code.across(Value.__add__, sums.get()) * share, L)
+                for sums in (along, plain)
+            )
+            with code.loop(0, D, L) as d:
+                unit = (code.load(x_r, d, L) - mean) * scale
+                back = code.load(dy_r, d, L) * code.load(gain, d, L) - unit * of_unit
+                if centre:
+                    back = back - of_all
+                code.store(back * scale, dx_r, d)
+
+    return Program((5, 2), _tasks, _no_memory, task)

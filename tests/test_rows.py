@@ -1,0 +1,95 @@
+"""Normalisation by a program for CPUs: values and gradients against float64, bits of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import native
+from gptjax.layers import rows
+from gptjax.layers.norm import normalise
+
+EPS = 1e-5
+
+
+def operands(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, ...]:
+    """x that is off 0, gain and dy."""
+    rng = np.random.default_rng(seed)
+    x = 3 * rng.standard_normal(shape) + 1
+    return x, 1 + rng.standard_normal(shape[-1]), rng.standard_normal(shape)
+
+
+def exact(x: Any, gain: Any, dy: Any, centre: bool) -> tuple[np.ndarray, ...]:
+    """y, dx and dgain in float64, by the textbook's formulas."""
+    off = x - x.mean(-1, keepdims=True) if centre else x
+    scale = ((off**2).mean(-1, keepdims=True) + EPS) ** -0.5
+    unit = off * scale
+    back = dy * gain
+    dx = back - unit * (back * unit).mean(-1, keepdims=True)
+    if centre:
+        dx -= back.mean(-1, keepdims=True)
+    return unit * gain, scale * dx, (dy * unit).reshape(-1, x.shape[-1]).sum(0)
+
+
+def computed(x: Any, gain: Any, dy: Any, centre: bool) -> tuple[jax.Array, ...]:
+    @jax.jit
+    def run(x: jax.Array, gain: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, gain: normalise(x, gain, EPS, centre), x, gain)
+        return y, *pull(dy)
+
+    return run(*(jnp.asarray(a, jnp.float32) for a in (x, gain, dy)))
+
+
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (64, 24), (65, 384), (2, 3, 40), (0, 8)], ids=str)
+def test_values_and_gradients_are_those_of_float64(shape, centre):
+    x, gain, dy = operands(shape)
+    for got, right in zip(computed(x, gain, dy, centre), exact(x, gain, dy, centre), strict=True):
+        assert got.shape == right.shape
+        # A sum of n terms may be off by n roundings of 6e-8, but errs as their root; some sums.
+        n = max(shape[-1], int(np.prod(shape[:-1])))
+        np.testing.assert_allclose(got, right, atol=6e-8 * 16 * max(n, 1) ** 0.5 + 1e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_registers_of_every_width_give_it(lanes, monkeypatch):
+    monkeypatch.setattr(native, "machine", lambda: native.Machine(lanes, 8))
+    x, gain, dy = operands((9, 48))
+    for got, right in zip(computed(x, gain, dy, True), exact(x, gain, dy, True), strict=True):
+        np.testing.assert_allclose(got, right, atol=1e-5)
+
+
+def test_a_row_has_the_same_bits_beside_others():
+    x, gain, _ = operands((130, 64))
+    whole = jax.jit(lambda x: normalise(x, jnp.float32(gain), EPS, True))(jnp.float32(x))
+    for row in (0, 63, 64, 129):
+        alone = jax.jit(lambda x: normalise(x, jnp.float32(gain), EPS, True))
+        assert (alone(jnp.float32(x[row : row + 1]))[0] == whole[row]).all()
+
+
+def test_a_nan_stays_in_its_row():
+    x, gain, dy = operands((3, 16))
+    x[1, 5] = np.nan
+    y, dx, _ = computed(x, gain, dy, True)
+    for value in (y, dx):
+        assert np.isnan(value[1]).all() and np.isfinite(np.asarray(value)[[0, 2]]).all()
+
+
+def test_it_is_mapped_over_members():
+    x, gain, _ = operands((4, 3, 16))
+    gains = jnp.float32(np.stack([gain, 2 * gain, 0 * gain, -gain]))
+    mapped = jax.vmap(lambda x, gain: normalise(x, gain, EPS, False))(jnp.float32(x), gains)
+    for one, x_i, gain_i in zip(mapped, x, gains, strict=True):
+        right, *_ = exact(x_i, gain_i, x_i, False)
+        np.testing.assert_allclose(one, right, rtol=1e-6, atol=1e-6)  # some roundings
+
+
+def test_other_platforms_get_xla_s_own():
+    x, gain = jnp.ones((4, 16)), jnp.ones(16)
+    run = jax.jit(lambda x: normalise(x, gain, EPS, True)).trace(x)
+    assert "ffi" not in run.lower(lowering_platforms=("cuda",)).as_text()
+    assert rows.serves(16) and "normalise" in run.lower(lowering_platforms=("cpu",)).as_text()
