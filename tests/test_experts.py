@@ -380,8 +380,8 @@ def test_a_mesh_computes_what_one_device_does(sizes, factor):
         np.testing.assert_allclose(heard[name], shown[name], rtol=1e-6, atol=1e-7)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slope))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(slope), strict=True):
-        # Float32 sums of 64 tokens, in another order.
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+        # Float32 sums of 64 tokens, and those of norms, in another order: `layers.rows` and XLA.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * largest)
 
 
 @pytest.mark.usefixtures("eight_devices")
