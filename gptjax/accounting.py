@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import model as gpt
 from gptjax import sharding, state
@@ -188,7 +188,7 @@ def _trained_products(config: Config, rows: tuple[Any, ...]) -> list[Product]:
     def logits(trained: gpt.Params, frozen: gpt.Params | None, tokens_BT: jax.Array) -> jax.Array:
         return gpt.apply(model, row.realise(trained, frozen), tokens_BT).sum()
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh({})):
         specs = gpt.abstract_params(model)
         params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
         trained, frozen = jax.eval_shape(row.split, params)
@@ -209,6 +209,8 @@ def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Prod
     Inside of a `shard_map` shapes are those of one of so many `devices`.
     """
     for equation in jaxpr.eqns:
+        if not equation.outvars:  # what is left of one whose results nobody reads
+            continue
         name, out = equation.primitive.name, equation.outvars[0].aval
         inside = f"{scope}/{equation.source_info.name_stack}"
         if name == "dot_general":
@@ -304,7 +306,7 @@ def memory_bytes(config: Config, mesh_shape: Mapping[str, int]) -> dict[str, int
     m, mesh = config.model, tuple(mesh_shape.items())
     row = trainable(config)
     every, trained = flatten_dict(gpt.abstract_params(m), sep="/"), row.specs
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh({})):
         whole = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in every.items()}
         params, frozen = jax.eval_shape(row.split, unflatten_dict(whole, sep="/"))
         optimizer = jax.eval_shape(state.make_optimizer(config).init, params)

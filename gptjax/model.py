@@ -202,7 +202,7 @@ def _declare(config: Model) -> Params:
 
     def specs(declare: Callable[[jax.Array], Any]) -> Params:
         # Shapes are asked for with one row, which no mesh divides: look away from the mesh.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        with jax.sharding.use_abstract_mesh(sharding.abstract_mesh({})):
             boxed = jax.eval_shape(lambda: declare(jax.random.key(0))).get("params", {})
         return jax.tree.map(lambda box: box.spec, boxed, is_leaf=lambda x: isinstance(x, Declared))
 

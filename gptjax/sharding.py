@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config, ConfigError, off_values, recorded
@@ -88,9 +88,8 @@ def alone_on(kind: str) -> bool:
 
 
 def platform() -> str:
-    """That of the devices which run what is traced: "cpu", "gpu" or "tpu"."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device  # None too of a mesh without devices
+    """That of the devices which run what is traced: "cpu", "gpu" or "tpu"; "none" of no devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
@@ -156,10 +155,15 @@ def in_words(shape: Mapping[str, int]) -> str:
 
 
 def abstract_mesh(shape: Mapping[str, int]) -> AbstractMesh:
-    """A mesh of no devices, to trace on."""
-    return AbstractMesh(
-        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Explicit,) * len(shape)
-    )
+    """A mesh of no devices, to trace on; without axes it is as if none were set.
+
+    Its platform is none that there is, so that nothing asks jax for its devices: a GPU's memory would
+    be taken, or a pod that is elsewhere be waited for.
+    """
+    nobody = AbstractDevice(device_kind="none", num_cores=None, platform="none")
+    explicit = (AxisType.Explicit,) * len(shape)
+    sizes = tuple(shape.values())
+    return AbstractMesh(sizes, tuple(shape), axis_types=explicit, abstract_device=nobody)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

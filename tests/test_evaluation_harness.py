@@ -350,7 +350,7 @@ def test_the_model_is_opened_once_for_all_tasks(made, local, monkeypatch, capsys
     quick = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", quick)
     times, load = [], pretrained.load
-    monkeypatch.setattr(pretrained, "load", lambda source: times.append(source) or load(source))
+    monkeypatch.setattr(pretrained, "load", lambda *of: times.append(of) or load(*of))
     words = ["tasks", f"--workdir={made.model.folder}", f"--harness_path={local}", "--limit=2"]
     own = f"--choices={local / 'choices.jsonl'}"
     context = f"--config.model.context={CONTEXT}"

@@ -75,16 +75,17 @@ def forget() -> None:
 
 
 def other_gain(source: str) -> str:
-    edited = source.replace("y * scale", "y * (2 * scale)")
+    edited = source.replace("return parameter(", "return 2 * parameter(")
     assert edited != source
     return edited
 
 
 def rewritten(source: str) -> str:
     """A comment, more lines, and a local with another name."""
-    line = "    return y * scale\n"
-    assert line in source
-    return source.replace(line, "    # Why.\n\n    gain = scale\n    return y * gain\n")
+    assert "    return parameter(" in source
+    return (
+        source.replace("return parameter(", "# Why.\n\n    gain = parameter(") + "    return gain\n"
+    )
 
 
 def trained(folder: Path) -> dict[str, int]:

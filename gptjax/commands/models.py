@@ -233,8 +233,8 @@ Reads config.json, safetensors and tokenizer of the GPT-2 and Llama families, or
 eval, generate, ask, chat, tasks and `train --from` take. Pickle files are refused: loading one runs
 its code.
 
-With --quantised the folder holds the .gguf file itself. On one CPU generate, ask, chat and serve then
-multiply by its blocks of Q8_0, Q4_0 and Q4_1 as they are, which rounds nothing; all else, and
+With --quantised the folder holds the .gguf file itself. On one CPU generate, ask, chat and serve
+then multiply by its blocks of Q8_0, Q4_0 and Q4_1 as they are, which rounds nothing; all else, and
 model.products=int8, dequantises when the model is loaded.
 
   import SmolLM2-135M-Instruct.Q4_1.gguf --out=models/smollm2
