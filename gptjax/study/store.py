@@ -157,7 +157,8 @@ def facts(config: Config, mesh: jax.sharding.Mesh, initial: str = "") -> dict[st
     """What a run computes, by names: digests, fingerprints, versions and settings.
 
     Args:
-        config, mesh: of the run.
+        config: of the run.
+        mesh: that it runs on.
         initial: as of `Cell`.
     """
     with jax.set_mesh(mesh):
