@@ -394,6 +394,11 @@ class Program(NamedTuple):
     task: Callable[[Code, list[Operand], Value, Value], None]
 
 
+def no_memory(code: Code, operands: list[Operand]) -> Value:
+    """`Program.scratch` of one whose tasks need none."""
+    return code.number(0)
+
+
 _engines: dict[str, Any] = {}  # machine code lives as long as its engine
 _lock = threading.Lock()
 

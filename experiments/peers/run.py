@@ -26,9 +26,9 @@ What is measured:
             tiktoken encodes in memory, on one.
 
 Decoding and scoring use GPT-2 of the shape with random weights, or --model; gptjax does both in
-`model.products=int8` as well, decoding from the blocks of a .gguf file too, and the rest in float32. All of it runs on the CPU; `gpu.py` measures
-a GPU. Of the peers, what is not installed is left out and named: `pip install -e ".[peers]"` gets
-all but nanoGPT, of which you make a checkout.
+`model.products=int8` as well, decoding from the blocks of a .gguf file too, and the rest in float32.
+All of it runs on the CPU; `gpu.py` measures a GPU. Of the peers, what is not installed is left out
+and named: `pip install -e ".[peers]"` gets all but nanoGPT, of which you make a checkout.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """GGUF files, llama.cpp's format: Llama's architecture, with its own tokenizer.
 
-Weights are dequantised, but for those of `read_params`, which stay in `layers.blocks`. The `gguf` package reads the file and knows every quantisation. This module translates it to a
-Hugging Face folder: keys, names of tensors, the vocabulary, and the order of query and key
-rows, which the conversion to GGUF interleaves, because llama.cpp rotates
-neighbouring channels where Llama in `transformers` rotates halves.
+Weights are dequantised, but for those of `read_params`, which stay in `layers.blocks`. The `gguf`
+package reads the file and knows every quantisation. This module translates it to a Hugging Face
+folder: keys, names of tensors, the vocabulary, and the order of query and key rows, which the
+conversion to GGUF interleaves, because llama.cpp rotates neighbouring channels where Llama in
+`transformers` rotates halves.
 """
 
 from __future__ import annotations

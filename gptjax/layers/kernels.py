@@ -274,11 +274,7 @@ def _program(kind: Kind, module: Any) -> Program:
             with code.when((R - whole).same(rows)):
                 some(whole, rows)
 
-    return Program((4 if kind.scaled else 2, 1), tasks, _no_memory, task)
-
-
-def _no_memory(code: Code, operands: list[Operand]) -> Value:
-    return code.number(0)
+    return Program((4 if kind.scaled else 2, 1), tasks, native.no_memory, task)
 
 
 def _rounding(module: Any) -> Program:
@@ -310,4 +306,4 @@ def _rounding(module: Any) -> Program:
                 whole = b.fptosi(code.lane_by_lane("rint", near).of, _vector(I8))
                 b.store(whole, code.at(y, r * K + k, I8).of, align=4)
 
-    return Program((1, 2), one, _no_memory, task)
+    return Program((1, 2), one, native.no_memory, task)

@@ -76,13 +76,8 @@ def _tasks(code: Code, operands: list[Operand]) -> Value:
     return (R + (ROWS - 1)) // ROWS
 
 
-def _no_memory(code: Code, operands: list[Operand]) -> Value:
-    return code.number(0)
-
-
 def _rows(code: Code, number: Value, R: Value) -> Any:
-    last = (number + 1) * ROWS
-    return code.loop(number * ROWS, code.select(last < R, last, R))
+    return code.loop(number * ROWS, code.least((number + 1) * ROWS, R))
 
 
 def _share(code: Code, D: Value) -> Value:
@@ -117,7 +112,7 @@ def _forward_program(eps: float, centre: bool, L: int, module: Any) -> Program:
                 unit = (code.load(x_r, d, L) - means_L) * scales_L
                 code.store(unit * code.load(gain, d, L), y_r, d)
 
-    return Program((2, 3), _tasks, _no_memory, task)
+    return Program((2, 3), _tasks, native.no_memory, task)
 
 
 def _backward_program(centre: bool, L: int, module: Any) -> Program:
@@ -151,4 +146,4 @@ def _backward_program(centre: bool, L: int, module: Any) -> Program:
                     back = back - of_all
                 code.store(back * scale, dx_r, d)
 
-    return Program((5, 2), _tasks, _no_memory, task)
+    return Program((5, 2), _tasks, native.no_memory, task)
