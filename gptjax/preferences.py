@@ -62,7 +62,7 @@ class Means:
         return {name: total / self.rows for name, total in self.sums.items()}
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name} {value:.4f}" for name, value in self.values.items())
+        told = ", ".join(f"{name} {value:z.4f}" for name, value in self.values.items())
         return f"{told} ({self.rows:,.0f} {self.kind})"
 
 

@@ -332,5 +332,6 @@ class RewardEvaluator(RowEvaluator):
                 rewards += self._reward(row, said, place)
                 tokens += len(text.ids) + (text.ended == "stop")
             advance(len(index) * self.rows.context)
-        sums = {"loss": -rewards, "reward": rewards, "answer_tokens": float(tokens)}
+        # Subtracted from 0: of no reward at all, -rewards is a negative zero.
+        sums = {"loss": 0.0 - rewards, "reward": rewards, "answer_tokens": float(tokens)}
         return Means(sums, float(self._count), "answers")

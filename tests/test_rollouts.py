@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from gptjax.data.batches import Batch, Batches, Prompts
 from gptjax.data.store import ROWS, Store
 from gptjax.dialogues import prepare_prompts
 from gptjax.objectives import CLIP, OBJECTIVE, Totals
+from gptjax.preferences import Means
 from gptjax.records import read_metrics
 from gptjax.study import runner
 from gptjax.study import store as study_store
@@ -507,6 +509,19 @@ def test_a_wrong_draft_may_take_longer_and_changes_nothing(
         monkeypatch.setattr(rollouts, "answer", wrong_drafts(kind))
         got, more = rollouts.answer_as_trained(config, now, BYTES, PROMPTS, 5)
     assert got == right and (passes, more) == (1, takes)
+
+
+def test_answers_without_a_reward_have_a_loss_of_0_and_not_below(store: Path) -> None:
+    config = configure(store)
+    never = rollouts.Reward("never.py:reward", "", lambda row, answer: 0.0)
+    with jax.set_mesh(tiny.mesh()):
+        params = state.create(config).params
+        held_out = Store.open(store / "val", BYTES)
+        means = rollouts.RewardEvaluator(config, held_out, BYTES, never)(params)
+    assert math.copysign(1, means.loss) == 1 and means.values["reward"] == 0
+    assert str(means).startswith("loss 0.0000, reward 0.0000, ")
+    # Nor is what rounds to it.
+    assert str(Means({"loss": -1e-9}, 1.0, "answers")) == "loss 0.0000 (1 answers)"
 
 
 # --- runs -------------------------------------------------------------------------------------
