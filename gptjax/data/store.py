@@ -244,10 +244,10 @@ class StoreWriter:
             ValueError: on weights of another length, that are negative or not finite, or that
                 the store does not hold.
         """
-        every = np.append(np.ones(0) if weights is None else weights, end_weight)
+        every = np.empty(0) if weights is None else np.append(weights, end_weight)
         if self.weighted != (weights is not None) or (self.weighted and len(every) != len(ids) + 1):
             raise ValueError("a weighted store takes one weight for each token, another takes none")
-        if not (np.isfinite(every) & (every >= 0)).all():
+        if self.weighted and not (np.isfinite(every) & (every >= 0)).all():
             raise ValueError("weights are finite and at least 0")
         self._append(ids, every[:-1])
         self.bytes += int(self.tokenizer.bytes_per_token[ids].sum())
