@@ -16,6 +16,11 @@ MOST = 256 * 2**20
 SLACK = 64 * 2**20  # room beside temporaries for what is smaller and stays
 PATIENCE = 0.1  # seconds at most that memory of a program is waited for after its results
 
+# Of XLA's temporaries glibc looks for more than they are, since they are aligned by 64 bytes, and gives
+# the rest back in pieces. One that lies behind them may wait in its cache, or be taken by another:
+# then they do not fit in their own place.
+ALIGNED = 128
+
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _shared = False
 
@@ -37,9 +42,7 @@ def keep(temporaries: int) -> bool:
         False where nothing is kept: without `share`, or another C library.
     """
     if _shared:
-        libc = ctypes.CDLL(None)
-        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-        libc.free.argtypes = [ctypes.c_void_p]
+        libc = _libc()
         libc.malloc_trim(0)
         _set(_MMAP_MAX, 0)  # all of it from the heap, which shrinks where 2 GB of it are free
         _set(_TRIM_THRESHOLD, 2**31 - 1)
@@ -52,7 +55,8 @@ def keep(temporaries: int) -> bool:
 class Meter:
     """Waits until a program has given back its temporaries, which is after its results are there.
 
-    Else the next one would take as much again, of fresh pages, and both be kept.
+    Else the next one would take as much again, of fresh pages, and both be kept. Where it would all the
+    same, since something lies in the former's place, the pages of that are let go.
 
     Args:
         temporaries: of the program, in bytes.
@@ -60,6 +64,7 @@ class Meter:
 
     def __init__(self, temporaries: int) -> None:
         self._temporaries, self._before = temporaries, _used()
+        self._place = _place(temporaries)
 
     def wait(self) -> None:
         """Before a program is run, when what it reads is there."""
@@ -68,6 +73,10 @@ class Meter:
         while _used() > self._before + self._temporaries / 2 and time.monotonic() < end:
             time.sleep(1e-4)
         self._before = _used()
+        place = _place(self._temporaries)
+        if abs(place - self._place) > SLACK:
+            _libc().malloc_trim(0)
+        self._place = place
 
 
 class _Information(ctypes.Structure):
@@ -86,6 +95,21 @@ def _used() -> int:
     mallinfo2.restype = _Information
     told = mallinfo2()
     return int(told.uordblks + told.hblkhd)
+
+
+def _place(temporaries: int) -> int:
+    """The address that a program would have its temporaries at now."""
+    libc = _libc()
+    place = libc.malloc(temporaries + ALIGNED)
+    libc.free(place)
+    return place or 0  # 0 if there is no memory
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    return libc
 
 
 def _set(option: int, value: int) -> bool:

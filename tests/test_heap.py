@@ -84,6 +84,45 @@ def test_small_pieces_that_stay_do_not_take_the_room_of_temporaries():
     assert growth(0) > 2**27  # they are taken elsewhere too: else this shows nothing
 
 
+# Takes temporaries whose place is taken once; prints the most memory that this took.
+TAKEN = """
+import ctypes
+from pathlib import Path
+from gptjax import heap
+size = 2**28
+heap.share()
+heap.keep(size)
+libc = heap._libc()
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+{before}
+meter = heap.Meter(size)
+
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+begin = most()
+for turn in range(4):
+    meter.wait()
+    temporaries = libc.malloc(size)
+    libc.memset(temporaries, 1, size)
+    libc.free(temporaries)
+    if turn == 1:
+        libc.malloc(heap.SLACK + 2**20)
+print(most() - begin)
+"""
+
+
+@pytest.mark.skipif(not heap._used(), reason="glibc 2.33's and later")
+def test_pages_of_temporaries_are_let_go_where_these_have_to_move() -> None:
+    def most(before: str) -> int:
+        program = TAKEN.format(before=before)
+        return int(subprocess.check_output([sys.executable, "-c", program], text=True))
+
+    assert most("") < 1.3 * 2**28  # what stays has a quarter of their pages
+    assert most("heap._place = lambda size: 0") > 1.9 * 2**28  # else this shows nothing
+
+
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[int] = []
     monkeypatch.setattr(heap, "_set", lambda option, value: options.append(option) or True)
