@@ -54,7 +54,7 @@ def test_a_kernel_sums(dtype: str, summed: int, outputs: int) -> None:
         steps = summed / kernels.LANES + math.log2(kernels.LANES)
         bound = steps * 2**-24 * (np.abs(x64) @ np.abs(w64).T)
         assert (np.abs(got - x64 @ w64.T) <= bound).all()
-    for rows in (1, 2, 3, 5, 8):  # beside others a row has the same bits
+    for rows in (1, 2, 3, 5, 8, 13, 21):  # beside others a row has the same bits
         assert kernels.serves(dtype, rows, summed, outputs)
         some = [scales[0][-rows:], scales[1]] if scales else []
         np.testing.assert_array_equal(kernels.product(x[-rows:], w, *some), got[-rows:])

@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding
 
 from gptjax import parametrisation
 from gptjax.config import ConfigError, Model, choose
+from gptjax.layers import cached
 from gptjax.layers.context import Cache, Context
 from gptjax.layers.flash import flash
-from gptjax.layers.linear import linear
+from gptjax.layers.linear import by_kernels, linear
 from gptjax.layers.norm import HeadNorm, row_sums
 from gptjax.layers.parameter import add_bias, parameter
 from gptjax.layers.position import POSITION, ROPE_SCALING
@@ -479,7 +480,7 @@ MOVES = ("reshard", "reshape", "slice", "squeeze", "rev", "concatenate", "transp
 def attend(
     config: Model, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Scores
 ) -> jax.Array:
-    """o_BTNH by the kernel for this config and length; with a cache by `plain`, or by `tiles`.
+    """o_BTNH by the kernel for this config and length; of a cache by `plain`, `cached` or `tiles`.
 
     Keys and values that lie as the queries do, split, are gathered here.
 
@@ -487,8 +488,11 @@ def attend(
         ConfigError: as `kernel_for`.
     """
     kernel: Kernel
-    if scores.cached:
-        kernel = tiles if config.attention == TILES else plain
+    if scores.cached and config.attention == TILES:
+        kernel = tiles
+    elif scores.cached:
+        by_kernel = by_kernels() and cached.serves(q_BTNH, k_BSKH, scores)
+        kernel = cached.cached if by_kernel else plain
     else:
         kernel = ATTENTION[kernel_for(config, q_BTNH.shape[1])].kernel
     if ways("T") == 1:

@@ -12,6 +12,7 @@ int8 are exact, and so is what is made of them: bits that XLA gives for the same
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -177,37 +178,32 @@ def rounded(x_RK: jax.Array) -> tuple[jax.Array, jax.Array]:
 # What follows writes the programs.
 
 
-def _totals(code: Code, vectors: Sequence[Value]) -> Value:
-    """One vector with the sum of each one's lanes, added halves with halves."""
+def totals(code: Code, vectors: Sequence[Value]) -> Value:
+    """One vector with the sum of each one's lanes, added halves with halves; then come others."""
     half = LANES // 2  # of what is left to add up, for each
     while half:
         seconds: Sequence[Value | None] = vectors[1::2] or [None]
-        pairs = zip(vectors[::2], seconds, strict=True)
+        pairs = itertools.zip_longest(vectors[::2], seconds, fillvalue=vectors[-1])
         vectors = [_halves(code, a, b, lambda i: i // half % 2) for a, b in pairs]  # noqa: B023
         half //= 2
     return vectors[0]
 
 
-def _block(module: Any, kind: Kind, rows: int) -> Any:
-    """A function: so many rows times OUTPUTS outputs, the arrays' first; K and N are their sizes."""
-    code = Code(module, f"rows{rows}", [POINTER] * 5 + [I64] * 2)
+def _block(module: Any, kind: Kind, rows: int, outputs: int) -> Any:
+    """A function: so many rows times so many outputs, the arrays' first; K and N are their sizes."""
+    code = Code(module, f"rows{rows}_of_{kind.block}", [POINTER] * 5 + [I64] * 2)
     x, w, y, x_scale, w_scale, K, N = code.operands
-    of_x, of_w, of_sums = kind.types
+    of_x, _, of_sums = kind.types
 
     def zeros(of: Any, lanes: int) -> Value:
         return Value(code.builder, ir.Constant(_vector(of, lanes), [0] * lanes))
 
     def sums() -> list[Any]:
-        return [code.variable(zeros(of_sums, LANES)) for _ in range(OUTPUTS)]
-
-    def read(n: int, k: Value) -> list[Value]:
-        at = code.at(w, K * n // kind.block + k // kind.block, of_w)
-        code.prefetch(at, AHEAD)
-        return kind.read(code, at) if kind.read else [code.load(at, 0, kind.terms, of_w)]
+        return [code.variable(zeros(of_sums, LANES)) for _ in range(outputs)]
 
     each, of_zeros = [sums() for _ in range(rows)], sums()
     with code.loop(0, K, kind.terms) as k:
-        w_N = [read(n, k) for n in range(OUTPUTS)]
+        w_N = [_read(code, kind, w, K, n, k) for n in range(outputs)]
         width = kind.terms // len(w_N[0])
 
         def add(sums: list[Any], x_r: list[Value]) -> None:
@@ -220,25 +216,43 @@ def _block(module: Any, kind: Kind, rows: int) -> Any:
         for r in range(rows):
             parts = range(0, kind.terms, width)
             add(each[r], [code.load(x, K * r + k + part, width, of_x) for part in parts])
+    total_RN = [s.get() for row in each for s in row]
+    if kind.shifted:
+        total_RN = [s - z.get() for s, z in zip(total_RN, of_zeros * rows, strict=True)]
+    sums_RN = totals(code, total_RN)
     for r in range(rows):
-        row = [s.get() for s in each[r]]
-        if kind.shifted:
-            row = [s - z.get() for s, z in zip(row, of_zeros, strict=True)]
-        total = _totals(code, row)
+        total = code.pick(sums_RN, sums_RN, [*range(r * outputs, (r + 1) * outputs)])
         if kind.scaled:
-            scale = code.splat(code.load(x_scale, r), OUTPUTS) * code.load(w_scale, 0, OUTPUTS)
+            scale = code.splat(code.load(x_scale, r), outputs) * code.load(w_scale, 0, outputs)
             b = code.builder
-            total = Value(b, b.sitofp(total.of, _vector(F32, OUTPUTS))) * scale
+            total = Value(b, b.sitofp(total.of, _vector(F32, outputs))) * scale
         code.store(total, y, N * r)
     return code.end()
 
 
+def _read(code: Code, kind: Kind, w: Value, K: Value, n: Value | int, k: Value) -> list[Value]:
+    """Weights of an output from k on, as `Kind.add` takes them, in parts."""
+    at = code.at(w, K * n // kind.block + k // kind.block, kind.types[1])
+    code.prefetch(at, AHEAD)
+    return kind.read(code, at) if kind.read else [code.load(at, 0, kind.terms, kind.types[1])]
+
+
 def _program(kind: Kind, module: Any) -> Program:
-    """A task is some outputs of all rows, of which its weights meet a few after the other."""
+    """A task is some outputs of all rows, of which its weights meet a few after the other.
+
+    Blocks are widened once for all rows, where these would meet them more than twice.
+    """
     machine = native.machine()
-    most = max(1, machine.lanes * machine.accumulators // (LANES * OUTPUTS))
-    blocks = [_block(module, kind, rows) for rows in range(1, most + 1)]
-    of_x, of_w, _ = kind.types
+    sums = machine.lanes * machine.accumulators // LANES  # at once
+    most = sums // 2
+    outputs = {rows: min(OUTPUTS, 2 ** int(math.log2(sums // rows))) for rows in range(1, most + 1)}
+
+    def blocks(kind: Kind, fewest: int = 1) -> dict[int, Any]:
+        return {r: _block(module, kind, r, outputs[r]) for r in outputs if r >= fewest}
+
+    as_they_are, plain = blocks(kind), kinds()["float32"]
+    # Three times or more have no fewer rows each.
+    widened = {} if kind.read is None else blocks(plain, most * 2 // 3 + 1)
 
     def sizes(code: Code, operands: list[Operand]) -> tuple[Value, Value, Value, Value]:
         """R, K, N, and the outputs of a task."""
@@ -255,26 +269,43 @@ def _program(kind: Kind, module: Any) -> Program:
         *_, N, part = sizes(code, operands)
         return (N + part - 1) // part
 
+    def memory(code: Code, operands: list[Operand]) -> Value:
+        _, K, _, part = sizes(code, operands)
+        return part * K * (0 if kind.read is None else 4)
+
     def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
         x, w, *scales, y = (operand.data for operand in operands)
         R, K, N, part = sizes(code, operands)
-        start, stop = number * part, code.least(number * part + part, N)
+        start = number * part
+        count, w = code.least(N - start, part), code.at(w, start * K // kind.block, kind.types[1])
+        times = (R + (most - 1)) // most
+        at_once = (R + (times - 1)) // times
 
-        def some(r: Value, rows: int) -> None:
-            x_r = code.at(x, r * K, of_x)
-            with code.loop(start, stop, OUTPUTS) as n:
-                w_n, y_rn = code.at(w, n * K // kind.block, of_w), code.at(y, r * N + n)
-                factors = [code.at(scales[0], r), code.at(scales[1], n)] if scales else [x_r, w_n]
-                code.call(blocks[rows - 1], x_r, w_n, y_rn, *factors, K, N)
+        def multiply(blocks: dict[int, Any], kind: Kind, w: Value) -> None:
+            for rows, block in blocks.items():
+                with code.when(at_once.same(rows)), code.loop(0, R, rows) as r:
+                    r = code.least(r, R - rows)  # some may be multiplied again
+                    x_r, y_r = code.at(x, r * K, kind.types[0]), code.at(y, r * N + start)
+                    with code.loop(0, count, outputs[rows]) as n:
+                        w_n, y_rn = code.at(w, n * K // kind.block, kind.types[1]), code.at(y_r, n)
+                        factors = [x_r, w_n]
+                        if scales:
+                            factors = [code.at(scales[0], r), code.at(scales[1], start + n)]
+                        code.call(block, x_r, w_n, y_rn, *factors, K, N)
 
-        whole = R - R % most
-        with code.loop(0, whole, most) as r:
-            some(r, most)
-        for rows in range(1, most):
-            with code.when((R - whole).same(rows)):
-                some(whole, rows)
+        if not widened:
+            multiply(as_they_are, kind, w)
+            return
+        with code.either(times < 3) as (so, not_so):
+            with so:
+                multiply(as_they_are, kind, w)
+            with not_so:
+                with code.loop(0, count) as n, code.loop(0, K, kind.terms) as k:
+                    for i, weights in enumerate(_read(code, kind, w, K, n, k)):
+                        code.store(weights, memory, n * K + k + i * LANES)
+                multiply(widened, plain, memory)
 
-    return Program((4 if kind.scaled else 2, 1), tasks, native.no_memory, task)
+    return Program((4 if kind.scaled else 2, 1), tasks, memory, task)
 
 
 def _rounding(module: Any) -> Program:
