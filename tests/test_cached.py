@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from gptjax import native, sharding
+from gptjax.config import Mesh
 from gptjax.layers import attention, cached
 from gptjax.layers.scores import Scores
 from tests import tiny
@@ -32,19 +34,17 @@ def attend(
     return attention.attend(tiny.model(), q, k, v, scores)
 
 
-@pytest.mark.parametrize("window", [None, 1, 20])
-def test_a_query_gets_what_the_plain_kernel_gives(window: int | None) -> None:
-    q, k, v, index = operands()
-    plain, by_kernel = (
-        functools.partial(attend, window),
-        sharding.phase("decoding")(functools.partial(attend, window)),
-    )
-    assert "gptjax_cached" in jax.jit(by_kernel).lower(q, k, v, index).as_text()
-    assert "gptjax_cached" not in jax.jit(plain).lower(q, k, v, index).as_text()
-    # Scores of up to 40 are rounded to 2e-6, and weights by as much; their values are below 5.
-    np.testing.assert_allclose(
-        jax.jit(by_kernel)(q, k, v, index), jax.jit(plain)(q, k, v, index), rtol=0, atol=2e-5
-    )
+@pytest.mark.parametrize("window, mesh", [(None, False), (1, False), (20, True)])
+def test_a_query_gets_what_the_plain_kernel_gives(window: int | None, mesh: bool) -> None:
+    """On a mesh of one device too."""
+    operand, attends = operands(), functools.partial(attend, window)
+    plain, by_kernel = jax.jit(attends), jax.jit(sharding.phase("decoding")(attends))
+    assert "gptjax_cached" not in plain.lower(*operand).as_text()
+    expected = plain(*operand)
+    with jax.set_mesh(tiny.mesh_of(Mesh(1, 1, 1, 1, 1))) if mesh else contextlib.nullcontext():
+        assert "gptjax_cached" in by_kernel.lower(*operand).as_text()
+        # Scores of up to 40 are rounded to 2e-6, and weights by as much; their values are below 5.
+        np.testing.assert_allclose(by_kernel(*operand), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 20])
