@@ -245,9 +245,12 @@ class Code:
         return Value(self.builder, self.builder.load(at.of, align=align, typ=of))
 
     def prefetch(self, pointer: Value, ahead: int) -> None:
-        """Asks for what lies so many bytes further, which need not be the program's."""
-        at, how = self.at(pointer, ahead, I8), [self.number(i, I32) for i in (0, 3, 1)]
-        self.intrinsic("llvm.prefetch.p0", VOID, at, *how)  # to read, to keep, data
+        """Asks for what lies so many bytes further, which need not be the program's.
+
+        It comes into the second cache, so that the first keeps what is read again and again.
+        """
+        at, how = self.at(pointer, ahead, I8), [self.number(i, I32) for i in (0, 2, 1)]
+        self.intrinsic("llvm.prefetch.p0", VOID, at, *how)  # to read, for that cache, data
 
     def store(self, value: Value, pointer: Value, offset: Number = 0) -> None:
         of = value.of.type
