@@ -117,6 +117,15 @@ def check(case: Case, x: Inputs) -> None:
         assert a.dtype == np.float32 and (abs(a - e) <= allowed).all(), name
 
 
+def test_bfloat16_is_widened_and_the_results_are_rounded():
+    case = Case(T=70)
+    narrow = Inputs(*(jnp.asarray(a, jnp.bfloat16) for a in inputs(case)))
+    right = run(flash, scores(case), Inputs(*(a.astype(jnp.float32) for a in narrow)))
+    for a, b in zip(run(flash, scores(case), narrow), right, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+
+
 CASES = [
     *(Case(T=T) for T in (1, 2, 63, 64, 65, 130)),
     Case(B=1, N=1, K=1, H=16),

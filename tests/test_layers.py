@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import model as gpt
 from gptjax import sharding
 from gptjax.config import ConfigError, Model
 from gptjax.layers import attention, feedforward
@@ -324,7 +325,6 @@ REFUSED = {
     "flash": [
         ({"dtype": "float32", "attention_softcap": 1.0}, 128, "softcapped scores"),
         ({"dtype": "float32", "position": "alibi"}, 128, "ALiBi"),
-        ({}, 128, "model.dtype='bfloat16'"),
         ({"dtype": "float32", "head_dim": 12}, 128, "heads of width 12"),
     ],
     "splash": [
@@ -386,22 +386,22 @@ def test_what_is_advised_is_not_refused_nor_what_was_asked(changes, platform, le
 @pytest.mark.parametrize(
     "changes, length, cpu, gpu, tpu",
     [
-        ({}, 128, "block", "cudnn", "splash"),
+        ({}, 128, "flash", "cudnn", "splash"),
         ({"dtype": "float32"}, 128, "flash", "plain", "splash"),
         ({"dtype": "float32", "windows": (64,)}, 1, "flash", "plain", "plain"),
         ({"dtype": "float32", "position": "alibi"}, 128, "block", "plain", "plain"),
         ({"dtype": "float32", "attention_softcap": 50.0}, 128, "block", "plain", "splash"),
         ({"dtype": "float32", "head_dim": 12}, 128, "block", "plain", "splash"),
-        ({"windows": (64,), "scan_layers": True}, 128, "block", "cudnn", "splash"),
-        ({"windows": (64, None)}, 128, "block", "cudnn", "splash"),
-        ({"windows": (64, None), "scan_layers": True}, 128, "block", "cudnn", "splash"),
+        ({"windows": (64,), "scan_layers": True}, 128, "flash", "cudnn", "splash"),
+        ({"windows": (64, None)}, 128, "flash", "cudnn", "splash"),
+        ({"windows": (64, None), "scan_layers": True}, 128, "flash", "cudnn", "splash"),
         ({"position": "alibi"}, 128, "block", "plain", "plain"),
         ({"attention_softcap": 50.0}, 128, "block", "plain", "splash"),
-        ({}, 100, "block", "cudnn", "plain"),
-        ({}, 127, "block", "plain", "plain"),
-        ({}, 256, "block", "cudnn", "splash"),
+        ({}, 100, "flash", "cudnn", "plain"),
+        ({}, 127, "flash", "plain", "plain"),
+        ({}, 256, "flash", "cudnn", "splash"),
         ({"head_dim": 12}, 128, "block", "plain", "splash"),
-        ({"head_dim": 264}, 128, "block", "plain", "splash"),
+        ({"head_dim": 264}, 128, "flash", "plain", "splash"),
         ({"attention": "plain"}, 128, "plain", "plain", "plain"),
         ({"attention": "block"}, 128, "block", "block", "block"),
     ],
@@ -512,6 +512,17 @@ def test_int8_products_are_those_of_whole_numbers():
         # Of y only the scales and their product are rounded, of gradients sums of at most 10.
         most = np.einsum(equation, abs(a), abs(b))
         np.testing.assert_array_less(abs(got - np.einsum(equation, a, b)), 14 * 2**-24 * most)
+
+
+def test_products_of_bfloat16_are_summed_in_float32_on_a_cpu():
+    """Else XLA would widen the operands, and processors that multiply bfloat16 would not do it."""
+    config = model(dtype="bfloat16", attention="flash", head_dim=8)
+    params = jax.tree.map(lambda spec: spec.shape, gpt.abstract_params(config))
+    params = jax.tree.map(jnp.zeros, params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    tokens_BT = jnp.zeros((2, 8), jnp.int32)
+    grad = jax.grad(lambda params: gpt.apply(config, params, tokens_BT).sum())
+    dots = re.findall(r"\S+:(\w+)\[\S*\] = dot_general\[", str(jax.make_jaxpr(grad)(params)))
+    assert len(dots) > 20 and set(dots) == {"f32"}
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

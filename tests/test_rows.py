@@ -55,6 +55,18 @@ def test_values_and_gradients_are_those_of_float64(shape, centre):
         np.testing.assert_allclose(got, right, atol=6e-8 * 16 * max(n, 1) ** 0.5 + 1e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("centre", [True, False])
+def test_rows_of_bfloat16_are_those_of_the_same_numbers_in_float32(centre):
+    x, gain, dy = operands((65, 24))
+    narrow = jnp.asarray(x, jnp.bfloat16)
+    right = computed(narrow, gain, dy, centre)
+    y, pull = jax.vjp(lambda x, g: normalise(x, g, EPS, centre), narrow, jnp.float32(gain))
+    got = y, *pull(jnp.float32(dy))
+    assert [a.dtype.name for a in got] == ["float32", "bfloat16", "float32"]
+    for a, b in zip(got, right, strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+
+
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_registers_of_every_width_give_it(lanes, monkeypatch):
     monkeypatch.setattr(native, "machine", lambda: native.Machine(lanes, 8))

@@ -364,7 +364,7 @@ def test_where_a_fused_kernel_cannot_auto_takes_one_that_holds_no_scores():
                 settled = resolve(config, platform)
                 chosen[n, platform] = [kernel_for(settled, length) for length in (256, 512)]
     assert chosen == {
-        (1, "cpu"): ["block"] * 2, (1, "gpu"): ["cudnn"] * 2, (1, "tpu"): ["splash"] * 2,
+        (1, "cpu"): ["flash"] * 2, (1, "gpu"): ["cudnn"] * 2, (1, "tpu"): ["splash"] * 2,
         (2, "cpu"): ["block"] * 2, (2, "gpu"): ["block"] * 2, (2, "tpu"): ["splash"] * 2,
         (4, "cpu"): ["block"] * 2, (4, "gpu"): ["block"] * 2, (4, "tpu"): ["block", "splash"],
         **{(n, "other"): ["plain"] * 2 for n in (1, 2, 4)},

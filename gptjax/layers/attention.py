@@ -390,7 +390,6 @@ ATTENTION: dict[str, Row] = {
             **_alibi(c),
             "rows that are split over devices": ways("T") > 1,
             "softcapped scores": c.attention_softcap is not None,
-            f"model.dtype={c.dtype!r}": c.dtype != "float32",
             f"heads of width {c.H}, no multiple of 8": c.H % 8 != 0,
         },
     ),

@@ -71,13 +71,10 @@ def flash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, scores: Score
             shape, q, k, v, jnp.zeros((), jnp.int32) if segments_BT is None else segments_BT
         )
 
-    return on_shards(
-        kernel,
-        (q_BTNH, "BTNH"),
-        (k_BSKH, "BSKH"),
-        (v_BSKH, "BSKH"),
-        (scores.q_segments_BT, "BT"),
-    )
+    wide = [x.astype(jnp.float32) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    laid = zip(wide, ("BTNH", "BSKH", "BSKH"), strict=True)
+    o_BTNH = on_shards(kernel, *laid, (scores.q_segments_BT, "BT"))
+    return o_BTNH.astype(q_BTNH.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -364,7 +364,9 @@ def _multiply(
     where: Any,
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
-    whole = jnp.issubdtype(a.values.dtype, jnp.integer)
+    # XLA for CPUs widens bfloat16 before it multiplies, unless float32 is what comes out.
+    narrow = dtype if sharding.platform() != "cpu" else jnp.float32
+    sums = jnp.int32 if jnp.issubdtype(a.values.dtype, jnp.integer) else narrow
 
     def plain(a: Scaled, b: Scaled, where: Any = None) -> jax.Array:
         y = jnp.einsum(
@@ -372,11 +374,11 @@ def _multiply(
             a.values,
             b.values,
             precision=precision,
-            preferred_element_type=jnp.int32 if whole else dtype,
+            preferred_element_type=sums,
             out_sharding=where,
         )
         if a.scale is None or b.scale is None:
-            return y
+            return y.astype(dtype)
         a_dims, b_dims, y_dims = _dims(equation)
         scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
         return (y.astype(jnp.float32) * scale).astype(dtype)
