@@ -258,24 +258,23 @@ def test_a_bucket_that_is_away_for_more_than_a_minute(
 @pytest.mark.parametrize(
     ("when", "part", "knobs"),
     [
-        ("set_up", "parameters", {"model__ff_dim": 2**22}),
-        ("compile_step", "logits", {"data__batch_size": 2**14}),
+        ("loop.set_up", "parameters", {"model__ff_dim": 2**22}),
+        ("heap.keep", "logits", {"data__batch_size": 2**14}),
     ],
 )
 def test_too_little_memory_is_told_with_what_takes_it(
     when: str, part: str, knobs: dict[str, int], store: Path, tmp_path: Path
 ) -> None:
-    """200 MiB of addresses are left before the state is made, or the first step runs."""
+    """200 MiB of addresses are left before the state is made, or there is room for a step."""
     prelude = f"""
 import resource
-from gptjax import loop
-real = loop.{when}
+from gptjax import heap, loop
+real = {when}
 def leave_little(*args, **more):
-    made = real(*args, **more)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
-    return made
-loop.{when} = leave_little
+    return real(*args, **more)
+{when} = leave_little
 """
     said = told(run(store, tmp_path, prelude, **knobs), "lower data.batch_size")
     line = r"gptjax: out of memory \((.*)\)\. A device holds (parameters .*): raise train.accum"

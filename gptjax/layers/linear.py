@@ -364,21 +364,30 @@ def _multiply(
     where: Any,
     precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
-    # XLA for CPUs widens bfloat16 before it multiplies, unless float32 is what comes out.
-    narrow = dtype if sharding.platform() != "cpu" else jnp.float32
-    sums = jnp.int32 if jnp.issubdtype(a.values.dtype, jnp.integer) else narrow
+    whole = jnp.issubdtype(a.values.dtype, jnp.integer)
 
     def plain(a: Scaled, b: Scaled, where: Any = None) -> jax.Array:
-        y = jnp.einsum(
-            _lettered(equation),
-            a.values,
-            b.values,
-            precision=precision,
-            preferred_element_type=sums,
-            out_sharding=where,
-        )
+        def product(a: jax.Array, b: jax.Array, sums: Any) -> jax.Array:
+            return jnp.einsum(
+                _lettered(equation),
+                a,
+                b,
+                precision=precision,
+                preferred_element_type=sums,
+                out_sharding=where,
+            )
+
+        def by_float32(a: jax.Array, b: jax.Array) -> jax.Array:
+            return product(a, b, jnp.float32).astype(dtype)
+
+        by_dtype = functools.partial(product, sums=jnp.int32 if whole else dtype)
+        if a.values.dtype == jnp.bfloat16 == dtype and sharding.alone_on("cpu"):
+            # Asked for bfloat16, XLA widens the operands; but it may be compiled for another platform.
+            y = jax.lax.platform_dependent(a.values, b.values, cpu=by_float32, default=by_dtype)
+        else:
+            y = by_dtype(a.values, b.values)
         if a.scale is None or b.scale is None:
-            return y.astype(dtype)
+            return y
         a_dims, b_dims, y_dims = _dims(equation)
         scale = _along(a.scale, a_dims, y_dims) * _along(b.scale, b_dims, y_dims)
         return (y.astype(jnp.float32) * scale).astype(dtype)
