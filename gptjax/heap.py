@@ -8,6 +8,7 @@ model's step.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import time
 
@@ -89,7 +90,7 @@ class _Information(ctypes.Structure):
 
 def _used() -> int:
     """Bytes that the process has of the C library; 0 where that does not tell."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo2 = getattr(_libc(), "mallinfo2", None)
     if mallinfo2 is None:
         return 0
     mallinfo2.restype = _Information
@@ -105,7 +106,9 @@ def _place(temporaries: int) -> int:
     return place or 0  # 0 if there is no memory
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
+    """The C library, opened once: it is asked before every step."""
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -116,5 +119,5 @@ def _set(option: int, value: int) -> bool:
     """False where the C library is not glibc."""
     if sys.platform != "linux":
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(_libc(), "mallopt", None)
     return mallopt is not None and mallopt(option, value) == 1

@@ -262,6 +262,10 @@ class Code:
         """An int64 as an int32."""
         return Value(self.builder, self.builder.trunc(x.of, I32))
 
+    def widen(self, x: Value) -> Value:
+        """An int32 as an int64."""
+        return Value(self.builder, self.builder.sext(x.of, I64))
+
     def nearest(self, x: Value) -> tuple[Value, Value]:
         """The whole number n that is nearest to x, from -127 to 127, and 2**n; of -127 that is 0."""
         b, begin = self.builder, 1.5 * 2**23  # from here to 2**24 float32 numbers are whole

@@ -65,7 +65,7 @@ def _program(window: int | None, H: int, module: Any) -> Program:
     def task(code: Code, operands: list[Operand], number: Value, weights: Value) -> None:
         q, k, v, index, o = (operand.data for operand in operands)
         K, G, S = sizes(code, operands)
-        last = code.least(_wide(code, code.load(index, number // K, kind=I32)), S - 1)
+        last = code.least(code.widen(code.load(index, number // K, kind=I32)), S - 1)
         first = code.number(0)
         if window is not None:
             first = last - (window - 1)
@@ -108,8 +108,3 @@ def _program(window: int | None, H: int, module: Any) -> Program:
                 code.store(mean.get() * code.splat(share, LANES), o_g, h * LANES)
 
     return Program((4, 1), tasks, memory, task)
-
-
-def _wide(code: Code, x: Value) -> Value:
-    """An int32 as an int64."""
-    return Value(code.builder, code.builder.sext(x.of, native.I64))
