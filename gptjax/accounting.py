@@ -234,7 +234,7 @@ def _walk(jaxpr: Any, scope: str, times: int, devices: int = 1) -> Iterator[Prod
             if hasattr(inner := getattr(value, "jaxpr", value), "eqns")
             for product in _walk(inner, inside, repeats, sharers)
         ]
-        if name == "ffi_call" and "normalise" in equation.params["target_name"]:
+        if name == "ffi_call" and "_rows_" in equation.params["target_name"]:
             continue  # `layers.rows`, which multiplies no matrices
         if name in UNCOUNTED and (products or name not in ("while", "cond")):
             raise Uncountable(f"products of {name!r} in {inside} cannot be counted")

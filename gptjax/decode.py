@@ -29,6 +29,7 @@ from gptjax.config import ConfigError, Model, Sample, UserError, check_seed
 from gptjax.layers.blocks import Blocks
 from gptjax.layers.linear import by_kernels, by_sums, keep, turn
 from gptjax.layers.parameter import Adapted, Scaled, Spec, Turned, widen
+from gptjax.losses import log_likelihood
 from gptjax.model import Params
 
 # Lengths are rounded up to a multiple of this, so that texts of like length share a program.
@@ -339,11 +340,7 @@ def draw_again(
         return _draw(logits_BV, no_tokens, length_B, row_B, Sampling(1.0), vocab_size, key)
 
     ids_BT = jax.lax.map(at, jnp.arange(T)).T
-    # By the operations of `losses.token_nll`, so that a loss has the same bits.
-    top_BT = logits_BTV.max(-1)
-    log_z_BT = top_BT + jnp.log(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1))
-    hit_BTV = jnp.arange(logits_BTV.shape[-1]) == ids_BT[..., None]
-    drawn = ids_BT, jnp.sum(logits_BTV, axis=-1, where=hit_BTV) - log_z_BT
+    drawn = ids_BT, log_likelihood(logits_BTV, ids_BT)
     # Whole on every device, so that every process of a cluster can read it.
     return drawn if sharding.out("B") is None else jax.reshard(drawn, P())
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.sharding import merge_tokens, out, shard, ways
+from gptjax.layers import rows
+from gptjax.sharding import alone_on, like, merge_tokens, on_device, out, shard, ways
 
 
 class Sums(NamedTuple):
@@ -93,12 +94,30 @@ def token_nll(
     return nll_BT * jnp.where(in_vocab_BT, 1.0, jnp.nan), log_z_BT
 
 
+def log_likelihood(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """ll_BT of tokens, float32, in nats: minus what `token_nll` gives, to the last bit."""
+    logits_BTVC, zero = logits_BTV[..., None, :], jnp.int32(0)
+    statistics = _statistics(_Chunk(zero, zero, logits_BTVC, zero, ids_BT[..., None]))
+    log_z_BTV = statistics.top_BTV + jnp.log(statistics.total_BTV)
+    return (statistics.target_BTV - log_z_BTV)[..., 0]
+
+
 class _Chunk(NamedTuple):
     start: jax.Array  # first column within every shard
     kernel: jax.Array  # these columns of the kernel
     logits_BTVC: jax.Array  # float32, capped
-    fresh_C: jax.Array  # False for columns that an earlier chunk has had
-    hit_BTVC: jax.Array  # where a fresh column is the target
+    stale: jax.Array  # int32, so many of the first columns an earlier chunk has had
+    target_BTV: jax.Array  # int32, the target's column; it may be none of these
+
+    @property
+    def fresh_C(self) -> jax.Array:
+        return jnp.arange(self.logits_BTVC.shape[-1]) >= self.stale
+
+    @property
+    def hit_BTVC(self) -> jax.Array:
+        """Where a fresh column is the target."""
+        columns = jnp.arange(self.logits_BTVC.shape[-1])
+        return (columns == self.target_BTV[..., None]) & self.fresh_C
 
 
 class _Residuals(NamedTuple):
@@ -147,20 +166,35 @@ def _chunk(
             )
         if softcap is not None:
             logits_BTVC = softcap * jnp.tanh(logits_BTVC / softcap)
-    column_C = start + jnp.arange(width)
-    fresh_C = column_C >= i * width
-    id_VC = columns * jnp.arange(shards)[:, None] + column_C
-    hit_BTVC = (id_VC == targets_BT[..., None, None]) & fresh_C
-    return _Chunk(start, kernel, logits_BTVC, fresh_C, hit_BTVC)
+    target_BTV = targets_BT[..., None] - (columns * jnp.arange(shards) + start)
+    return _Chunk(start, kernel, logits_BTVC, i * width - start, target_BTV)
 
 
 def _statistics(c: _Chunk) -> _Statistics:
-    statistics: Any = jax.lax.platform_dependent(c, cuda=_in_one_pass, default=_in_passes)
+    others = {"cuda": _in_one_pass}
+    if alone_on("cpu") and c.logits_BTVC.shape[-1] >= rows.LANES:
+        others["cpu"] = _by_rows
+    statistics: Any = jax.lax.platform_dependent(c, **others, default=_in_passes)
+    return statistics
+
+
+def _by_rows(c: _Chunk) -> _Statistics:
+    """Reads the logits twice, of which one CPU has a row in its cache the second time."""
+
+    def sums(logits_BTVC: jax.Array, target_BTV: jax.Array, stale: jax.Array) -> _Statistics:
+        C, each = logits_BTVC.shape[-1], target_BTV.shape
+        found = rows.softmax_sums(logits_BTVC.reshape(-1, C), target_BTV.ravel(), stale)
+        return _Statistics(*(sum_R.reshape(each) for sum_R in found))
+
+    laid = like(c.logits_BTVC)
+    where = laid and jax.P(*laid[:-1])
+    operands = c.logits_BTVC, c.target_BTV, jnp.int32(c.stale)
+    statistics: _Statistics = on_device(sums, where, *operands)
     return statistics
 
 
 def _in_passes(c: _Chunk) -> _Statistics:
-    """Reads the logits three times, by loops that a CPU computes fast."""
+    """Reads the logits three times."""
     logits_BTVC = jnp.where(c.fresh_C, c.logits_BTVC, -jnp.inf)
     top_BTV = jnp.max(logits_BTVC, axis=-1)
     total_BTV = jnp.sum(jnp.exp(logits_BTVC - top_BTV[..., None]), axis=-1)

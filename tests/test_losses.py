@@ -18,7 +18,7 @@ from tests import tiny
 B, T, D, V = 4, 6, 16, 24
 LAYOUTS = ("DV", "VD")
 # None, a divisor of V, two that leave a rest, one column, more columns than there are.
-CHUNKS = (None, 8, 7, 10, 1, 100)
+CHUNKS = (None, 8, 7, 17, 1, 100)
 MESHES = (tiny.CUBE, tiny.TENSOR, tiny.SEQUENCE)
 
 
@@ -87,9 +87,10 @@ def test_uniform_logits_cost_log_v(dims, chunk):
     assert float(sums.objective) == pytest.approx(float(expected), rel=1e-7)
 
 
-@pytest.fixture(params=["in_passes", "in_one_pass"])  # as on a CPU, and as on a GPU
+@pytest.fixture(params=[None, "in_passes", "in_one_pass"])  # as here, on a TPU, and on a GPU
 def statistics(request, monkeypatch):
-    monkeypatch.setattr(losses, "_statistics", getattr(losses, f"_{request.param}"))
+    if request.param:
+        monkeypatch.setattr(losses, "_statistics", getattr(losses, f"_{request.param}"))
 
 
 @pytest.mark.parametrize("softcap, z_loss", [(None, 0.0), (3.0, 0.1)])
@@ -183,20 +184,34 @@ def test_meshes_agree_with_no_mesh(shape, chunk, dims, statistics):
     assert_close(got, expected, 1e-6)
 
 
-def test_a_gpu_reads_the_logits_once_and_a_cpu_in_loops_of_one_sum():
+def test_a_gpu_reads_the_logits_once_a_cpu_by_a_program_and_others_in_loops_of_one_sum():
     x_BTD, kernel, targets_BT, _ = make("DV")
     run = jax.jit(lambda *a: token_nll(*a, chunk=None, softcap=None), static_argnums=2)
     traced = run.trace(x_BTD, kernel, "DV", targets_BT)
     # A reduction of the logits over their columns: how many arrays it reads and yields.
     reductions = re.compile(r"stablehlo\.reduce\((.*?)\) .*dimensions = \[3\]")
+    platforms = ("cpu", "cuda", "tpu")
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in platforms}
     arrays = {
-        platform: [
-            found.count("init:")
-            for found in reductions.findall(traced.lower(lowering_platforms=(platform,)).as_text())
-        ]
-        for platform in ("cpu", "cuda")
+        name: [found.count("init:") for found in reductions.findall(text)]
+        for name, text in texts.items()
     }
-    assert arrays == {"cpu": [1, 1, 1], "cuda": [3]}
+    assert arrays == {"cpu": [], "cuda": [3], "tpu": [1, 1, 1]}
+    programs = {name: text.count("softmax_sums") for name, text in texts.items()}
+    assert programs == {"cpu": 1, "cuda": 0, "tpu": 0}
+
+
+@pytest.mark.parametrize("vocab", [5, V, 300])
+def test_a_likelihood_has_the_bits_of_the_loss(vocab):
+    rng = np.random.default_rng(0)
+    x_BTD = jnp.float32(rng.normal(size=(B, T, D)))
+    kernel = jnp.float32(rng.normal(size=(D, vocab)))
+    ids_BT = jnp.int32(rng.integers(vocab, size=(B, T)))
+    nll_BT, _ = jax.jit(lambda *a: token_nll(*a, chunk=None, softcap=None), static_argnums=2)(
+        x_BTD, kernel, "DV", ids_BT
+    )
+    ll_BT = jax.jit(lambda x, k, ids: losses.log_likelihood(x @ k, ids))(x_BTD, kernel, ids_BT)
+    np.testing.assert_array_equal(-ll_BT, nll_BT)
 
 
 @pytest.mark.parametrize("dims", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Normalisation by a program for CPUs: values and gradients against float64, bits of a row."""
+"""Normalisation and softmax by programs for CPUs: values and gradients against float64, bits of a row."""
 
 from __future__ import annotations
 
@@ -105,3 +105,65 @@ def test_other_platforms_get_xla_s_own():
     run = jax.jit(lambda x: normalise(x, gain, EPS, True)).trace(x)
     assert "ffi" not in run.lower(lowering_platforms=("cuda",)).as_text()
     assert rows.serves(16) and "normalise" in run.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def softmax_sums(logits: Any, targets: Any, stale: int = 0) -> tuple[np.ndarray, ...]:
+    operands = jnp.float32(logits), jnp.int32(targets), jnp.int32(stale)
+    return tuple(np.asarray(a) for a in jax.jit(rows.softmax_sums)(*operands))
+
+
+@pytest.mark.parametrize(
+    "shape, stale",
+    [
+        ((1, 16), 0),
+        ((1, 17), 0),
+        ((65, 65), 3),
+        ((2, 31), 30),
+        ((0, 16), 0),
+        ((130, 512), 0),
+        ((2, 50_257), 0),
+        ((3, 50_257), 49_000),
+    ],
+    ids=str,
+)
+def test_sums_of_softmax_are_those_of_float64(shape: tuple[int, int], stale: int) -> None:
+    (R, C), rng = shape, np.random.default_rng(0)
+    logits = np.float32(5 * rng.standard_normal(shape))
+    targets = rng.integers(C, size=R)
+    top, total, target = softmax_sums(logits, targets, stale)
+    counted = logits[:, stale:].astype(np.float64)
+    np.testing.assert_array_equal(top, counted.max(-1))
+    # A lane adds PART / LANES terms, then C / PART sums; each errs by 2**-24, and a term by 1e-6.
+    right = np.exp(counted - top[:, None].astype(np.float64)).sum(-1)
+    roundings = rows.PART / rows.LANES + C / rows.PART + 4
+    np.testing.assert_allclose(total, right, rtol=1e-6 + roundings * 2**-24)
+    found = np.where(targets >= stale, logits[range(R), targets], 0)
+    np.testing.assert_array_equal(target, found)
+
+
+def test_a_target_that_is_no_column_has_a_logit_of_0() -> None:
+    targets = [-(2**31), -1, 15, 16, 2**31 - 1]
+    _, _, target = softmax_sums(np.full((5, 16), 3.0), targets)
+    assert target.tolist() == [0, 0, 3, 0, 0]
+
+
+def test_logits_that_are_no_numbers() -> None:
+    """As plain numpy has it: what is not finite at the top, or is no number, makes the sum none."""
+    logits = np.zeros((5, 33), np.float32)
+    logits[0, 32], logits[1, 7], logits[2], logits[3, 3] = np.inf, np.nan, -np.inf, -np.inf
+    logits[4] = np.where(np.arange(33) == 20, 3e38, -3e38)
+    top, total, _ = softmax_sums(logits, [0] * 5)
+    assert np.isnan(total[:3]).all()
+    assert total[3:].tolist() == [32, 1]
+    assert top[3:].tolist() == [0, np.float32(3e38)]
+
+
+def test_sums_of_softmax_have_the_same_bits_beside_others_and_in_registers_of_every_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits, targets = 5 * np.random.default_rng(0).standard_normal((130, 300)), [7] * 130
+    whole = softmax_sums(logits, targets)
+    for machine in (native.machine(), native.Machine(8, 8), native.Machine(4, 16)):
+        monkeypatch.setattr(native, "machine", lambda machine=machine: machine)
+        for got, right in zip(softmax_sums(logits[64:67], targets[:3]), whole, strict=True):
+            np.testing.assert_array_equal(got, right[64:67])

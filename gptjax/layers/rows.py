@@ -1,7 +1,7 @@
-"""Normalisation in float32 for CPUs, row by row, each of which is in the cache until it is done.
+"""Normalisation and sums of softmax in float32 for CPUs, row by row, each of which stays in the cache.
 
-XLA makes loops over whole arrays, one for each sum. `layers.norm` says what is computed; compiled
-by `gptjax.native`.
+XLA makes loops over whole arrays, one for each sum. `layers.norm` and `losses` say what is computed;
+compiled by `gptjax.native`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import native
-from gptjax.native import F32, Code, Operand, Program, Value
+from gptjax.layers.flash import exp2
+from gptjax.native import F32, I32, Code, Operand, Program, Value
 
 ROWS = 64  # of a task
+LANES = 16  # of softmax, however wide registers are
+PART = 256  # columns whose sum is taken apart: of 50,000 in one the last roundings are too large
 
 
 def serves(width: int) -> bool:
@@ -28,7 +31,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y of x's shape (..., D), and of each row its mean, 0 if it is not to be taken off, and scale."""
     D, rows = x.shape[-1], x.shape[:-1]
-    name = f"normalise_{eps!r}_{centre:d}_{_lanes(D)}"
+    name = f"rows_normalise_{eps!r}_{centre:d}_{_lanes(D)}"
     name = native.register(name, functools.partial(_forward_program, eps, centre, _lanes(D)))
     x_RD = x.reshape(-1, D)
     whole, each = _like(x_RD), jax.ShapeDtypeStruct(x_RD.shape[:1], jnp.float32)
@@ -47,13 +50,30 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """dx and dgain_D of what `forward` gave."""
     D = x.shape[-1]
-    name = f"normalise_backward_{centre:d}_{_lanes(D)}"
+    name = f"rows_normalise_backward_{centre:d}_{_lanes(D)}"
     name = native.register(name, functools.partial(_backward_program, centre, _lanes(D)))
     x_RD, dy_RD = x.reshape(-1, D), dy.reshape(-1, D)
     of_gain = jax.ShapeDtypeStruct((-(-len(x_RD) // ROWS), D), jnp.float32)
     call = jax.ffi.ffi_call(name, (_like(x_RD), of_gain), vmap_method="sequential")
     dx, dgain = call(x_RD, gain_D, mean.ravel(), scale.ravel(), dy_RD)
     return dx.reshape(x.shape), dgain.sum(0)
+
+
+def softmax_sums(
+    logits_RC: jax.Array, target_R: jax.Array, stale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each row the largest logit, the sum of exp(logit - largest), and the target's logit.
+
+    Args:
+        logits_RC: float32, of 16 columns or more.
+        target_R: int32, a column each; of one that is not counted or none the logit is 0.
+        stale: int32, so many columns, fewer than all, come first that do not count.
+    """
+    name = native.register("rows_softmax_sums", _softmax_program)
+    each = jax.ShapeDtypeStruct(target_R.shape, jnp.float32)
+    call = jax.ffi.ffi_call(name, (each, each, each), vmap_method="sequential")
+    top_R, total_R, logit_R = call(logits_RC, target_R, stale)
+    return top_R, total_R, logit_R
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -147,3 +167,38 @@ def _backward_program(centre: bool, L: int, module: Any) -> Program:
                 code.store(back * scale, dx_r, d)
 
     return Program((5, 2), _tasks, native.no_memory, task)
+
+
+def _softmax_program(module: Any) -> Program:
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        logits, targets, stale, tops, totals, of_targets = (operand.data for operand in operands)
+        R, C = _sizes(code, operands)
+        begin = code.widen(code.load(stale, kind=I32))
+        with _rows(code, number, R) as r:
+            row = code.at(logits, r * C)
+
+            def counted(c: Value) -> Value:
+                """The logits from c on; at the end of the row those that were met before are none."""
+                at = code.least(c, C - LANES)
+                met = code.count(LANES) < code.splat(code.narrow(c - at), LANES)
+                return code.select(met, code.real(-math.inf, LANES), code.load(row, at, LANES))
+
+            most = code.variable(code.real(-math.inf, LANES))
+            with code.loop(begin, C, LANES) as c:
+                most.set(code.largest(most.get(), counted(c)))
+            top = code.across(code.largest, most.get())
+            sums = code.variable(code.real(0.0, LANES))
+            with code.loop(begin, C, PART) as part:
+                of_part = code.variable(code.real(0.0, LANES))
+                with code.loop(part, code.least(part + PART, C), LANES) as c:
+                    below = counted(c) - code.splat(top, LANES)
+                    of_part.set(of_part.get() + exp2(code, below * math.log2(math.e), LANES))
+                sums.set(sums.get() + of_part.get())
+            target = code.widen(code.load(targets, r, kind=I32))
+            found = (begin <= target) & (target < C)
+            logit = code.load(row, code.select(found, target, begin))
+            code.store(top, tops, r)
+            code.store(code.across(Value.__add__, sums.get()), totals, r)
+            code.store(code.select(found, logit, code.real(0.0)), of_targets, r)
+
+    return Program((3, 3), _tasks, native.no_memory, task)
