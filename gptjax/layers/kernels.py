@@ -39,7 +39,7 @@ class Kind(NamedTuple):
         x: the dtype of activations.
         types: LLVM's types of activations, weights and sums.
         terms: of a sum that are added at once; all are a multiple.
-        rows: at most; for more, XLA has faster instructions. It would widen all blocks of a model.
+        rows: at most; for more, XLA is faster. Of blocks it would widen all of a model.
         add: writes LANES sums, of the sums so far and that many activations and weights.
         shifted: whether `add` adds something to each activation, which is taken off in the end.
         scaled: whether each row, and each output, has a factor.
@@ -98,19 +98,28 @@ def _vnni(code: Code, sums: Value, x: Value, w: Value) -> Value:
     return code.intrinsic("llvm.x86.avx512.vpdpbusd.512", _vector(I32), sums, *words)
 
 
-def _bytes(code: Code, at: Value) -> list[Value]:
-    """The codes of a block, int32, as `layers.blocks` has them."""
+def _bytes(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Value]:
+    """The weights of a block whose codes, int32, `layers.blocks` has so."""
     b, both = code.builder, [code.load(at, half, LANES, I8) for half in (0, LANES)]
-    return [Value(b, b.sext(codes.of, _vector(I32))) for codes in both]
+    return [weight(Value(b, b.sext(codes.of, _vector(I32)))) for codes in both]
 
 
-def _nibbles(code: Code, at: Value) -> list[Value]:
+def _nibbles(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Value]:
     b = code.builder
     both = Value(b, b.zext(code.load(at, 0, LANES, I8).of, _vector(I32)))
-    return [both & 15, Value(b, b.lshr(both.of, both.like(4)))]
+    return [weight(both & 15), weight(Value(b, b.lshr(both.of, both.like(4))))]
 
 
-def _in_blocks(kind: str, codes: Callable[[Code, Value], list[Value]], moved: int = 0) -> Kind:
+def _looked_up(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Value]:
+    """The same by AVX-512's vpermps, which looks up the lowest four bits in 16 lanes."""
+    b, table = code.builder, weight(code.count(LANES))
+    both = Value(b, b.zext(code.load(at, 0, LANES, I8).of, _vector(I32)))
+    name, of = "llvm.x86.avx512.permvar.sf.512", _vector(F32)
+    upper = Value(b, b.lshr(both.of, both.like(4)))
+    return [code.intrinsic(name, of, table, codes) for codes in (both, upper)]
+
+
+def _in_blocks(kind: str, codes: Callable[..., list[Value]], moved: int = 0) -> Kind:
     """Widened in registers to the bits that `blocks.wide` gives, and multiplied as float32."""
     factors, size, _ = KINDS[kind]
 
@@ -118,9 +127,13 @@ def _in_blocks(kind: str, codes: Callable[[Code, Value], list[Value]], moved: in
         b, halves = code.builder, code.load(at, 0, factors, F16)
         wide = Value(b, b.fpext(halves.of, _vector(F32, factors)))
         d, *m = (code.pick(wide, wide, [i] * LANES) for i in range(factors))
-        whole = [each + moved for each in codes(code, code.at(at, factors, F16))]
-        scaled = [d * Value(b, b.sitofp(each.of, _vector(F32))) for each in whole]
-        return [each + m[0] for each in scaled] if m else scaled
+
+        def weight(codes: Value) -> Value:
+            real = Value(b, b.sitofp((codes + moved).of, _vector(F32)))
+            # d code is exact, so that both ways round once.
+            return code.fma(d, real, m[0]) if m else d * real
+
+        return codes(code, code.at(at, factors, F16), weight)
 
     types = (F32, ir.ArrayType(I8, size), F32)
     return Kind(jnp.float32, types, SIZE, math.inf, _float32, read=read)
@@ -129,15 +142,19 @@ def _in_blocks(kind: str, codes: Callable[[Code, Value], list[Value]], moved: in
 @functools.cache
 def kinds() -> dict[str, Kind]:
     """By the dtype of the weights, or their kind of block."""
-    vnni = bool(llvm.get_host_cpu_features().get("avx512vnni"))
+    features = llvm.get_host_cpu_features()
+    vnni = bool(features.get("avx512vnni"))
     add = _vnni if vnni else _int8
+    nibbles = _looked_up if features.get("avx512f") else _nibbles
+    # XLA multiplies many rows by AMX; without that it takes twice as long.
+    rows = math.inf if vnni and not features.get("amx-int8") else 32
     return {
         "float32": Kind(jnp.float32, (F32, F32, F32), LANES, 128, _float32),
         "bfloat16": Kind(jnp.float32, (F32, I16, F32), LANES, 32, _bfloat16),
-        "int8": Kind(jnp.int8, (I8, I8, I32), 4 * LANES, 32, add, shifted=vnni, scaled=True),
+        "int8": Kind(jnp.int8, (I8, I8, I32), 4 * LANES, rows, add, shifted=vnni, scaled=True),
         "Q8_0": _in_blocks("Q8_0", _bytes),
-        "Q4_0": _in_blocks("Q4_0", _nibbles, moved=-8),
-        "Q4_1": _in_blocks("Q4_1", _nibbles),
+        "Q4_0": _in_blocks("Q4_0", nibbles, moved=-8),
+        "Q4_1": _in_blocks("Q4_1", nibbles),
     }
 
 
@@ -309,21 +326,27 @@ def _program(kind: Kind, module: Any) -> Program:
 
 
 def _rounding(module: Any) -> Program:
-    """One task, of few rows: `layers.linear._round` as XLA has it, which multiplies by 1 / 127."""
+    """A task is some rows: `layers.linear._round` as XLA has it, which multiplies by 1 / 127."""
 
-    def one(code: Code, operands: list[Operand]) -> Value:
-        return code.number(1)
+    def sizes(code: Code, operands: list[Operand]) -> tuple[Value, Value, Value]:
+        """R, K, and the rows of a task."""
+        R, K = operands[0].dim(code, 1), operands[0].dim(code, 0)
+        return R, K, code.number(SHARE) // K + 1
+
+    def tasks(code: Code, operands: list[Operand]) -> Value:
+        R, _, part = sizes(code, operands)
+        return (R + part - 1) // part
 
     def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
         x, y, scale = (operand.data for operand in operands)
-        R, K = operands[0].dim(code, 1), operands[0].dim(code, 0)
-        b = code.builder
+        R, K, part = sizes(code, operands)
+        start, b = number * part, code.builder
 
         def larger(a: Value, b: Value) -> Value:
             """NaN if one is."""
             return code.lane_by_lane("maximum", a, b)
 
-        with code.loop(0, R) as r:
+        with code.loop(start, code.least(start + part, R)) as r:
             x_r = code.at(x, r * K)
             largest = code.variable(code.real(0.0, LANES))
             with code.loop(0, K, LANES) as k:
@@ -337,4 +360,4 @@ def _rounding(module: Any) -> Program:
                 whole = b.fptosi(code.lane_by_lane("rint", near).of, _vector(I8))
                 b.store(whole, code.at(y, r * K + k, I8).of, align=4)
 
-    return Program((1, 2), one, native.no_memory, task)
+    return Program((1, 2), tasks, native.no_memory, task)
