@@ -380,8 +380,9 @@ _VERSION, _TRAITS = 24, 32  # of the metadata
 _SCHEDULE, _THREADS = 136, 144  # of the functions
 _DATA, _RANK, _DIMS = 24, 32, 40  # of a buffer
 
-# What threads share of a call, in words of 64 bits; operands follow, three words each.
-_HOLDERS, _NEXT, _DONE, _TASKS, _SCRATCH, _OPERANDS = range(6)
+# What threads share of a call, in words of 64 bits; operands follow, three words each, and then the next
+# task of each range.
+_HOLDERS, _BEGUN, _DONE, _TASKS, _RANGES, _SCRATCH, _OPERANDS = range(7)
 _CACHE_LINE = 64
 
 
@@ -457,6 +458,7 @@ def _handler(module: Any, program: Program) -> None:
         ]
     }
     count = sum(program.operands)
+    nexts = _OPERANDS + 3 * count
 
     def operands(code: Code, job: Value) -> list[Operand]:
         words = [code.load(job, _OPERANDS + i, kind=I64) for i in range(3 * count)]
@@ -476,6 +478,10 @@ def _handler(module: Any, program: Program) -> None:
         at, by = code.at(job, word, I64), ir.Constant(I64, change)
         return Value(code.builder, code.builder.atomic_rmw("add", at.of, by, "acq_rel"))
 
+    def done(code: Code, job: Value) -> Value:
+        at = code.at(job, _DONE, I64)
+        return Value(code.builder, code.builder.load_atomic(at.of, "acquire", 8, typ=I64))
+
     # The last one to leave frees what is shared, as XLA may start a thread long after all is done.
     code = Code(module, "leave", [POINTER])
     (job,) = code.operands
@@ -483,19 +489,24 @@ def _handler(module: Any, program: Program) -> None:
         code.call(libc["free"], job)
     leave = code.end()
 
-    # Whoever is free takes the next task.
+    # A thread begins with a range of tasks of its own, in their order, so that what a task asks of memory
+    # ahead of itself is for the same processor. Whoever has done these helps with the next range.
     work = Code(module, "work", [POINTER])
     (job,) = work.operands
-    tasks, bytes_ = (work.load(job, word, kind=I64) for word in (_TASKS, _SCRATCH))
-    taken = work.variable(add(work, job, _NEXT, 1))
-    with work.when(taken.get() < tasks):
+    tasks, bytes_, ranges = (work.load(job, word, kind=I64) for word in (_TASKS, _SCRATCH, _RANGES))
+    own = add(work, job, _BEGUN, 1)
+    with work.when(done(work, job) < tasks):
         memory = work.call(libc["malloc"], bytes_ + _CACHE_LINE)
         address = Value(work.builder, work.builder.ptrtoint(memory.of, I64))
         scratch = work.at(memory, work.number(_CACHE_LINE) - address % _CACHE_LINE, I8)
-        with work.until(lambda: tasks <= taken.get()):
-            work.call(do_task, job, taken.get(), scratch)
-            add(work, job, _DONE, 1)
-            taken.set(add(work, job, _NEXT, 1))
+        with work.loop(own, own + ranges) as turn:
+            i = turn % ranges
+            stop, next_ = tasks * (i + 1) // ranges, work.at(job, i + nexts, I64)
+            taken = work.variable(add(work, next_, 0, 1))
+            with work.until(lambda: stop <= taken.get()):
+                work.call(do_task, job, taken.get(), scratch)
+                add(work, job, _DONE, 1)
+                taken.set(add(work, next_, 0, 1))
         work.call(libc["free"], memory)
     work.call(leave, job)
     do_work = work.end()
@@ -521,18 +532,6 @@ def _handler(module: Any, program: Program) -> None:
         handler.store(handler.number(0, I32), at, (_TRAITS - _VERSION) // 4)
         b.ret(null.of)
     api, context = of(frame, _API), of(frame, _CONTEXT)
-    job = handler.call(libc["malloc"], handler.number(8 * (_OPERANDS + 3 * count)))
-    lists = zip((_ARGUMENTS, _RESULTS), program.operands, strict=True)
-    buffers = [of(of(frame, byte), 8 * i) for byte, count in lists for i in range(count)]
-    for i, buffer in enumerate(buffers):
-        for word, byte in enumerate((_DATA, _RANK, _DIMS)):
-            handler.store(of(buffer, byte, I64), job, _OPERANDS + 3 * i + word)
-    arrays = operands(handler, job)
-    tasks = program.tasks(handler, arrays)
-    handler.store(tasks, job, _TASKS)
-    handler.store(program.scratch(handler, arrays), job, _SCRATCH)
-    for word in (_NEXT, _DONE):
-        handler.store(handler.number(0), job, word)
 
     def offered(byte: int, *words: Value) -> None:
         """Calls one of XLA's functions of a struct: its size, nothing more, the words."""
@@ -543,15 +542,30 @@ def _handler(module: Any, program: Program) -> None:
     handler.store(handler.number(1), pool)
     offered(_THREADS, context, pool)
     threads = handler.load(pool, kind=I64)
+    job = handler.call(libc["malloc"], (threads + nexts) * 8)
+    lists = zip((_ARGUMENTS, _RESULTS), program.operands, strict=True)
+    buffers = [of(of(frame, byte), 8 * i) for byte, count in lists for i in range(count)]
+    for place, buffer in enumerate(buffers):
+        for word, byte in enumerate((_DATA, _RANK, _DIMS)):
+            handler.store(of(buffer, byte, I64), job, _OPERANDS + 3 * place + word)
+    arrays = operands(handler, job)
+    tasks = program.tasks(handler, arrays)
+    handler.store(tasks, job, _TASKS)
+    handler.store(program.scratch(handler, arrays), job, _SCRATCH)
+    for word in (_BEGUN, _DONE):
+        handler.store(handler.number(0), job, word)
+
     threads = handler.least(threads, tasks)
     threads = handler.select(threads < 1, handler.number(1), threads)  # there may be no task
+    handler.store(threads, job, _RANGES)
+    with handler.loop(0, threads) as i:
+        handler.store(tasks * i // threads, job, i + nexts)
     # The last one to leave is whoever it is of the threads that are asked, this one and the wait.
     handler.store(threads + 1, job, _HOLDERS)
     with handler.loop(1, threads):
         offered(_SCHEDULE, context, Value(b, do_work), job)
     b.call(do_work, [job.of])
-    done = handler.at(job, _DONE, I64)
-    with handler.until(lambda: tasks <= Value(b, b.load_atomic(done.of, "acquire", 8, typ=I64))):
+    with handler.until(lambda: tasks <= done(handler, job)):
         b.call(libc["sched_yield"], [])
     b.call(leave, [job.of])
     handler.end(null)
