@@ -67,7 +67,8 @@ def test_rows_are_rounded_to_the_bits_of_xla(rows: int) -> None:
     values, scale = kernels.rounded(jnp.asarray(x))
     expected = jax.jit(lambda x: _round(x, jnp.int8, [1]))(x)
     finite = np.isfinite(scale)
-    assert np.flatnonzero(~finite).tolist() == [2]  # of many rows XLA overlooks what is not a number
+    # Of many rows XLA overlooks what is not a number.
+    assert np.flatnonzero(~finite).tolist() == [2]
     np.testing.assert_array_equal(scale[finite], expected.scale[finite, 0])
     np.testing.assert_array_equal(values[finite], expected.values[finite])
 
@@ -82,7 +83,9 @@ def test_registers_of_every_width_give_the_same_bits(monkeypatch: pytest.MonkeyP
         for how, kinds in (("special", kernels.kinds()), ("plain", plain)):
             for key, kind in kinds.items():
                 x, w, *scales = operands(key, 5, 192, 8)
-                name = native.register(f"test_{how}_{key}", functools.partial(kernels._program, kind))
+                name = native.register(
+                    f"test_{how}_{key}", functools.partial(kernels._program, kind)
+                )
                 call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((5, 8), jnp.float32))
                 expected = kernels.product(x, w, *scales)
                 held = w.data if isinstance(w, blocks.Blocks) else w
