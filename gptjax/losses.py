@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.layers import rows
+from gptjax.layers.kernels import LANES
 from gptjax.sharding import alone_on, like, merge_tokens, on_device, out, shard, ways
 
 
@@ -172,7 +173,7 @@ def _chunk(
 
 def _statistics(c: _Chunk) -> _Statistics:
     others = {"cuda": _in_one_pass}
-    if alone_on("cpu") and c.logits_BTVC.shape[-1] >= rows.LANES:
+    if alone_on("cpu") and c.logits_BTVC.shape[-1] >= LANES:
         others["cpu"] = _by_rows
     statistics: Any = jax.lax.platform_dependent(c, **others, default=_in_passes)
     return statistics

@@ -67,9 +67,9 @@ def test_rows_are_rounded_to_the_bits_of_xla(rows: int) -> None:
     values, scale = kernels.rounded(jnp.asarray(x))
     expected = jax.jit(lambda x: _round(x, jnp.int8, [1]))(x)
     finite = np.isfinite(scale)
-    # Of many rows XLA overlooks what is not a number.
     assert np.flatnonzero(~finite).tolist() == [2]
-    np.testing.assert_array_equal(scale[finite], expected.scale[finite, 0])
+    told = finite | (rows == 7)  # of many rows XLA overlooks what is not a number
+    np.testing.assert_array_equal(scale[told], expected.scale[told, 0])
     np.testing.assert_array_equal(values[finite], expected.values[finite])
 
 
@@ -95,7 +95,7 @@ def test_registers_of_every_width_give_the_same_bits(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "dtype, rows, summed, outputs",
     [
-        ("float32", kernels.kinds()["float32"].rows + 1, 64, 4),
+        *((name, k.rows + 1, 64, 4) for name, k in kernels.kinds().items() if k.rows < math.inf),
         ("int8", 1, 96, 4),
         ("float32", 1, 24, 4),
         ("bfloat16", 1, 16, 6),

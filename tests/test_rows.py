@@ -11,6 +11,7 @@ import pytest
 
 from gptjax import native
 from gptjax.layers import rows
+from gptjax.layers.kernels import LANES
 from gptjax.layers.norm import normalise
 
 EPS = 1e-5
@@ -135,7 +136,7 @@ def test_sums_of_softmax_are_those_of_float64(shape: tuple[int, int], stale: int
     np.testing.assert_array_equal(top, counted.max(-1))
     # A lane adds PART / LANES terms, then C / PART sums; each errs by 2**-24, and a term by 1e-6.
     right = np.exp(counted - top[:, None].astype(np.float64)).sum(-1)
-    roundings = rows.PART / rows.LANES + C / rows.PART + 4
+    roundings = rows.PART / LANES + C / rows.PART + 4
     np.testing.assert_allclose(total, right, rtol=1e-6 + roundings * 2**-24)
     found = np.where(targets >= stale, logits[range(R), targets], 0)
     np.testing.assert_array_equal(target, found)

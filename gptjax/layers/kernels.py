@@ -105,18 +105,21 @@ def _bytes(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Valu
 
 
 def _nibbles(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Value]:
-    b = code.builder
-    both = Value(b, b.zext(code.load(at, 0, LANES, I8).of, _vector(I32)))
-    return [weight(both & 15), weight(Value(b, b.lshr(both.of, both.like(4))))]
+    lower, upper = _bytes_of_two(code, at)
+    return [weight(lower & 15), weight(upper)]
 
 
 def _looked_up(code: Code, at: Value, weight: Callable[[Value], Value]) -> list[Value]:
     """The same by AVX-512's vpermps, which looks up the lowest four bits in 16 lanes."""
-    b, table = code.builder, weight(code.count(LANES))
+    name, of, table = "llvm.x86.avx512.permvar.sf.512", _vector(F32), weight(code.count(LANES))
+    return [code.intrinsic(name, of, table, codes) for codes in _bytes_of_two(code, at)]
+
+
+def _bytes_of_two(code: Code, at: Value) -> tuple[Value, Value]:
+    """Of a block with two codes a byte these bytes, int32, and their upper halves."""
+    b = code.builder
     both = Value(b, b.zext(code.load(at, 0, LANES, I8).of, _vector(I32)))
-    name, of = "llvm.x86.avx512.permvar.sf.512", _vector(F32)
-    upper = Value(b, b.lshr(both.of, both.like(4)))
-    return [code.intrinsic(name, of, table, codes) for codes in (both, upper)]
+    return both, Value(b, b.lshr(both.of, both.like(4)))
 
 
 def _in_blocks(kind: str, codes: Callable[..., list[Value]], moved: int = 0) -> Kind:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from gptjax import native
 from gptjax.layers.flash import exp2
+from gptjax.layers.kernels import LANES
 from gptjax.native import F32, I32, Code, Operand, Program, Value
 
 ROWS = 64  # of a task
-LANES = 16  # of softmax, however wide registers are
 PART = 256  # columns whose sum is taken apart: of 50,000 in one the last roundings are too large
 
 
