@@ -98,14 +98,12 @@ def token_nll(
 def log_likelihood(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
     """ll_BT of tokens, float32, in nats: minus what `token_nll` gives, to the last bit."""
     logits_BTVC, zero = logits_BTV[..., None, :], jnp.int32(0)
-    statistics = _statistics(_Chunk(zero, zero, logits_BTVC, zero, ids_BT[..., None]))
+    statistics = _statistics(_Columns(logits_BTVC, zero, ids_BT[..., None]))
     log_z_BTV = statistics.top_BTV + jnp.log(statistics.total_BTV)
     return (statistics.target_BTV - log_z_BTV)[..., 0]
 
 
-class _Chunk(NamedTuple):
-    start: jax.Array  # first column within every shard
-    kernel: jax.Array  # these columns of the kernel
+class _Columns(NamedTuple):
     logits_BTVC: jax.Array  # float32, capped
     stale: jax.Array  # int32, so many of the first columns an earlier chunk has had
     target_BTV: jax.Array  # int32, the target's column; it may be none of these
@@ -119,6 +117,12 @@ class _Chunk(NamedTuple):
         """Where a fresh column is the target."""
         columns = jnp.arange(self.logits_BTVC.shape[-1])
         return (columns == self.target_BTV[..., None]) & self.fresh_C
+
+
+class _Chunk(NamedTuple):
+    start: jax.Array  # first column within every shard
+    kernel: jax.Array  # these columns of the kernel
+    columns: _Columns
 
 
 class _Residuals(NamedTuple):
@@ -168,10 +172,10 @@ def _chunk(
         if softcap is not None:
             logits_BTVC = softcap * jnp.tanh(logits_BTVC / softcap)
     target_BTV = targets_BT[..., None] - (columns * jnp.arange(shards) + start)
-    return _Chunk(start, kernel, logits_BTVC, i * width - start, target_BTV)
+    return _Chunk(start, kernel, _Columns(logits_BTVC, i * width - start, target_BTV))
 
 
-def _statistics(c: _Chunk) -> _Statistics:
+def _statistics(c: _Columns) -> _Statistics:
     others = {"cuda": _in_one_pass}
     if alone_on("cpu") and c.logits_BTVC.shape[-1] >= LANES:
         others["cpu"] = _by_rows
@@ -179,7 +183,7 @@ def _statistics(c: _Chunk) -> _Statistics:
     return statistics
 
 
-def _by_rows(c: _Chunk) -> _Statistics:
+def _by_rows(c: _Columns) -> _Statistics:
     """Reads the logits twice, of which one CPU has a row in its cache the second time."""
 
     def sums(logits_BTVC: jax.Array, target_BTV: jax.Array, stale: jax.Array) -> _Statistics:
@@ -194,7 +198,7 @@ def _by_rows(c: _Chunk) -> _Statistics:
     return statistics
 
 
-def _in_passes(c: _Chunk) -> _Statistics:
+def _in_passes(c: _Columns) -> _Statistics:
     """Reads the logits three times."""
     logits_BTVC = jnp.where(c.fresh_C, c.logits_BTVC, -jnp.inf)
     top_BTV = jnp.max(logits_BTVC, axis=-1)
@@ -202,7 +206,7 @@ def _in_passes(c: _Chunk) -> _Statistics:
     return _Statistics(top_BTV, total_BTV, jnp.sum(c.logits_BTVC, axis=-1, where=c.hit_BTVC))
 
 
-def _in_one_pass(c: _Chunk) -> _Statistics:
+def _in_one_pass(c: _Columns) -> _Statistics:
     """Reads the logits once, which is what takes a GPU its time: one column is merged at a time."""
     # Finite: of two columns that are not counted, the difference would be NaN.
     lowest = jnp.finfo(jnp.float32).min
@@ -251,10 +255,10 @@ def _nll_forward(
     chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
     count = -(-kernel.shape[dims.index("C")] // width)
     first = chunk(0)
-    statistics = _statistics(first)
+    statistics = _statistics(first.columns)
     if count > 1:
         statistics, _ = jax.lax.scan(
-            lambda statistics, i: (_merge(statistics, _statistics(chunk(i))), None),
+            lambda statistics, i: (_merge(statistics, _statistics(chunk(i).columns)), None),
             statistics,
             jnp.arange(1, count),
         )
@@ -265,7 +269,7 @@ def _nll_forward(
     )
     log_z_BT = top_BT + jnp.log(total_BT)
     nll_BT = log_z_BT - jnp.sum(statistics.target_BTV, axis=-1)
-    logits_BTVC = first.logits_BTVC if count == 1 else None
+    logits_BTVC = first.columns.logits_BTVC if count == 1 else None
     return (nll_BT, log_z_BT), _Residuals(x_BTD, kernel, targets_BT, log_z_BT, logits_BTVC)
 
 
@@ -284,11 +288,11 @@ def _nll_backward(
     chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
 
     def gradients(c: _Chunk) -> tuple[jax.Array, jax.Array]:
-        softmax_BTVC = jnp.exp(c.logits_BTVC - log_z_BT[..., None, None])
-        d_BTVC = (g_nll + g_z) * softmax_BTVC - jnp.where(c.hit_BTVC, g_nll, 0)
+        softmax_BTVC = jnp.exp(c.columns.logits_BTVC - log_z_BT[..., None, None])
+        d_BTVC = (g_nll + g_z) * softmax_BTVC - jnp.where(c.columns.hit_BTVC, g_nll, 0)
         if softcap is not None:
-            d_BTVC *= 1 - (c.logits_BTVC / softcap) ** 2
-        d_BTVC = jnp.where(c.fresh_C, d_BTVC, 0).astype(x_BTD.dtype)
+            d_BTVC *= 1 - (c.columns.logits_BTVC / softcap) ** 2
+        d_BTVC = jnp.where(c.columns.fresh_C, d_BTVC, 0).astype(x_BTD.dtype)
         with jax.named_scope("unembedding"):
             dx = jnp.einsum(
                 f"BTVC,{dims}->{dx_dims}",
