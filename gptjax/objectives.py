@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gptjax import model
 from gptjax.config import Config, ConfigError, Train
 from gptjax.data.batches import Batch
+from gptjax.layers import linear
 from gptjax.layers.context import LOSS, METRIC, MOVE
 from gptjax.losses import cross_entropy, token_nll
 from gptjax.trainable import without_adapters
@@ -311,7 +312,7 @@ def grpo(
             values["kl"] = jnp.exp(apart_BT) - apart_BT - 1
             values["loss"] += config.train.beta * values["kl"]
         metrics = {name: (batch.weights * x_BT).sum() for name, x_BT in values.items()}
-        largest = {"sampler_gap": jnp.abs(log_ratio_BT).max()}
+        largest = {"sampler_gap": linear.largest(jnp.abs(log_ratio_BT))}
     totals = Totals(metrics["loss"], metrics, batch.weights.sum(), largest=largest)
     return _with_layers(totals, heard)
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from gptjax import model
 from gptjax.config import Config, choose
 from gptjax.data.batches import Batch
+from gptjax.layers.linear import largest
 from gptjax.state import TrainState
 from gptjax.trainable import trainable
 
@@ -51,7 +52,7 @@ def dead(hidden_BTF: jax.Array) -> jax.Array:
 # Every row but the last hears a point; that one compares parameters.
 STATISTICS: dict[str, Statistic | None] = {
     "stream_rms": Statistic("stream", rms),
-    "score_max": Statistic("scores", jnp.max),
+    "score_max": Statistic("scores", largest),
     "dead_units": Statistic("feedforward_hidden", dead),
     "update_rms": None,
 }

@@ -561,13 +561,15 @@ def test_what_is_rounded_for_logits_has_the_gradient_of_what_it_was():
     assert on_grid("fp8", x, "embedding") is x
 
 
+@pytest.mark.parametrize("size", [8, 72])  # XLA's maximum of many numbers is another program
 @pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_rounded_products_of_zeros_are_zeros_and_what_is_not_finite_shows(name):
-    x, kernel = normal(1, 3, 8), normal(8, 4, seed=1)
+def test_rounded_products_of_zeros_are_zeros_and_what_is_not_finite_shows(name, size):
+    x, kernel = normal(1, size, size), normal(size, size, seed=1)
     product = jax.jit(lambda x, kernel: linear("BTD,DF->BTF", x, kernel, name))
     assert (product(0 * x, kernel) == 0).all() and (product(x, 0 * kernel) == 0).all()
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
-        assert jnp.isnan(product(x.at[0, 1, 2].set(bad), kernel)).any()
+        assert jnp.isnan(product(x.at[0, 1, 2].set(bad), kernel)[0, 1]).all()
+        assert jnp.isnan(product(x, kernel.at[2, 1].set(bad))[..., 1]).all()
     assert product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -588,6 +590,16 @@ def test_rounded_products_on_a_mesh_are_those_of_one_device(name):
             assert jax.typeof(x).sharding.spec == sharding.out(d)
     # The scales are equal, as is each number on its grid: only sums of 24 at most differ.
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_what_one_device_has_that_is_not_finite_shows_in_rounded_products(name):
+    """Of a sum over numbers that are on several."""
+    x, kernel = normal(4, 6, 16).at[1, 2, 3].set(jnp.nan), normal(16, 8, seed=1)
+    with jax.set_mesh(tiny.mesh_of(tiny.CUBE)):
+        placed = map(jax.device_put, (x, kernel), map(sharding.out, ("BTF", "FD")))
+        y = jax.jit(lambda x, kernel: linear("BTF,FD->BTD", x, kernel, name))(*placed)
+        assert np.isnan(y)[1, 2].all()
 
 
 # Positions.

@@ -245,6 +245,18 @@ def test_the_loss_is_that_of_the_paper(chunk: int | None, store: Path) -> None:
     assert float(got.largest["sampler_gap"]) == pytest.approx(max(gaps), rel=1e-4)
 
 
+def test_a_likelihood_that_is_no_number_shows(store: Path) -> None:
+    """Among 4,096, in whose maximum XLA overlooks it, on CPUs."""
+    config = configure(store)
+    params = model.init(config.model, 1)
+    batch = drawn(config, params)
+    batch = Batch(*(None if x is None else np.tile(x, (32, 1)) for x in batch))
+    batch.sampled[tuple(np.argwhere(batch.weights)[0])] = np.nan
+    got = jax.jit(lambda p, b: OBJECTIVE["grpo"].totals(config, p, b, None))(params, batch)
+    assert not np.isfinite(got.metrics["sampler_gap_mean"])
+    assert got.largest is not None and not np.isfinite(got.largest["sampler_gap"])
+
+
 def test_where_the_ratio_is_1_the_gradient_is_that_of_reinforce(store: Path) -> None:
     config = configure(store)
     params = model.init(config.model, 1)

@@ -76,6 +76,15 @@ def test_statistics_by_their_definition_in_numpy(shape):
     }  # fmt: skip
 
 
+def test_a_score_that_is_no_number_shows():
+    """Among 8,192, in whose maximum XLA overlooks it, on CPUs."""
+    config, batch = configure(), a_batch()
+    params = model.init(config.model, 0)
+    params["embed"]["tokens"] = params["embed"]["tokens"].at[batch.tokens[2, 0, 3]].set(np.nan)
+    watched = make_watch(config)(params, state.create(config, params), batch)
+    assert not np.isfinite(watched["score_max/00"]) and not np.isfinite(watched["score_max/01"])
+
+
 @pytest.mark.parametrize("sizes", [tiny.CUBE, tiny.SEQUENCE], ids=str)
 def test_a_mesh_watches_what_one_device_does(sizes):
     config, batch = configure(), a_batch()
