@@ -324,6 +324,11 @@ class Code:
     def largest(self, a: Value, b: Value) -> Value:
         return self.lane_by_lane("maxnum", a, b)
 
+    def given(self, pointer: Value) -> Value:
+        """Whether it is not null."""
+        null = ir.Constant(POINTER, None)
+        return Value(self.builder, self.builder.icmp_unsigned("!=", pointer.of, null))
+
     def select(self, condition: Value, a: Value, b: Value) -> Value:
         return Value(self.builder, self.builder.select(condition.of, a.of, b.of))
 
@@ -377,13 +382,14 @@ class Operand(NamedTuple):
 _EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS = 8, 16, 24, 72, 112
 _METADATA = 24  # of the extension
 _VERSION, _TRAITS = 24, 32  # of the metadata
-_SCHEDULE, _THREADS = 136, 144  # of the functions
+_ERROR, _SCHEDULE, _THREADS = 48, 136, 144  # of the functions
 _DATA, _RANK, _DIMS = 24, 32, 40  # of a buffer
 
 # What threads share of a call, in words of 64 bits; operands follow, three words each, and then the next
 # task of each range.
 _HOLDERS, _BEGUN, _DONE, _TASKS, _RANGES, _SCRATCH, _OPERANDS = range(7)
 _CACHE_LINE = 64
+_RESOURCE_EXHAUSTED = 8  # of XLA's errors
 
 
 class Program(NamedTuple):
@@ -491,12 +497,11 @@ def _handler(module: Any, program: Program) -> None:
 
     # A thread begins with a range of tasks of its own, in their order, so that what a task asks of memory
     # ahead of itself is for the same processor. Whoever has done these helps with the next range.
-    work = Code(module, "work", [POINTER])
-    (job,) = work.operands
-    tasks, bytes_, ranges = (work.load(job, word, kind=I64) for word in (_TASKS, _SCRATCH, _RANGES))
+    work = Code(module, "work", [POINTER, POINTER])
+    job, memory = work.operands
+    tasks, ranges = (work.load(job, word, kind=I64) for word in (_TASKS, _RANGES))
     own = add(work, job, _BEGUN, 1)
-    with work.when(done(work, job) < tasks):
-        memory = work.call(libc["malloc"], bytes_ + _CACHE_LINE)
+    with work.when(work.given(memory)):
         address = Value(work.builder, work.builder.ptrtoint(memory.of, I64))
         scratch = work.at(memory, work.number(_CACHE_LINE) - address % _CACHE_LINE, I8)
         with work.loop(own, own + ranges) as turn:
@@ -508,8 +513,18 @@ def _handler(module: Any, program: Program) -> None:
                 add(work, job, _DONE, 1)
                 taken.set(add(work, next_, 0, 1))
         work.call(libc["free"], memory)
-    work.call(leave, job)
     do_work = work.end()
+
+    def allocate(code: Code, job: Value) -> Value:
+        """What a thread needs for its tasks; null where there is no more memory."""
+        return code.call(libc["malloc"], code.load(job, _SCRATCH, kind=I64) + _CACHE_LINE)
+
+    code = Code(module, "help", [POINTER])
+    (job,) = code.operands
+    with code.when(done(code, job) < code.load(job, _TASKS, kind=I64)):
+        code.call(do_work, job, allocate(code, job))
+    code.call(leave, job)
+    help_ = code.end()
 
     handler = Code(module, "handler", [POINTER], POINTER)
     (frame,) = handler.operands
@@ -517,14 +532,17 @@ def _handler(module: Any, program: Program) -> None:
     ask = Value(b, _plain(b.alloca(ir.ArrayType(I64, 5))))
     pool = Value(b, _plain(b.alloca(I64)))
     null = Value(b, ir.Constant(POINTER, None))
+    text = bytearray(b"no memory for a program of gptjax.native\0")
+    message = ir.GlobalVariable(module, ir.ArrayType(I8, len(text)), "message")
+    message.initializer = ir.Constant(message.value_type, text)
 
     def of(struct: Value, byte: int, kind: Any = POINTER) -> Value:
         at = b.gep(struct.of, [ir.Constant(I64, byte)], source_etype=I8)
         return Value(b, b.load(at, align=8, typ=kind))
 
     extension = of(frame, _EXTENSION)
-    asked = Value(b, b.icmp_unsigned("!=", extension.of, null.of))
-    with handler.when(asked):  # the version that this is written for, 0.1; no traits
+    with handler.when(handler.given(extension)):
+        # The version that this is written for, 0.1; no traits.
         about = of(extension, _METADATA)
         at = handler.at(about, _VERSION // 4, I32)
         handler.store(handler.number(0, I32), at, 0)
@@ -533,11 +551,11 @@ def _handler(module: Any, program: Program) -> None:
         b.ret(null.of)
     api, context = of(frame, _API), of(frame, _CONTEXT)
 
-    def offered(byte: int, *words: Value) -> None:
+    def offered(byte: int, *words: Value) -> Any:
         """Calls one of XLA's functions of a struct: its size, nothing more, the words."""
         for i, word in enumerate((handler.number(8 * (2 + len(words))), handler.number(0), *words)):
             handler.store(word, ask, i)
-        b.call(_plain(of(api, byte).of, ir.FunctionType(POINTER, [POINTER])), [ask.of])
+        return b.call(_plain(of(api, byte).of, ir.FunctionType(POINTER, [POINTER])), [ask.of])
 
     handler.store(handler.number(1), pool)
     offered(_THREADS, context, pool)
@@ -552,6 +570,10 @@ def _handler(module: Any, program: Program) -> None:
     tasks = program.tasks(handler, arrays)
     handler.store(tasks, job, _TASKS)
     handler.store(program.scratch(handler, arrays), job, _SCRATCH)
+    memory = allocate(handler, job)  # its own, so that all is done whoever helps
+    with handler.when(handler.given(memory).same(0)):
+        handler.call(libc["free"], job)
+        b.ret(offered(_ERROR, Value(b, _plain(message)), handler.number(_RESOURCE_EXHAUSTED)))
     for word in (_BEGUN, _DONE):
         handler.store(handler.number(0), job, word)
 
@@ -560,12 +582,11 @@ def _handler(module: Any, program: Program) -> None:
     handler.store(threads, job, _RANGES)
     with handler.loop(0, threads) as i:
         handler.store(tasks * i // threads, job, i + nexts)
-    # The last one to leave is whoever it is of the threads that are asked, this one and the wait.
-    handler.store(threads + 1, job, _HOLDERS)
+    handler.store(threads, job, _HOLDERS)
     with handler.loop(1, threads):
-        offered(_SCHEDULE, context, Value(b, do_work), job)
-    b.call(do_work, [job.of])
+        offered(_SCHEDULE, context, Value(b, help_), job)
+    handler.call(do_work, job, memory)
     with handler.until(lambda: tasks <= done(handler, job)):
         b.call(libc["sched_yield"], [])
-    b.call(leave, [job.of])
+    handler.call(leave, job)
     handler.end(null)

@@ -18,6 +18,7 @@ import pytest
 
 from gptjax import native
 from gptjax.native import F32, I64, Machine, Program, Value
+from tests import tiny
 
 LANES = 4
 random = np.random.default_rng(0)
@@ -116,6 +117,37 @@ def test_every_task_is_done_once(count):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+def adds_up(code, arrays, number, memory):
+    """A task that takes others long enough to begin: 1 added 100,000 times, by way of its memory."""
+    total = code.variable(code.real(0.0))
+    with code.loop(0, 100_000):
+        total.set(total.get() + 1.0)
+    code.store(total.get(), memory)
+    code.store(code.load(memory), arrays[1].data, number)
+
+
+def added(name: str, scratch: int) -> list[float]:
+    program = per_task(adds_up)._replace(scratch=lambda code, arrays: code.number(scratch))
+    return call(name, program, jnp.zeros((64, 1)), shape=(64,)).tolist()
+
+
+def test_without_memory_for_a_task_there_is_an_error():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED: no memory for a pro"):
+        added("test_no_memory", 1 << 60)
+    assert added("test_memory", 64) == [1e5] * 64
+
+
+def test_one_thread_does_all_where_there_is_no_memory_for_others():
+    told = tiny.as_users_compile(
+        "import resource, tests.test_native as t\n"
+        "t.added('before', 64)\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 30),) * 2)\n"
+        "print(all(t.added('within', 2 << 30) == [1e5] * 64 for _ in range(3)))"
+    )
+    assert told == "True\n"
+
+
 def test_a_program_is_compiled_once_whoever_asks_at_once(monkeypatch):
     def task(code, arrays, number, memory):
         code.store(code.load(arrays[0].data, number) * 2.0, arrays[1].data, number)
@@ -172,6 +204,7 @@ FIELDS = {
     "_VERSION": "XLA_FFI_Metadata, api_version.major_version",
     "_VERSION + 4": "XLA_FFI_Metadata, api_version.minor_version",
     "_TRAITS": "XLA_FFI_Metadata, traits",
+    "_ERROR": "XLA_FFI_Api, XLA_FFI_Error_Create",
     "_SCHEDULE": "XLA_FFI_Api, XLA_FFI_ThreadPool_Schedule",
     "_THREADS": "XLA_FFI_Api, XLA_FFI_ThreadPool_NumThreads",
     "_DATA": "XLA_FFI_Buffer, data",
@@ -183,6 +216,8 @@ FIELDS = {
     "32": "XLA_FFI_ThreadPool_Schedule_Args, data",
     "16 ": "XLA_FFI_ThreadPool_NumThreads_Args, ctx",
     "24 ": "XLA_FFI_ThreadPool_NumThreads_Args, num_threads",
+    "16  ": "XLA_FFI_Error_Create_Args, message",
+    "24  ": "XLA_FFI_Error_Create_Args, errc",
 }
 
 
