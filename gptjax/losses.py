@@ -232,6 +232,46 @@ def _merge(a: _Statistics, b: _Statistics) -> _Statistics:
     )
 
 
+def _to_logits(
+    c: _Columns, log_z_BT: jax.Array, g_nll_BT: jax.Array, g_z_BT: jax.Array, softcap: float | None
+) -> jax.Array:
+    """The gradient of the logits, before their cap, BTVC, float32; that of stale columns is 0."""
+
+    def whole(
+        c: _Columns, log_z_BT: jax.Array, g_nll_BT: jax.Array, g_z_BT: jax.Array
+    ) -> jax.Array:
+        log_z, g_nll, g_z = (g[..., None, None] for g in (log_z_BT, g_nll_BT, g_z_BT))
+        softmax_BTVC = jnp.exp(c.logits_BTVC - log_z)
+        d_BTVC = (g_nll + g_z) * softmax_BTVC - jnp.where(c.hit_BTVC, g_nll, 0)
+        if softcap is not None:
+            d_BTVC *= 1 - (c.logits_BTVC / softcap) ** 2
+        return jnp.where(c.fresh_C, d_BTVC, 0)
+
+    others = {}
+    if alone_on("cpu") and softcap is None and c.logits_BTVC.shape[-1] % LANES == 0:
+        others["cpu"] = _to_logits_by_rows
+    operands = c, log_z_BT, g_nll_BT, g_z_BT
+    d_BTVC: jax.Array = jax.lax.platform_dependent(*operands, **others, default=whole)
+    return d_BTVC
+
+
+def _to_logits_by_rows(
+    c: _Columns, log_z_BT: jax.Array, g_nll_BT: jax.Array, g_z_BT: jax.Array
+) -> jax.Array:
+    """In the logits' place, where XLA would hold exponentials and gradients beside them."""
+
+    def gradient(logits_BTVC: jax.Array, stale: jax.Array, *rest: jax.Array) -> jax.Array:
+        target_R, *numbers_R = (array.ravel() for array in rest)
+        logits_RC = logits_BTVC.reshape(-1, logits_BTVC.shape[-1])
+        d_RC = rows.softmax_gradient(logits_RC, target_R, stale, *numbers_R)
+        return d_RC.reshape(logits_BTVC.shape)
+
+    numbers = c.target_BTV, log_z_BT, g_nll_BT + g_z_BT, g_nll_BT
+    operands = c.logits_BTVC, jnp.int32(c.stale), *numbers
+    d_BTVC: jax.Array = on_device(gradient, like(c.logits_BTVC), *operands)
+    return d_BTVC
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _nll(
     x_BTD: jax.Array,
@@ -281,18 +321,13 @@ def _nll_backward(
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
     x_BTD, kernel, targets_BT, log_z_BT, saved_logits_BTVC = residuals
-    g_nll, g_z = (g[..., None, None] for g in cotangents)
     C = dims.index("C")
     # Each shard keeps its own part of dx; the parts are added once, after the last chunk.
     dx_dims = "BTVD" if kernel.shape[C - 1] > 1 else "BTD"
     chunk = functools.partial(_chunk, x_BTD, kernel, targets_BT, dims, width, softcap)
 
     def gradients(c: _Chunk) -> tuple[jax.Array, jax.Array]:
-        softmax_BTVC = jnp.exp(c.columns.logits_BTVC - log_z_BT[..., None, None])
-        d_BTVC = (g_nll + g_z) * softmax_BTVC - jnp.where(c.columns.hit_BTVC, g_nll, 0)
-        if softcap is not None:
-            d_BTVC *= 1 - (c.columns.logits_BTVC / softcap) ** 2
-        d_BTVC = jnp.where(c.columns.fresh_C, d_BTVC, 0).astype(x_BTD.dtype)
+        d_BTVC = _to_logits(c.columns, log_z_BT, *cotangents, softcap).astype(x_BTD.dtype)
         with jax.named_scope("unembedding"):
             dx = jnp.einsum(
                 f"BTVC,{dims}->{dx_dims}",

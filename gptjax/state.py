@@ -219,16 +219,26 @@ def update(
     with jax.named_scope("optimizer"):
         norm = optax.global_norm(grads)
         done = _updates(state.opt_state)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema, decay = state.ema, config.optim.ema_decay
-        if ema is not None and decay is not None:
-            ema = optim.ema_update(ema, params, decay, done)
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         accept = finite & (sums.weight > 0)
-        params = _accepted(accept, params, state.params)
-        new, old = (opt_state, ema), (state.opt_state, state.ema)
-        opt_state, ema = _accepted(_once(params, accept), new, old)
+
+        def moved(
+            old: tuple[model.Params, optax.OptState, model.Params | None], grads: model.Params
+        ) -> tuple[model.Params, optax.OptState, model.Params | None]:
+            params, opt_state, ema = old
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema is not None and config.optim.ema_decay is not None:
+                ema = optim.ema_update(ema, params, config.optim.ema_decay, done)
+            return params, opt_state, ema
+
+        old = state.params, state.opt_state, state.ema
+        if alone_on("cpu"):
+            # So XLA writes each array in its own place; to choose between two it would copy them.
+            new = jax.lax.cond(accept, moved, lambda old, grads: old, old, grads)
+        else:
+            new = jax.tree.map(lambda n, o: jnp.where(accept, n, o), moved(old, grads), old)
+        params, opt_state, ema = new
         frozen = _moved(config, state.frozen, sums.moves, accept)
     weight = some(sums.weight)
     metrics = {name: value / weight for name, value in sums.metrics.items()}
@@ -239,22 +249,6 @@ def update(
         "skipped": 1.0 - accept,
     }
     return TrainState(state.step + 1, params, opt_state, ema, frozen), metrics
-
-
-def _accepted(accept: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(accept, n, o), new, old)
-
-
-def _once(params: model.Params, accept: jax.Array) -> jax.Array:
-    """`accept`, but no sooner than the parameters are there.
-
-    For XLA on CPUs, which copies moments before it writes them anew in their place, if what it makes
-    of them in another loop, the parameters, may come later.
-    """
-    if not alone_on("cpu"):
-        return accept
-    some = [p.at[(0,) * p.ndim].get(out_sharding=out("")) for p in jax.tree.leaves(params)]
-    return accept & ~jnp.isnan(jnp.stack(some)).any()  # which none is that may be accepted
 
 
 def _moved(

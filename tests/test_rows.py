@@ -168,3 +168,52 @@ def test_sums_of_softmax_have_the_same_bits_beside_others_and_in_registers_of_ev
         monkeypatch.setattr(native, "machine", lambda machine=machine: machine)
         for got, right in zip(softmax_sums(logits[64:67], targets[:3]), whole, strict=True):
             np.testing.assert_array_equal(got, right[64:67])
+
+
+def softmax_gradient(logits: Any, targets: Any, stale: int, *numbers: Any) -> np.ndarray:
+    operands = jnp.float32(logits), jnp.int32(targets), jnp.int32(stale)
+    return np.asarray(jax.jit(rows.softmax_gradient)(*operands, *map(jnp.float32, numbers)))
+
+
+@pytest.mark.parametrize(
+    "shape, stale",
+    [
+        ((1, 16), 0),
+        ((65, 64), 3),
+        ((2, 32), 31),
+        ((0, 16), 0),
+        ((130, 512), 0),
+        ((3, 50_304), 49_001),
+    ],
+    ids=str,
+)
+def test_gradients_of_logits_are_those_of_float64(shape: tuple[int, int], stale: int) -> None:
+    (R, C), rng = shape, np.random.default_rng(0)
+    logits = np.float32(5 * rng.standard_normal(shape))
+    targets = rng.integers(C, size=R)
+    log_z = np.float32(np.log(np.exp(logits.astype(np.float64)).sum(-1)))
+    factor, of_target = np.float32(rng.standard_normal((2, R)))
+    got = softmax_gradient(logits, targets, stale, log_z, factor, of_target)
+    probabilities = np.exp(logits.astype(np.float64) - log_z[:, None])
+    hit = np.arange(C) == targets[:, None]
+    right = factor[:, None] * probabilities - np.where(hit, of_target[:, None], 0)
+    right[:, :stale] = 0
+    # The exponent, of up to 50 bits here, errs by 2**-24 of itself, and the difference at the target.
+    np.testing.assert_allclose(got, right, rtol=50 * 2**-24, atol=2**-23)
+    assert (got[:, :stale] == 0).all()
+
+
+def test_a_target_that_is_no_column_has_no_gradient_of_its_own() -> None:
+    targets = [-(2**31), -1, 15, 16, 2**31 - 1]
+    got = softmax_gradient(np.zeros((5, 16)), targets, 0, np.zeros(5), np.ones(5), np.full(5, 3))
+    assert got[2].tolist() == [1] * 15 + [-2]
+    assert (np.delete(got, 2, 0) == 1).all()
+
+
+def test_gradients_lie_where_the_logits_did() -> None:
+    R, C = 64, 4096
+    shapes = [((R, C), jnp.float32), ((R,), jnp.int32), ((), jnp.int32), *[((R,), jnp.float32)] * 3]
+    operands = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    step = jax.jit(rows.softmax_gradient, donate_argnums=0).lower(*operands).compile()
+    memory = step.memory_analysis()
+    assert memory.temp_size_in_bytes == 0 and memory.alias_size_in_bytes == 4 * R * C

@@ -87,8 +87,8 @@ def test_the_compiled_step_costs_no_more_than_it_did(tmp_path: Path) -> None:
     products = accounting.flops_by_part(c.model, causal=False)
     del products["scores"]
     # Forward and backward of each layer's attention, of its two norms and of the last norm, and the
-    # sums of softmax.
-    assert counts["custom-call"] == 2 * (3 * c.model.layers + 1) + 1
+    # sums and the gradient of softmax.
+    assert counts["custom-call"] == 2 * (3 * c.model.layers + 1) + 2
     assert 1 < counts["FLOPs"] / sum(products.values()) / 4 / c.model.context < 1.1
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
     which = f"jaxlib {version('jaxlib')}, {platform.machine()}"

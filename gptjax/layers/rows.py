@@ -76,6 +76,29 @@ def softmax_sums(
     return top_R, total_R, logit_R
 
 
+def softmax_gradient(
+    logits_RC: jax.Array,
+    target_R: jax.Array,
+    stale: jax.Array,
+    log_z_R: jax.Array,
+    factor_R: jax.Array,
+    of_target_R: jax.Array,
+) -> jax.Array:
+    """d_RC, factor exp(logit - log_z), at the target less of_target; written in the logits' place.
+
+    Args:
+        logits_RC: float32, of C columns, a multiple of `LANES`.
+        target_R, stale: as in `softmax_sums`; of columns that do not count d is 0.
+        log_z_R, factor_R, of_target_R: float32.
+    """
+    name = native.register("rows_softmax_gradient", _softmax_gradient_program)
+    call = jax.ffi.ffi_call(
+        name, _like(logits_RC), vmap_method="sequential", input_output_aliases={0: 0}
+    )
+    d_RC: jax.Array = call(logits_RC, target_R, stale, log_z_R, factor_R, of_target_R)
+    return d_RC
+
+
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
@@ -202,3 +225,25 @@ def _softmax_program(module: Any) -> Program:
             code.store(code.select(found, logit, code.real(0.0)), of_targets, r)
 
     return Program((3, 3), _tasks, native.no_memory, task)
+
+
+def _softmax_gradient_program(module: Any) -> Program:
+    def task(code: Code, operands: list[Operand], number: Value, memory: Value) -> None:
+        arrays = (operand.data for operand in operands)
+        logits, targets, stale, log_zs, factors, of_targets, gradients = arrays
+        R, C = _sizes(code, operands)
+        begin = code.widen(code.load(stale, kind=I32))
+        none = code.real(0.0, LANES)
+        with _rows(code, number, R) as r:
+            row, d_r = code.at(logits, r * C), code.at(gradients, r * C)
+            log_z, factor = (code.splat(code.load(each, r), LANES) for each in (log_zs, factors))
+            with code.loop(0, C, LANES) as c:
+                logit = (code.load(row, c, LANES) - log_z) * math.log2(math.e)
+                stale_c = code.count(LANES) < code.splat(code.narrow(begin - c), LANES)
+                d = factor * exp2(code, logit, LANES)
+                code.store(code.select(stale_c, none, d), d_r, c)
+            target = code.widen(code.load(targets, r, kind=I32))
+            with code.when((begin <= target) & (target < C)):
+                code.store(code.load(d_r, target) - code.load(of_targets, r), d_r, target)
+
+    return Program((6, 1), _tasks, native.no_memory, task)
