@@ -319,7 +319,7 @@ def test_a_node_disappears_and_the_job_goes_on_once_it_is_back(
         return Checkpoints(Path("queued") / CHECKPOINTS).latest() is not None
 
     log = tmp_path / f"slurm-{job}.out"
-    wait_for(trained, 120, log.read_text)
+    wait_for(trained, 300, log.read_text)
     killed, begin = processes_of("n0", slurm), time.monotonic()
     assert set(killed.values()) == {"slurmd", "step", "task"}
     for number in killed:
@@ -331,7 +331,7 @@ def test_a_node_disappears_and_the_job_goes_on_once_it_is_back(
         job_state = asked("squeue", "--noheader", "--format=%T", f"--job={job}").strip()
         return "n0 down" in nodes and job_state == "PENDING"
 
-    wait_for(waits, 120, log.read_text)
+    wait_for(waits, 300, log.read_text)
     with capfd.disabled():
         print(f"\nn0 killed: queued again after {time.monotonic() - begin:.0f} s")
     daemon = subprocess.Popen(["slurmd", "-D", "-N", "n0"])
