@@ -292,7 +292,7 @@ def make_optimizer(
 
 
 def _clip(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm`, which divides: XLA for CPUs would hold all quotients at once."""
+    """As `optax.clip_by_global_norm`, but by one factor: of its quotients XLA for CPUs holds all at once."""
 
     def update(
         updates: Tree, state: optax.OptState, params: Tree | None = None

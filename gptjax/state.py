@@ -222,12 +222,9 @@ def update(
         finite = jnp.isfinite(norm) & jnp.isfinite(sums.objective)
         accept = finite & (sums.weight > 0)
 
-        def moved(
-            old: tuple[model.Params, optax.OptState, model.Params | None], grads: model.Params
-        ) -> tuple[model.Params, optax.OptState, model.Params | None]:
-            params, opt_state, ema = old
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+        def updated() -> tuple[model.Params, optax.OptState, model.Params | None]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, ema = optax.apply_updates(state.params, updates), state.ema
             if ema is not None and config.optim.ema_decay is not None:
                 ema = optim.ema_update(ema, params, config.optim.ema_decay, done)
             return params, opt_state, ema
@@ -235,9 +232,9 @@ def update(
         old = state.params, state.opt_state, state.ema
         if alone_on("cpu"):
             # So XLA writes each array in its own place; to choose between two it would copy them.
-            new = jax.lax.cond(accept, moved, lambda old, grads: old, old, grads)
+            new = jax.lax.cond(accept, updated, lambda: old)
         else:
-            new = jax.tree.map(lambda n, o: jnp.where(accept, n, o), moved(old, grads), old)
+            new = jax.tree.map(lambda n, o: jnp.where(accept, n, o), updated(), old)
         params, opt_state, ema = new
         frozen = _moved(config, state.frozen, sums.moves, accept)
     weight = some(sums.weight)
