@@ -114,7 +114,7 @@ def test_a_disk_that_turns_read_only(store: Path, whole: Any, image: Path, tmp_p
 
 @pytest.fixture
 def slow_disk(image: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A disk, and what puts a process into a group that may write 100 kB a second there.
+    """A disk, and what puts a process into a group that may write 50 kB a second there.
 
     By the kernel's own throttle, of either version of its control groups.
     """
@@ -127,9 +127,9 @@ def slow_disk(image: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
             try:
                 group.mkdir()
                 if old.is_dir():
-                    (group / "blkio.throttle.write_bps_device").write_text(f"{number} 100000")
+                    (group / "blkio.throttle.write_bps_device").write_text(f"{number} 50000")
                 else:
-                    (group / "io.max").write_text(f"{number} wbps=100000")
+                    (group / "io.max").write_text(f"{number} wbps=50000")
             except OSError as error:
                 pytest.skip(f"no disk can be slowed down here: {error}")
             yield disk, f"open('{group}/cgroup.procs', 'w').write(str(os.getpid()))"
@@ -171,7 +171,7 @@ def test_a_slow_disk_is_no_process_that_hangs(store: Path, slow_disk: tuple[Path
     """A save takes longer than a step may, and the others wait for it."""
     disk, slow = slow_disk
     code = f"import os\n{slow}\n{GPTJAX}"
-    with pair_of(store, disk / "run", code, 1, train__hang_seconds=1.5) as pair:
+    with pair_of(store, disk / "run", code, 1, train__hang_seconds=3) as pair:
         outputs = [p.wait().stderr for p in pair]
     assert [p.returncode for p in pair] == [0, 0], outputs
 
