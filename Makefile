@@ -14,8 +14,8 @@ BIN := .venv/bin
 OLDEST_PYTHON ?= 3.11
 NEWEST_PYTHON ?= 3.13
 
-# Files of tests go to so many processes, of some 3 GB each; on two cores one of three often waits.
-JOBS ?= 3
+# Files of tests go to so many processes, of some 3 GB each.
+JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test quick check format docs compilers lanes golden clean
