@@ -88,8 +88,11 @@ def softmax_gradient(
 
     Args:
         logits_RC: float32, of C columns, a multiple of `LANES`.
-        target_R, stale: as in `softmax_sums`; of columns that do not count d is 0.
-        log_z_R, factor_R, of_target_R: float32.
+        target_R: int32, as in `softmax_sums`.
+        stale: int32, as there; of columns that do not count d is 0.
+        log_z_R: float32, the logarithm of the sum of exp(logit).
+        factor_R: float32.
+        of_target_R: float32.
     """
     name = native.register("rows_softmax_gradient", _softmax_gradient_program)
     call = jax.ffi.ffi_call(
